@@ -1,0 +1,45 @@
+# `make quantize` and `make test` set up everything they need by themselves.
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/ready
+SAM2JQ := $(VENV)/bin/sam2jq
+PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+CONFIG ?= experiments/demo.yaml
+ARGS ?=
+
+.PHONY: setup quantize segment inspect test lint bench
+setup: $(READY)
+
+# sam2 comes as source and is built against the torch that is there: in its own build environment it would fetch
+# gigabytes of another one.
+$(READY): pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0 torchvision==0.28.0 setuptools wheel
+	SAM2_BUILD_CUDA=0 $(PIP) --no-build-isolation sam2==1.1.0
+	$(PIP) --no-build-isolation --editable '.[torch,hub,dev]'
+	touch $@
+
+# make quantize CONFIG=experiments/hiera_tiny_w4.yaml ARGS="--model.checkpoint sam2.1_hiera_tiny.pt --quant.calib.path photos"
+quantize: setup
+	$(SAM2JQ) quantize --config $(CONFIG) $(ARGS)
+
+# make segment IMAGE=photo.jpg ARGS="--points 500,375 --model.name tiny --model.checkpoint sam2.1_hiera_tiny.pt"
+IMAGE ?= scenes:0/0000
+segment: ARGS := $(or $(ARGS),--points 128,128 --model.name nano --model.checkpoint random:0)
+segment: setup
+	$(SAM2JQ) segment $(IMAGE) $(ARGS)
+
+# make inspect PACKAGE=outputs/sam2/hiera_tiny_w4/package.pt
+PACKAGE ?= outputs/demo/package.pt
+inspect: setup
+	$(SAM2JQ) inspect $(PACKAGE)
+
+test: setup
+	$(VENV)/bin/pytest $(ARGS)
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+bench: setup
+	$(VENV)/bin/python experiments/bench/encoder.py $(ARGS)

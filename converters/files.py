@@ -1,0 +1,41 @@
+"""Torch files read without running code and written whole or not at all."""
+
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+
+@contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """A temporary name beside `path` that takes its place when the block ends well, and vanishes when it does not."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_torch(path: str | Path, content: dict) -> None:
+    """Writes `content` with torch.save, atomically."""
+    with whole(path) as temporary:
+        torch.save(content, temporary)
+
+
+def load_torch(path: str | Path) -> object:
+    """The content of a torch file: tensors and plain containers only (`weights_only=True`), on the CPU."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than tensors and could run code when loaded; it was not loaded: "
+            "save it again as {'model': state_dict} from a source you trust"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is not a readable torch file, maybe truncated: fetch or copy it again") from error

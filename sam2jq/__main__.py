@@ -1,0 +1,3 @@
+from sam2jq.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,235 @@
+"""The `sam2jq` command: one sub-command, one function."""
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from sam2jq import __version__
+from sam2jq import config as settings
+from sam2jq.config import Config, ModelConfig
+from sam2jq.data import find_images, read_image
+from sam2jq.eval.compare import compare, summarize
+from sam2jq.eval.metrics import relative_error
+from sam2jq.models.sam2 import SAM2, build
+from sam2jq.predict import ImagePredictor
+from sam2jq.quant.ops import effective_params
+from sam2jq.quant.recipe import layers, round_weights, weight_specs
+from sam2jq.report import figures, text
+from sam2jq.tree import flatten, kernels, layer_name
+
+GRID = 4  # clicks per side of an image, for the mask IoU
+SHOWN = 4  # images in masks.png
+log = logging.getLogger("sam2jq")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code of one command; an error of the user's is one line, and the code is 2."""
+    parser = argparse.ArgumentParser(prog="sam2jq", description="Quantize SAM 2 checkpoints, in JAX.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    command = commands.add_parser("quantize", allow_abbrev=False, help="quantize a checkpoint and measure what it cost")
+    command.add_argument("--config", help="YAML file; every key of it is also a flag, --quant.calib.path DIR")
+    command = commands.add_parser("segment", allow_abbrev=False, help="segment an image from clicks or a box")
+    command.add_argument("image", help="an image file, or scenes:<seed>/0000 for a drawn one")
+    command.add_argument("--points", nargs="+", type=_numbers(2), default=[], metavar="X,Y", help="clicks, in pixels")
+    command.add_argument("--labels", nargs="+", type=int, metavar="L", help="1 foreground (default), 0 background")
+    command.add_argument("--box", type=_numbers(4), metavar="X0,Y0,X1,Y1", help="a box, in pixels")
+    command.add_argument("--multimask", action="store_true", help="three masks for an ambiguous prompt")
+    command.add_argument("--out", default="mask.png", help="the overlay to write (mask.png)")
+    command = commands.add_parser("inspect", allow_abbrev=False, help="print what is in a package")
+    command.add_argument("package", help="package.pt of a run, or the run's folder")
+    args, flags = parser.parse_known_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    for noisy in ("absl", "jax", "httpx"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    try:
+        {"quantize": quantize, "segment": segment, "inspect": inspect}[args.command](args, flags)
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "safetensors"):
+            raise
+        return _fail(f"this command needs {error.name}: pip install 'sam2jq[torch]'")
+    except (ValueError, OSError) as error:
+        log.debug("", exc_info=True)
+        return _fail(" ".join(str(error).split()))
+    return 0
+
+
+def quantize(args: argparse.Namespace, flags: list[str]) -> None:
+    """Checkpoint + images -> <output.root>/<job>/ with package, vanilla checkpoint and figures."""
+    from converters.checkpoint import load_checkpoint
+    from converters.package import load_package, save_package
+    from converters.vanilla import save_vanilla
+
+    config = settings.load(args.config, flags)
+    job = config.output.job or Path(args.config or "quantize").stem
+    with job_folder(Path(config.output.root) / job) as folder:
+        (folder / "config.yaml").write_text(settings.dump(config))
+        calib = config.quant.calib
+        names = find_images(calib.path, calib.num_samples, config.seed)
+        model = start(config.model, calib.image_size, config.cache.root)
+        with stage("load", f"{config.model.name} {config.model.version} from {config.model.checkpoint}"):
+            checkpoint = load_checkpoint(config.model.checkpoint, model)
+        if checkpoint.random:
+            log.warning("warning     the weights are RANDOM: the figures below say nothing about a trained model")
+
+        specs = weight_specs(config.quant.wgts, layers(checkpoint.params))
+        with stage("quantize", f"{len(specs)} layers, {config.quant.wgts.dtype} {config.quant.wgts.group_shapes}"):
+            quantized = round_weights(checkpoint.params, specs)
+            errors = weight_errors(checkpoint.params, quantized)
+        with stage("compare", f"{len(names)} images x {GRID * GRID} clicks"):
+            results = measure(config, model, checkpoint.params, quantized, names, folder / "masks.png")
+
+        with stage("write", "package.pt" + ", vanilla.pt" * config.save_model):
+            metadata = {
+                "model": settings.to_dict(config.model) | {"image_size": model.variant.image_size},
+                "random_weights": checkpoint.random,
+                "config": settings.to_dict(config),
+                "results": results,
+                "versions": {"sam2jq": __version__} | {name: version(name) for name in ("jax", "flax", "torch")},
+            }
+            save_package(folder / "package.pt", quantized, errors, metadata)
+            if config.save_model:
+                save_vanilla(folder / "vanilla.pt", quantized)
+            summary = load_package(folder / "package.pt").summary()
+            (folder / "metrics.json").write_text(json.dumps(summary, indent=1))
+        rows = sorted(summary["layers"], key=lambda row: -row["relative_error"])
+        log.info("\n%s\n\nworst layers\n%s", text.totals(summary), text.layer_table(rows[:5]))
+    final = Path(config.output.root) / job
+    log.info("\nwritten     %s (all layers: sam2jq inspect %s; pictures: %s)", final, final, final / "masks.png")
+
+
+def segment(args: argparse.Namespace, flags: list[str]) -> None:
+    """An image and a prompt -> an overlay in `args.out`."""
+    from converters.checkpoint import load_checkpoint
+    from converters.files import whole
+
+    if not args.points and args.box is None:
+        raise ValueError("no prompt: give --points X,Y [X,Y ...] or --box X0,Y0,X1,Y1")
+    labels = args.labels or [1] * len(args.points)
+    if len(labels) != len(args.points):
+        raise ValueError(f"{len(args.points)} points but {len(labels)} labels: give one label each")
+    image = read_image(args.image)
+    config = settings.load(None, flags, settings.SegmentConfig)
+    model = start(config.model, None, config.cache.root)
+    checkpoint = load_checkpoint(config.model.checkpoint, model)
+    predictor = ImagePredictor(model, checkpoint.params, dtype=config.model.dtype)
+    predictor.set_image(image)
+    points = {"point_coords": args.points, "point_labels": labels} if args.points else {}
+    masks, scores, _ = predictor.predict(**points, box=args.box, multimask_output=args.multimask)
+    picture = figures.overlay(image, masks > 0)
+    figures.draw_prompts(picture, args.points, labels, args.box)
+    with whole(args.out) as temporary:
+        picture.save(temporary, format=Image.registered_extensions().get(Path(args.out).suffix.lower(), "PNG"))
+    if checkpoint.random:
+        log.warning("warning     the weights are RANDOM: the mask means nothing")
+    for mask, score in zip(masks, scores):
+        log.info("mask        %.1f %% of the image, estimated IoU %.3f", 100 * mask.mean(), score)
+    log.info("written     %s", args.out)
+
+
+def inspect(args: argparse.Namespace, flags: list[str]) -> None:
+    """Prints what a package holds, layer by layer, and what was measured when it was made."""
+    from converters.package import load_package
+
+    if flags:
+        raise ValueError(f"inspect takes no {flags[0]}")
+    path = Path(args.package)
+    summary = load_package(path / "package.pt" if path.is_dir() else path).summary()
+    log.info("%s\n\n%s", text.layer_table(summary["layers"]), text.totals(summary))
+
+
+def start(config: ModelConfig, image_size: int | None, cache: str) -> SAM2:
+    """The model of a config, after jax was told where to run it."""
+    if config.device != "auto":
+        try:
+            jax.config.update("jax_default_device", jax.devices(config.device)[0])
+        except RuntimeError as error:
+            raise ValueError(f"model.device {config.device}: no such device here; use auto") from error
+    jax.config.update("jax_default_matmul_precision", "highest")  # float32 means float32 on GPU and TPU too
+    jax.config.update("jax_compilation_cache_dir", str(Path(cache).absolute() / "compiled"))
+    return build(config.name, config.version, image_size)
+
+
+def weight_errors(params: dict, quantized: dict) -> dict[str, float]:
+    """{layer: |w_hat - w| / |w|} of every quantized layer."""
+    plain, rounded = flatten(params), flatten(effective_params(quantized))
+    return {
+        layer_name(path): relative_error(rounded[path], plain[path])
+        for path, leaf in kernels(flatten(quantized)).items()
+        if leaf is not plain[path]
+    }
+
+
+def measure(config: Config, model: SAM2, params: dict, quantized: dict, names: list[str], picture: Path) -> dict:
+    """The summary of `compare` over the images; masks before and after of the first few go into `picture`."""
+    size = config.quant.calib.batch_size
+    batches = ([read_image(name) for name in names[i : i + size]] for i in range(0, len(names), size))
+    results, rows, titles = [], [], []
+    compared = compare(model, params, effective_params(quantized), batches, GRID, config.model.dtype)
+    for name, result in zip(names, tqdm(compared, total=len(names), unit="image", leave=False)):
+        if len(rows) < SHOWN:
+            click = GRID * GRID // 2 + GRID // 2
+            side = result.masks[0].shape[-1]
+            small = np.asarray(Image.fromarray(read_image(name)).resize((side, side)))
+            rows.append([Image.fromarray(small), *(figures.overlay(small, m[click, :1]) for m in result.masks)])
+            titles.append([Path(name).name, "full precision", f"quantized, IoU {result.ious[click, 0]:.3f}"])
+        results.append(result._replace(masks=None))
+    figures.side_by_side(rows, titles).save(picture)
+    return summarize(results)
+
+
+@contextmanager
+def stage(name: str, what: str) -> Iterator[None]:
+    """Logs one aligned line with the seconds that the block took."""
+    begin = time.perf_counter()
+    yield
+    log.info("%-11s %-60s %6.1f s", name, what, time.perf_counter() - begin)
+
+
+@contextmanager
+def job_folder(final: Path) -> Iterator[Path]:
+    """A folder beside `final` that takes its place when the block ends well and is removed when it does not.
+
+    What a killed run left there is cleared away; a finished job is never touched.
+    """
+    if final.exists():
+        raise FileExistsError(f"{final} already holds a finished job: remove it, or give --output.job another name")
+    partial = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    handler = logging.FileHandler(partial / "run.log")
+    log.addHandler(handler)
+    try:
+        yield partial
+        os.replace(partial, final)
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _numbers(count: int):
+    def parse(argument: str) -> list[float]:
+        numbers = [float(part) for part in argument.split(",")]
+        if len(numbers) != count:
+            raise argparse.ArgumentTypeError(f"{argument!r} is not {count} numbers with commas between")
+        return numbers
+
+    return parse
+
+
+def _fail(message: str) -> int:
+    print(f"sam2jq: error: {message}", file=sys.stderr)
+    return 2

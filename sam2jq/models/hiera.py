@@ -1,0 +1,123 @@
+"""Hiera, the trunk of the image encoder (arXiv 2306.00989), with SAM 2's windows and position embedding."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sam2jq.models.layers import MLP, Conv, Dense, LayerNorm, attend, declare, gelu, resize
+
+Array = jax.Array
+EPS = 1e-6
+
+
+def max_pool(x: Array) -> Array:
+    """[B, H, W, C] -> [B, H / 2, W / 2, C]."""
+    return nn.max_pool(x, (2, 2), strides=(2, 2))
+
+
+def to_windows(x: Array, size: int) -> Array:
+    """[B, H, W, C] -> [B * windows, size, size, C]; zeros fill windows that reach over the edge."""
+    batch, height, width, channels = x.shape
+    x = jnp.pad(x, ((0, 0), (0, -height % size), (0, -width % size), (0, 0)))
+    x = x.reshape(batch, x.shape[1] // size, size, x.shape[2] // size, size, channels)
+    return x.swapaxes(2, 3).reshape(-1, size, size, channels)
+
+
+def from_windows(windows: Array, height: int, width: int) -> Array:
+    """[B * windows, size, size, C] -> [B, height, width, C]; inverse of `to_windows`."""
+    size, channels = windows.shape[1], windows.shape[-1]
+    rows, columns = -(-height // size), -(-width // size)
+    x = windows.reshape(-1, rows, columns, size, size, channels).swapaxes(2, 3)
+    return x.reshape(-1, rows * size, columns * size, channels)[:, :height, :width]
+
+
+class Attention(nn.Module):
+    """Multi-head attention over all tokens of each map; `pool` halves the queries' height and width."""
+
+    features: int
+    heads: int
+    pool: bool
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        q, k, v = jnp.split(Dense(3 * self.features, name="qkv")(x), 3, axis=-1)
+        if self.pool:
+            q = max_pool(q)
+        out = attend(*(t.reshape(len(x), -1, self.heads, self.features // self.heads) for t in (q, k, v)))
+        return Dense(self.features, name="proj")(out.reshape(q.shape))
+
+
+class Block(nn.Module):
+    """A transformer block; the first of a stage widens to `features` and, after stage 1, pools 2 x 2.
+
+    `window` 0 attends globally. Pooling makes windows of half the size.
+    """
+
+    features: int
+    heads: int
+    window: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        pool = x.shape[-1] != self.features
+        shortcut, x = x, LayerNorm(EPS, name="norm1")(x)
+        if pool:  # norm1 feeds the shortcut too
+            shortcut = max_pool(Dense(self.features, name="proj")(x))
+        x = to_windows(x, self.window) if self.window else x
+        x = Attention(self.features, self.heads, pool, name="attn")(x)
+        x = from_windows(x, *shortcut.shape[1:3]) if self.window else x
+        x = shortcut + x
+        mlp = MLP((4 * self.features, self.features), gelu, name="mlp")
+        return x + mlp(LayerNorm(EPS, name="norm2")(x))
+
+
+class BlockSpec(NamedTuple):
+    features: int
+    heads: int
+    window: int
+
+
+class Hiera(nn.Module):
+    """Image [B, H, W, 3] -> the last map of each stage, at strides 4, 8, 16, 32."""
+
+    embed_dim: int
+    num_heads: int
+    stages: tuple[int, ...]
+    global_blocks: tuple[int, ...]
+    windows: tuple[int, ...]
+    position_size: int
+
+    def blocks(self) -> list[BlockSpec]:
+        """Widths, heads and windows block by block; a stage's first block still has the window of the stage before."""
+        stage_of = [stage for stage, depth in enumerate(self.stages) for _ in range(depth)]
+        return [
+            BlockSpec(
+                self.embed_dim << stage,
+                self.num_heads << stage,
+                0 if i in self.global_blocks else self.windows[stage_of[max(i - 1, 0)]],
+            )
+            for i, stage in enumerate(stage_of)
+        ]
+
+    @nn.compact
+    def __call__(self, image: Array) -> list[Array]:
+        x = Conv(self.embed_dim, size=7, stride=4, padding=3, name="patch_embed.proj")(image)
+        x = x + self.position(*x.shape[1:3]).astype(x.dtype)
+        outputs = []
+        for i, spec in enumerate(self.blocks()):
+            x = Block(*spec, name=f"blocks.{i}")(x)
+            outputs.append(x)
+        ends = [sum(self.stages[: stage + 1]) - 1 for stage in range(len(self.stages))]
+        return [outputs[end] for end in ends]
+
+    def position(self, height: int, width: int) -> Array:
+        """[1, height, width, C]: a bicubic background plus a tiled window (arXiv 2311.05613), kept in torch's layout."""
+        size, window = self.position_size, self.windows[0]
+        background = declare(self, "pos_embed", 1, self.embed_dim, size, size)
+        tile = declare(self, "pos_embed_window", 1, self.embed_dim, window, window)
+        background, tile = (jnp.moveaxis(p.astype(jnp.float32), 1, -1) for p in (background, tile))
+        # torch's bicubic has a = -0.75 where jax's "bicubic" has -0.5
+        background = resize(background, (height, width), "bicubic-pytorch")
+        return background + jnp.tile(tile, (1, height // window, width // window, 1))

@@ -1,0 +1,115 @@
+"""Memory: what SAM 2 keeps of a frame, and how the next frame looks at it (SAM 2, arXiv 2408.00714, section 4)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sam2jq.models.layers import Conv, Dense, LayerNorm, attend, declare, gelu
+
+Array = jax.Array
+EPS = 1e-6
+
+
+class MaskDownSampler(nn.Module):
+    """[B, H, W, 1] -> [B, H / 16, W / 16, features]."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        for i, width in enumerate((4, 16, 64, 256)):
+            x = Conv(width, size=3, stride=2, padding=1, name=f"encoder.{3 * i}")(x)
+            x = gelu(LayerNorm(EPS, name=f"encoder.{3 * i + 1}")(x))
+        return Conv(self.features, name="encoder.12")(x)
+
+
+class ConvNeXtBlock(nn.Module):
+    """[B, H, W, C] -> the same: depthwise 7 x 7, then an MLP per pixel (arXiv 2201.03545)."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        channels = x.shape[-1]
+        y = Conv(channels, size=7, padding=3, groups=channels, name="dwconv")(x)
+        y = Dense(4 * channels, name="pwconv1")(LayerNorm(EPS, name="norm")(y))
+        y = Dense(channels, name="pwconv2")(gelu(y))
+        return x + declare(self, "gamma", channels).astype(x.dtype) * y
+
+
+class Fuser(nn.Module):
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        for i in range(2):
+            x = ConvNeXtBlock(name=f"layers.{i}")(x)
+        return x
+
+
+class MemoryEncoder(nn.Module):
+    """Frame features [B, h, w, C] and a mask in -10..10 [B, 16h, 16w, 1] -> memory [B, h, w, features]."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, frame: Array, mask: Array) -> Array:
+        x = Conv(frame.shape[-1], name="pix_feat_proj")(frame)
+        x = x + MaskDownSampler(frame.shape[-1], name="mask_downsampler")(mask)
+        return Conv(self.features, name="out_proj")(Fuser(name="fuser")(x))
+
+
+def rotate(x: Array, height: int, width: int) -> Array:
+    """`x` [B, R * height * width, C] with channel pairs turned by their token's place: x in the first half of the
+    channels, y in the second; R maps in a row are turned alike. Real-valued axial RoPE (arXiv 2403.13298)."""
+    frequency = 10000.0 ** -(jnp.arange(0, x.shape[-1], 4) / x.shape[-1])
+    y, column = jnp.divmod(jnp.arange(height * width), width)
+    angle = jnp.concatenate([column[:, None] * frequency, y[:, None] * frequency], -1)  # [tokens, C / 2]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    even, odd = jnp.moveaxis(x.astype(jnp.float32).reshape(len(x), -1, *angle.shape, 2), -1, 0)
+    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
+    return turned.reshape(x.shape).astype(x.dtype)
+
+
+class RotaryAttention(nn.Module):
+    """One head: q [B, height * width, C], k, v [B, M, C'] -> [B, height * width, C]. The last `unplaced` keys stay
+    unturned; those before are whole maps of the queries' size."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, q: Array, k: Array, v: Array, *, grid: tuple[int, int], unplaced: int = 0) -> Array:
+        q, k, v = (Dense(self.features, name=f"{n}_proj")(x) for n, x in (("q", q), ("k", k), ("v", v)))
+        placed = k.shape[1] - unplaced
+        k = jnp.concatenate([rotate(k[:, :placed], *grid), k[:, placed:]], axis=1)
+        out = attend(*(x[:, :, None] for x in (rotate(q, *grid), k, v)))
+        return Dense(self.features, name="out_proj")(out[:, :, 0])
+
+
+class MemoryAttentionLayer(nn.Module):
+    """The frame attends to itself, then to the memories, then goes through an MLP."""
+
+    hidden: int
+
+    @nn.compact
+    def __call__(self, frame: Array, memory: Array, position: Array, **places) -> Array:
+        width = frame.shape[-1]
+        x = LayerNorm(name="norm1")(frame)
+        frame = frame + RotaryAttention(width, name="self_attn")(x, x, x, grid=places["grid"])
+        x = LayerNorm(name="norm2")(frame)
+        frame = frame + RotaryAttention(width, name="cross_attn_image")(x, memory + position, memory, **places)
+        x = nn.relu(Dense(self.hidden, name="linear1")(LayerNorm(name="norm3")(frame)))
+        return frame + Dense(width, name="linear2")(x)
+
+
+class MemoryAttention(nn.Module):
+    """frame [B, h, w, C] and its position [h, w, C]; memory and its position [B, M, C'], the last `pointers` of the
+    M tokens object pointers, those before whole h x w maps -> [B, h, w, C]."""
+
+    layers: int
+    hidden: int
+
+    @nn.compact
+    def __call__(self, frame: Array, frame_position: Array, memory: Array, position: Array, pointers: int) -> Array:
+        grid = frame.shape[1:3]
+        x = (frame + 0.1 * frame_position.astype(frame.dtype)).reshape(len(frame), -1, frame.shape[-1])
+        for i in range(self.layers):
+            layer = MemoryAttentionLayer(self.hidden, name=f"layers.{i}")
+            x = layer(x, memory, position, grid=grid, unplaced=pointers)
+        return LayerNorm(name="norm")(x).reshape(frame.shape)

@@ -1,0 +1,29 @@
+"""The feature pyramid over Hiera's stages (arXiv 1612.03144)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sam2jq.models.layers import Conv
+
+Array = jax.Array
+
+
+def double(x: Array) -> Array:
+    """[B, H, W, C] -> [B, 2H, 2W, C], each pixel repeated."""
+    return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+
+
+class Neck(nn.Module):
+    """Stage maps at strides 4, 8, 16, 32 -> maps [B, H, W, features] at strides 4, 8, 16.
+
+    Only stride 16 takes in the coarser map; strides 4 and 8 are lateral, and stride 32 is not handed on.
+    """
+
+    features: int
+
+    @nn.compact
+    def __call__(self, stages: list[Array]) -> list[Array]:
+        last = len(stages) - 1
+        lateral = [Conv(self.features, name=f"convs.{last - i}.conv")(x) for i, x in enumerate(stages)]
+        return [lateral[0], lateral[1], lateral[2] + double(lateral[3])]

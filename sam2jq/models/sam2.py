@@ -1,0 +1,237 @@
+"""SAM 2 and 2.1 whole: image encoder, prompts to masks, and memory (arXiv 2408.00714)."""
+
+import math
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sam2jq.models.decoder import Decoded, MaskDecoder
+from sam2jq.models.hiera import Hiera
+from sam2jq.models.layers import MLP, Conv, Dense, declare, resize, sine_position
+from sam2jq.models.memory import MemoryAttention, MemoryEncoder
+from sam2jq.models.neck import Neck
+from sam2jq.models.prompt import PromptEncoder
+from sam2jq.tree import flatten, suggest, unflatten
+
+Array = jax.Array
+NO_OBJECT = -1024.0  # the mask logit where the object is not in the frame
+MEMORIES = 7  # places in time that a memory can have: 0 the prompted frame's, 1..6 from six frames ago to the last
+POINTER_SPAN = 15  # frames over which the time of an object pointer is spread
+VERSIONS = ("2.0", "2.1")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A size of SAM 2. `position_size`: pixels of the learned position background."""
+
+    embed_dim: int
+    num_heads: int
+    stages: tuple[int, ...]
+    global_blocks: tuple[int, ...]
+    windows: tuple[int, ...] = (8, 4, 14, 7)
+    position_size: int = 7
+    features: int = 256
+    memory_features: int = 64
+    memory_layers: int = 4
+    memory_hidden: int = 2048
+    image_size: int = 1024
+
+
+VARIANTS = {
+    "tiny": Variant(96, 1, (1, 2, 7, 2), (5, 7, 9)),
+    "small": Variant(96, 1, (1, 2, 11, 2), (7, 10, 13)),
+    "base-plus": Variant(112, 2, (2, 3, 16, 3), (12, 16, 20), position_size=14),
+    "large": Variant(144, 2, (2, 6, 36, 4), (23, 33, 43), windows=(8, 4, 16, 8)),
+    "nano": Variant(
+        32, 1, (1, 2, 3, 1), (4,), (8, 4, 8, 4), features=64, memory_features=16, memory_layers=2, memory_hidden=256,
+        image_size=256,
+    ),
+}  # fmt: skip
+
+
+class ObjectOutput(NamedTuple):
+    """One object's mask in a frame, B objects."""
+
+    mask: Array  # logits [B, H, W] at stride 4
+    iou: Array  # [B]
+    pointer: Array  # [B, C]
+    object_score: Array  # logits [B, 1]
+
+
+class SAM2(nn.Module):
+    """All of SAM 2 as pure functions of a params tree: `model.apply({"params": params}, ..., method="encode_image")`.
+
+    B images or objects, P prompts, S the image's size, C = variant.features, channels last.
+    """
+
+    variant: Variant
+    version: str = "2.1"
+
+    def setup(self):
+        v = self.variant
+        trunk = Hiera(
+            v.embed_dim, v.num_heads, v.stages, v.global_blocks, v.windows, v.position_size, name="image_encoder.trunk"
+        )
+        self.trunk, self.neck = trunk, Neck(v.features, name="image_encoder.neck")
+        self.sam_prompt_encoder = PromptEncoder(v.features, v.image_size)
+        self.sam_mask_decoder = MaskDecoder(v.features)
+        self.memory_attention = MemoryAttention(v.memory_layers, v.memory_hidden)
+        self.memory_encoder = MemoryEncoder(v.memory_features)
+        self.obj_ptr_proj = MLP((v.features,) * 3)
+        self.mask_downsample = Conv(1, size=4, stride=4)
+        self.maskmem_tpos_enc = declare(self, "maskmem_tpos_enc", MEMORIES, 1, 1, v.memory_features)
+        self.no_mem_embed = declare(self, "no_mem_embed", 1, 1, v.features)
+        self.no_mem_pos_enc = declare(self, "no_mem_pos_enc", 1, 1, v.features)  # released, never read
+        self.no_obj_ptr = declare(self, "no_obj_ptr", 1, v.features)
+        if self.version == "2.1":
+            self.obj_ptr_tpos_proj = Dense(v.memory_features)
+            self.no_obj_embed_spatial = declare(self, "no_obj_embed_spatial", 1, v.memory_features)
+
+    def encode_image(self, images: Array) -> list[Array]:
+        """Images [B, S, S, 3], preprocessed -> maps [B, S/4, S/4, C/8], [B, S/8, S/8, C/4], [B, S/16, S/16, C]."""
+        fine, middle, coarse = self.neck(self.trunk(images))
+        return [*self.sam_mask_decoder.project(fine, middle), coarse]
+
+    def without_memory(self, features: list[Array]) -> list[Array]:
+        """`features` as the mask decoder wants those of an image, or of a clip's first prompted frame."""
+        return [*features[:-1], features[-1] + self.no_mem_embed.astype(features[-1].dtype)]
+
+    def decode_masks(
+        self, features: list[Array], points: tuple[Array, Array] | None, masks: Array | None = None, *, multimask: bool
+    ) -> Decoded:
+        """Masks of P prompts: points ([P, N, 2] pixels of the S x S image, labels [P, N]), masks [P, S/4, S/4, 1].
+
+        features: maps of one image, or one each prompt; coarsest from `without_memory` or `attend_memory`.
+        """
+        sparse, dense, position = self.sam_prompt_encoder(points, masks)
+        return self.sam_mask_decoder(features, sparse, dense, position, multimask)
+
+    def decode_object(
+        self, features: list[Array], points: tuple[Array, Array] | None, masks: Array | None = None, *, multimask: bool
+    ) -> ObjectOutput:
+        """The best mask of each object and its pointer; an object that is not there gets the mask NO_OBJECT.
+
+        Arguments as in `decode_masks`; masks of any size. Without points one empty point stands in.
+        """
+        if points is None:
+            batch = len(features[-1])
+            points = jnp.zeros((batch, 1, 2)), -jnp.ones((batch, 1), jnp.int32)
+        if masks is not None:
+            masks = resize(masks, (self.variant.image_size // 4,) * 2, antialias=True)
+        out = self.decode_masks(features, points, masks, multimask=multimask)
+        present = out.object_scores > 0
+        best = out.ious.argmax(-1)[:, None]
+        pick = lambda x: jnp.take_along_axis(x, best.reshape(best.shape + (1,) * (x.ndim - 2)), 1)[:, 0]
+        mask = jnp.where(present[..., None], pick(out.masks).astype(jnp.float32), NO_OBJECT)
+        pointer = self.hide_pointer(self.obj_ptr_proj(pick(out.tokens)), present)
+        return ObjectOutput(mask, pick(out.ious), pointer, out.object_scores)
+
+    def object_from_mask(self, features: list[Array], masks: Array) -> ObjectOutput:
+        """A given mask [B, S, S, 1] of 0 and 1 as the output of its frame, with a pointer made by the decoder."""
+        small = resize(masks * 20.0 - 10.0, (self.variant.image_size // 4,) * 2, antialias=True)
+        decoded = self.decode_object(features, None, self.mask_downsample(masks), multimask=False)
+        present = jnp.any(masks > 0, axis=(1, 2))
+        pointer = self.hide_pointer(decoded.pointer, present)
+        return ObjectOutput(small[..., 0], jnp.ones(len(masks)), pointer, present * 20.0 - 10.0)
+
+    def hide_pointer(self, pointer: Array, present: Array) -> Array:
+        """`pointer` [B, C] where the object is present [B, 1], else the one that means it is not."""
+        return jnp.where(present, pointer, self.no_obj_ptr.astype(pointer.dtype))
+
+    def encode_memory(self, coarse: Array, masks: Array, object_scores: Array, *, binarize: bool = False) -> Array:
+        """What to remember of a frame, [B, h, w, Cm]: its map [B, h, w, C] and mask logits [B, S, S, 1].
+
+        binarize: cut the mask at 0 first, as the video predictor does on frames that a user clicked.
+        """
+        probability = (masks > 0).astype(masks.dtype) if binarize else jax.nn.sigmoid(masks)
+        memory = self.memory_encoder(coarse, probability * 20.0 - 10.0)
+        if self.version == "2.1":
+            hidden = (object_scores <= 0).astype(memory.dtype)[:, None, None]
+            memory = memory + hidden * self.no_obj_embed_spatial.astype(memory.dtype)
+        return memory
+
+    def attend_memory(
+        self, coarse: Array, memories: Array, times: Array, pointers: Array, pointer_times: Array
+    ) -> Array:
+        """`coarse` [B, h, w, C] having looked at what came before it.
+
+        memories [B, T, h, w, Cm] at `times` [T]: 0 a prompted frame, 1..6 six frames ago to the last one.
+        pointers [B, P, C] at `pointer_times` [P]: frames since (before, in reverse), in units of POINTER_SPAN.
+        """
+        batch, _, height, width, channels = memories.shape
+        position = sine_position(height, width, channels) + self.maskmem_tpos_enc[MEMORIES - 1 - times]  # [T, h, w, Cm]
+        split = pointers.shape[-1] // channels  # a pointer is as many tokens as it takes
+        tokens = pointers.reshape(batch, -1, channels)
+        token_position = jnp.repeat(self.pointer_position(pointer_times), split, axis=0)
+        memory = jnp.concatenate([memories.reshape(batch, -1, channels), tokens], axis=1)
+        position = jnp.concatenate([position.reshape(-1, channels), token_position]).astype(memory.dtype)
+        frame_position = sine_position(height, width, coarse.shape[-1])
+        return self.memory_attention(coarse, frame_position, memory, position, tokens.shape[1])
+
+    def pointer_position(self, times: Array) -> Array:
+        """[P, Cm]: 2.1 projects a sine of the time, 2.0 leaves pointers without one."""
+        if self.version == "2.0":
+            return jnp.zeros((len(times), self.variant.memory_features))
+        half = self.variant.features // 2
+        angle = times[:, None] / 10000.0 ** (2 * (jnp.arange(half) // 2) / half)
+        return self.obj_ptr_tpos_proj(jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1))
+
+    def __call__(self, images: Array) -> ObjectOutput:
+        """Every part once, on images [B, S, S, 3]: what `init` needs to lay out the params."""
+        features = self.without_memory(self.encode_image(images))
+        size = self.variant.image_size
+        shown = self.object_from_mask(features, jnp.ones((len(images), size, size, 1)))
+        mask = resize(shown.mask[..., None], (size, size))
+        memory = self.encode_memory(features[-1], mask, shown.object_score)[:, None]
+        coarse = self.attend_memory(features[-1], memory, jnp.zeros(1, int), shown.pointer[:, None], jnp.ones(1))
+        return self.decode_object([*features[:-1], coarse], None, multimask=True)
+
+
+def build(name: str, version: str = "2.1", image_size: int | None = None) -> SAM2:
+    """The model of a size in VARIANTS; `image_size` in pixels, a multiple of 32, instead of the one it was made for."""
+    key = name.replace("_", "-")
+    if key not in VARIANTS:
+        raise ValueError(f"unknown model {name!r}; allowed: {', '.join(VARIANTS)}{suggest(key, VARIANTS)}")
+    if version not in VERSIONS:
+        raise ValueError(f"unknown version {version!r}; allowed: {', '.join(VERSIONS)}")
+    variant = VARIANTS[key] if image_size is None else replace(VARIANTS[key], image_size=image_size)
+    if variant.image_size < 32 or variant.image_size % 32:
+        raise ValueError(f"image_size must be a multiple of 32 pixels, got {image_size}")
+    return SAM2(variant, version)
+
+
+@cache
+def abstract_params(model: SAM2) -> dict:
+    """The params tree with shapes and dtypes in place of arrays."""
+    small = model.clone(variant=replace(model.variant, image_size=64))  # no parameter's shape depends on it
+    return jax.eval_shape(small.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
+
+
+def init_params(model: SAM2, seed: int) -> dict:
+    """A random params tree, the same to the bit on every machine: numpy draws it, since XLA takes most of a minute
+    to compile hundreds of small random operations."""
+    rng = np.random.default_rng(seed)
+    flat = flatten(abstract_params(model))
+    return jax.device_put(unflatten({path: _draw(rng, path, leaf.shape) for path, leaf in flat.items()}))
+
+
+def _draw(rng: np.random.Generator, path: str, shape: tuple[int, ...]) -> np.ndarray:
+    normal = partial(rng.standard_normal, shape, np.float32)
+    match path.rpartition("/")[2]:
+        case "kernel":
+            return normal() / np.float32(math.prod(shape[:-1]) ** 0.5)
+        case "bias":
+            return np.zeros(shape, np.float32)
+        case "scale":
+            return np.ones(shape, np.float32)
+        case "gamma":
+            return np.full(shape, 1e-6, np.float32)
+        case "pe_layer.positional_encoding_gaussian_matrix":
+            return normal()
+        case _:
+            return normal() * np.float32(0.02)

@@ -1,0 +1,49 @@
+"""What a layer does with its kernel, whatever leaf the kernel is: the one dispatch point of quantization.
+
+A weight leaf registers `effective`, and `matmul` or `conv` where it can do better than with its effective array.
+"""
+
+from functools import singledispatch
+
+import jax
+from jax import lax
+
+from sam2jq.quant.qtensor import QTensor, dequantize
+
+Array = jax.Array
+NHWC = ("NHWC", "HWIO", "NHWC")
+
+
+@singledispatch
+def effective(w) -> Array:
+    """The plain array [*reduce, out] that `w` stands for: what a vanilla export writes."""
+    return w
+
+
+@effective.register
+def _(w: QTensor) -> Array:
+    return dequantize(w)
+
+
+def matmul(w, x: Array) -> Array:
+    """[..., in] -> [..., out]."""
+    return x @ effective(w).astype(x.dtype)
+
+
+def conv(w, x: Array, *, stride: int, padding: int, groups: int) -> Array:
+    """[B, H, W, in] -> [B, H', W', out], `w` standing for [kh, kw, in / groups, out]."""
+    kernel, pad = effective(w).astype(x.dtype), [(padding, padding)] * 2
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), pad, dimension_numbers=NHWC, feature_group_count=groups
+    )
+
+
+def conv_transpose(w, x: Array, *, stride: int) -> Array:
+    """[B, H, W, in] -> [B, H * stride, W * stride, out], `w` standing for [stride, stride, in, out]."""
+    return lax.conv_transpose(x, effective(w).astype(x.dtype), (stride, stride), "VALID", dimension_numbers=NHWC)
+
+
+@jax.jit
+def effective_params(params: dict) -> dict:
+    """`params` with every weight leaf replaced by the plain array it stands for, in float32."""
+    return jax.tree.map(effective, params, is_leaf=lambda node: not isinstance(node, dict))

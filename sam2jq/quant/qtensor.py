@@ -1,0 +1,74 @@
+"""A quantized weight and the way there and back."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from sam2jq.quant.spec import QuantSpec
+from sam2jq.tree import pytree
+
+Array = jax.Array
+
+
+@pytree(static=["spec"])
+class QTensor:
+    """values: int8 or uint8 [*reduce, out]; scale, zero: f32 [groups, out], or [1, 1] per tensor.
+
+    w = (values - zero) * scale, to the bit; zero is None on symmetric grids.
+    """
+
+    values: Array
+    scale: Array
+    zero: Array | None
+    spec: QuantSpec
+
+
+def by_group(w: Array, spec: QuantSpec) -> Array:
+    """[*reduce, out] -> [groups, group_size, out]; zeros fill a ragged last group, which moves no range."""
+    if spec.per_tensor:
+        return w.reshape(1, -1, 1)
+    w = w.reshape(-1, w.shape[-1])
+    size = spec.group_size or w.shape[0]
+    return jnp.pad(w, ((0, -len(w) % size), (0, 0))).reshape(-1, size, w.shape[-1])
+
+
+def from_groups(grouped: Array, shape: tuple[int, ...]) -> Array:
+    """[groups, group_size, out] -> [*reduce, out]; inverse of `by_group`."""
+    if grouped.shape[-1] != shape[-1]:  # per tensor
+        return grouped.reshape(shape)
+    return grouped.reshape(-1, shape[-1])[: math.prod(shape[:-1])].reshape(shape)
+
+
+def fit_grid(grouped: Array, spec: QuantSpec) -> tuple[Array, Array]:
+    """The scale and zero [groups, 1, out] whose grid just spans each group of [groups, group_size, out].
+
+    A group of zeros gets scale 1, so that it stays zero.
+    """
+    if spec.symmetric:
+        scale = jnp.max(jnp.abs(grouped), axis=1, keepdims=True) / spec.qmax
+        zero = jnp.zeros_like(scale)
+    else:
+        low = jnp.minimum(jnp.min(grouped, axis=1, keepdims=True), 0)
+        high = jnp.maximum(jnp.max(grouped, axis=1, keepdims=True), 0)
+        scale = (high - low) / spec.qmax
+        zero = jnp.clip(jnp.round(-low / jnp.where(scale > 0, scale, 1)), spec.qmin, spec.qmax)
+    return jnp.where(scale > 0, scale, 1), zero
+
+
+def quantize(w: Array, spec: QuantSpec) -> QTensor:
+    """`w` [*reduce, out] rounded to the nearest point of its grid, half to even."""
+    grouped = by_group(w.astype(jnp.float32), spec)
+    scale, zero = fit_grid(grouped, spec)
+    codes = jnp.clip(jnp.round(grouped / scale + zero), spec.qmin, spec.qmax)
+    values = from_groups(codes, w.shape).astype(jnp.int8 if spec.symmetric else jnp.uint8)
+    return QTensor(values, scale[:, 0], None if spec.symmetric else zero[:, 0], spec)
+
+
+def dequantize(q: QTensor) -> Array:
+    """f32 [*reduce, out]: the array that `q` stands for; a numpy array where its fields are."""
+    codes = q.values.reshape(-1, q.values.shape[-1]).astype(jnp.float32)
+    # one row of scales for each row of codes; a single row serves them all
+    rows = lambda x: x if len(x) == 1 else x.repeat(q.spec.group_size, axis=0)[: len(codes)]
+    centred = codes if q.zero is None else codes - rows(q.zero)
+    return (centred * rows(q.scale)).reshape(q.values.shape)

@@ -1,0 +1,44 @@
+"""Pictures of masks on their images."""
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+COLORS = np.array([[0, 114, 178], [230, 159, 0], [0, 158, 115], [204, 121, 167]], np.float32)  # told apart by everyone
+MARK = {1: (60, 220, 60), 0: (235, 50, 50)}  # a click: foreground green, background red
+
+
+def overlay(image: np.ndarray, masks: np.ndarray) -> Image.Image:
+    """`image` uint8 [H, W, 3] with each of masks bool [M, H, W] tinted in a colour of its own and outlined."""
+    canvas = image.astype(np.float32)
+    for i, mask in enumerate(masks):
+        color = COLORS[i % len(COLORS)]
+        canvas = np.where(mask[..., None], 0.5 * canvas + 0.5 * color, canvas)
+        padded = np.pad(mask, 1, mode="edge")
+        neighbours = [padded[1:-1, :-2], padded[1:-1, 2:], padded[:-2, 1:-1], padded[2:, 1:-1]]
+        edge = mask & ~np.logical_and.reduce(neighbours)
+        canvas = np.where(edge[..., None], color, canvas)
+    return Image.fromarray(canvas.round().astype(np.uint8))
+
+
+def draw_prompts(picture: Image.Image, points: np.ndarray, labels: np.ndarray, box: np.ndarray | None = None) -> None:
+    """Marks clicks [N, 2] and a box [4], in pixels of the picture, on it."""
+    draw, radius = ImageDraw.Draw(picture), max(3, min(picture.size) // 100)
+    if box is not None:
+        draw.rectangle(tuple(map(float, box)), outline="white", width=max(1, radius // 2))
+    for (x, y), label in zip(points, labels):
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=MARK[int(label)], outline="white")
+
+
+def side_by_side(rows: list[list[Image.Image]], titles: list[list[str]], height: int = 256) -> Image.Image:
+    """Rows of pictures on one sheet, each scaled to `height` pixels, with its title above it."""
+    band = 16
+    scaled = [[p.resize((round(p.width * height / p.height), height)) for p in row] for row in rows]
+    sheet = Image.new("RGB", (max(sum(p.width for p in row) for row in scaled), len(rows) * (height + band)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (row, names) in enumerate(zip(scaled, titles)):
+        x, y = 0, i * (height + band)
+        for picture, name in zip(row, names):
+            draw.text((x + 2, y + 2), name, fill="black")
+            sheet.paste(picture, (x, y + band))
+            x += picture.width
+    return sheet

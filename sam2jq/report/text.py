@@ -1,0 +1,39 @@
+"""A run's summary as aligned text."""
+
+MB = 1e6
+
+
+def layer_table(rows: list[dict]) -> str:
+    """One line per layer: bits, group, bytes and relative weight error."""
+    width = max([len(row["name"]) for row in rows], default=0)
+    head = f"{'layer':{width}}  {'dtype':>6} {'group':>8} {'weights':>10} {'bytes':>9} {'rel. error':>10}"
+    lines = [
+        f"{row['name']:{width}}  {row['dtype']:>6} {row['group']:>8} {row['weights']:>10} {row['bytes']:>9} "
+        f"{row['relative_error']:>10.5f}"
+        for row in rows
+    ]
+    return "\n".join([head, *lines])
+
+
+def totals(summary: dict) -> str:
+    """The figures of the whole model, one a line."""
+    size = summary["bytes_quantized"] + summary["bytes_unquantized"]
+    lines = [
+        ("model", f"{summary['model']['name']} {summary['model']['version']} from {summary['model']['checkpoint']}"),
+        ("tensors", f"{summary['bytes_float32'] / MB:.2f} MB in float32 -> {size / MB:.2f} MB"),
+        ("quantized", f"{len(summary['layers'])} layers, {summary['quantized_weights'] / 1e6:.2f} M weights"),
+    ]
+    if summary["effective_bits"]:
+        lines.append(("bits/weight", f"{summary['effective_bits']:.3f} with scales and zeros"))
+    results = summary.get("results")
+    if results:
+        errors = ", ".join(f"{level} {error:.5f}" for level, error in results["feature_error"].items())
+        sample = f"{results['images']} images x {results['prompts_per_image']} clicks x 3 masks"
+        lines += [
+            ("features", f"relative error {errors}"),
+            ("mask IoU", f"{results['mask_iou']:.4f} against full precision ({sample})"),
+            ("worst image", f"mask IoU {results['mask_iou_worst_image']:.4f}"),
+        ]
+    if summary["random_weights"]:
+        lines.append(("warning", "the weights are RANDOM: no figure here says anything about a trained model"))
+    return "\n".join(f"{name:<11} {text}" for name, text in lines)

@@ -1,0 +1,67 @@
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from converters.names import from_torch
+from converters.vanilla import build_original
+from sam2jq import SAM2, abstract_params, build
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder of real data beside the repository."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no {SHARED.name} folder beside the repository")
+    return SHARED
+
+
+class Twin(NamedTuple):
+    """One set of random weights in both frameworks."""
+
+    torch: torch.nn.Module
+    model: SAM2
+    params: dict
+
+    def apply(self, method: str, *args, **kwargs):
+        return self.model.apply({"params": self.params}, *args, method=method, **kwargs)
+
+    def apply_jit(self, method: str, *args, params: dict | None = None):
+        run = jax.jit(lambda params, *args: self.model.apply({"params": params}, *args, method=method))
+        return run(self.params if params is None else params, *args)
+
+
+@cache
+def twin(name: str, version: str = "2.1", image_size: int | None = None) -> Twin:
+    """Noise on every weight, since some start at zero and would compare nothing; and a raised object score, since a
+    negative one turns every mask into the constant -1024."""
+    torch.manual_seed(0)
+    original = build_original(name, version, image_size)
+    with torch.no_grad():
+        for parameter in original.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+        original.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.add_(10)
+    model = build(name, version, image_size)
+    return Twin(original, model, from_torch(original.state_dict(), abstract_params(model)))
+
+
+def relative(got, expected) -> float:
+    """|got - expected| / |expected|; `expected` must vary, or the comparison would compare nothing."""
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    assert got.shape == expected.shape
+    assert expected.std() > 0
+    return np.linalg.norm(got - expected) / np.linalg.norm(expected)
+
+
+def nchw(x) -> torch.Tensor:
+    return torch.from_numpy(np.array(np.moveaxis(np.asarray(x), -1, 1)))
+
+
+def nhwc(x: torch.Tensor) -> np.ndarray:
+    return np.moveaxis(x.detach().numpy(), 1, -1)

@@ -1,0 +1,53 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from sam2jq.models.hiera import from_windows, to_windows
+from sam2jq.models.layers import QUERY_CHUNK, attend, resize
+from sam2jq.models.sam2 import build, init_params
+
+
+def normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("queries", [7, QUERY_CHUNK, QUERY_CHUNK + 1, 2 * QUERY_CHUNK])
+def test_attention_in_chunks_equals_torchs(queries):
+    q, k, v = normal(2, queries, 3, 8), normal(2, 50, 3, 8), normal(2, 50, 3, 8)
+    heads_first = [torch.from_numpy(x).transpose(1, 2) for x in (q, k, v)]
+    expected = torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+    np.testing.assert_allclose(attend(q, k, v), expected.numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(8, 8, 4), (10, 13, 4), (3, 5, 7)])
+def test_windows_come_back_whole(height, width, size):
+    x = normal(2, height, width, 3)
+    windows = to_windows(x, size)
+    assert windows.shape[1:] == (size, size, 3)
+    np.testing.assert_array_equal(from_windows(windows, height, width), x)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (40, 30), (9, 12)])
+@pytest.mark.parametrize(("method", "mode"), [("bilinear", "bilinear"), ("bicubic-pytorch", "bicubic")])
+def test_resize_equals_torchs_interpolate(method, mode, size):
+    x = normal(1, 14, 14, 2)
+    expected = torch.nn.functional.interpolate(torch.from_numpy(x).permute(0, 3, 1, 2), size, mode=mode)
+    np.testing.assert_allclose(resize(x, size, method), expected.permute(0, 2, 3, 1).numpy(), atol=1e-5)
+
+
+def test_random_params_repeat_by_seed():
+    model = build("nano")
+    same, other = init_params(model, 0), init_params(model, 1)
+    key = "maskmem_tpos_enc"
+    assert jnp.array_equal(same[key], init_params(model, 0)[key])
+    assert not jnp.array_equal(same[key], other[key])
+
+
+def test_an_unknown_model_is_named_with_a_suggestion():
+    with pytest.raises(ValueError, match="did you mean 'base-plus'"):
+        build("baseplus")
+    with pytest.raises(ValueError, match=r"2\.0, 2\.1"):
+        build("tiny", "3.0")
+    with pytest.raises(ValueError, match="multiple of 32 pixels, got 1000"):
+        build("tiny", image_size=1000)

@@ -1,0 +1,67 @@
+from pathlib import Path
+
+import pytest
+
+from sam2jq import config
+from sam2jq.config import Config
+
+NEEDED = ["--model.checkpoint", "random:0", "--quant.calib.path", "scenes:0"]
+EXPERIMENTS = sorted((Path(__file__).parents[1] / "experiments").glob("*.yaml"))
+
+
+def load(*flags: str) -> Config:
+    return config.load(None, [*NEEDED, *flags])
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_shipped_config_loads(path):
+    config.load(str(path), NEEDED)
+
+
+def test_flags_win_over_the_file_and_the_resolved_config_reads_back(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("quant: {wgts: {dtype: uint4, bits: {a.b: 3}}}\nseed: 7\n")
+    loaded = config.load(str(file), [*NEEDED, "--quant.wgts.dtype=sint6", "--quant.wgts.group_shapes", "[[1, 64]]"])
+    assert (loaded.quant.wgts.dtype, loaded.quant.wgts.bits, loaded.seed) == ("sint6", {"a.b": 3}, 7)
+    assert loaded.quant.wgts.group_shapes == [[1, 64]]
+    file.write_text(config.dump(loaded))
+    assert config.load(str(file), []) == loaded
+
+
+def test_a_version_may_be_written_as_a_number_and_a_switch_without_a_value():
+    assert load("--model.version", "2.1").model.version == "2.1"
+    assert load("--save-model").save_model
+    assert not load("--save_model", "false").save_model
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--quant.wgts.dtpe", "x"], "unknown key quant.wgts.dtpe; did you mean 'dtype'"),
+        (["--quant.wgts.dtype", "sint9"], "quant.wgts.dtype 'sint9'.*2..8"),
+        (["--quant.wgts.dtype", "int4"], "quant.wgts.dtype 'int4': allowed are sintN and uintN"),
+        (["--quant.wgts.bits", "{a: 9}"], "quant.wgts.bits: bits must be in 2..8, got {'a': 9}"),
+        (["--quant.wgts.group_shapes", "[[2, 8]]"], r"group_shapes \[\[2, 8\]\]: allowed are"),
+        (["--quant.calib.num_samples", "0"], "quant.calib.num_samples must be at least 1, got 0"),
+        (["--seed", "soon"], "seed.*'soon'"),
+        (["--model", "tiny"], "model must be a section"),
+        (["--seed", "1", "--seed.size", "2"], "--seed.size: seed is not a section"),
+        (["--model.device", "gpus"], "model.device 'gpus'.*did you mean 'gpu'"),
+        (["--model.checkpoint", ""], "model.checkpoint is not set"),
+        (["--quant.calib.path="], "quant.calib.path is not set"),
+        (["tiny"], "unexpected argument 'tiny'"),
+    ],
+)
+def test_a_wrong_setting_is_named_in_one_line(flags, message):
+    with pytest.raises(ValueError, match=message) as error:
+        load(*flags)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no config at .*demo\.yml; did you mean 'demo\.yaml'"):
+        config.load(str(EXPERIMENTS[0].with_name("demo.yml")), [])
+    for text, message in (("a: [", "is not YAML"), ("- 1", "holds no settings")):
+        (tmp_path / "c.yaml").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            config.load(str(tmp_path / "c.yaml"), [])

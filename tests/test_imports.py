@@ -1,0 +1,65 @@
+"""The import rules of the architecture."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# each part may import those after it, and what stands beside: config, data, tree
+ORDER = ["cli", "converters", "middle", "models", "quant", "tree"]
+MIDDLE = {"calibrate", "distill", "eval", "report"}
+BESIDE = {"config", "data"}
+FILES = sorted([*(ROOT / "sam2jq").rglob("*.py"), *(ROOT / "converters").rglob("*.py")])
+
+
+def part(module: str) -> str | None:
+    """ "sam2jq.models.layers" -> "models"; None for other packages and for the package's own front."""
+    names = module.split(".")
+    if names[0] == "converters":
+        return "converters"
+    if names[0] != "sam2jq" or len(names) == 1 or names[1] in ("__main__", "__init__"):
+        return None
+    if names[1] == "predict":  # jitted entry points of the models, with their preprocessing
+        return "models"
+    return "middle" if names[1] in MIDDLE else names[1]
+
+
+def imported(path: Path) -> set[str]:
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return plain | {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way(path):
+    own = part(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    for other in filter(None, map(part, imported(path))):
+        if own is None or other == own:
+            continue
+        if own in BESIDE:
+            assert other == "tree", f"{own} imports {other}"
+        elif other not in BESIDE:
+            assert ORDER.index(other) > ORDER.index(own), f"{own} imports {other}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_torch_stays_in_converters(path):
+    if "converters" not in path.parts:
+        assert not {"torch", "safetensors"} & {module.split(".")[0] for module in imported(path)}
+
+
+def test_sam2jq_works_where_torch_cannot_be_imported():
+    program = """
+import sys
+sys.modules.update(torch=None, safetensors=None)
+import sam2jq, sam2jq.cli, jax
+model = sam2jq.build("nano")
+assert sam2jq.init_params(model, 0)
+assert sam2jq.cli.main(["inspect", "nothing"]) == 2
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "pip install 'sam2jq[torch]'" in done.stderr
