@@ -77,7 +77,10 @@ def quantize(args: argparse.Namespace, flags: list[str]) -> None:
     with job_folder(Path(config.output.root) / job) as folder:
         (folder / "config.yaml").write_text(settings.dump(config))
         calib = config.quant.calib
-        names = find_images(calib.path, calib.num_samples, config.seed)
+        with stage("images", calib.path):  # all are read once, so that a broken one is found before the work
+            names = find_images(calib.path, calib.num_samples, config.seed)
+            for name in names:
+                read_image(name)
         model = start(config.model, calib.image_size, config.cache.root)
         with stage("load", f"{config.model.name} {config.model.version} from {config.model.checkpoint}"):
             checkpoint = load_checkpoint(config.model.checkpoint, model)
@@ -178,7 +181,7 @@ def measure(config: Config, model: SAM2, params: dict, quantized: dict, names: l
     batches = ([read_image(name) for name in names[i : i + size]] for i in range(0, len(names), size))
     results, rows, titles = [], [], []
     compared = compare(model, params, effective_params(quantized), batches, GRID, config.model.dtype)
-    for name, result in zip(names, tqdm(compared, total=len(names), unit="image", leave=False)):
+    for name, result in zip(names, tqdm(compared, total=len(names), unit="image", leave=False, disable=None)):
         if len(rows) < SHOWN:
             click = GRID * GRID // 2 + GRID // 2
             side = result.masks[0].shape[-1]

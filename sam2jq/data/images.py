@@ -100,9 +100,12 @@ def listed_names(path: Path) -> list[str]:
         content = json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path}: broken json ({error}); download it again or move it away") from error
-    entries = content.get("images") if isinstance(content, dict) else None
-    names = [entry.get("file_name") for entry in entries or [] if isinstance(entry, dict)]
-    return [str(PurePosixPath(name)) for name in names if isinstance(name, str)]
+    match content:
+        case {"images": [*entries]}:
+            names = [entry.get("file_name") for entry in entries if isinstance(entry, dict)]
+            return [str(PurePosixPath(name)) for name in names if isinstance(name, str)]
+        case _:
+            return []
 
 
 def images_named(root: Path, names: set[str]) -> list[Path]:

@@ -5,6 +5,7 @@ in which it spans about [-1, 1]. A shape is a function of u and v that is negati
 sharp, or hold a hole. Colours come from one palette per scene, so an object is not told by its colour alone.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +31,8 @@ def draw_scene(seed: int, size: int = 256) -> Scene:
         raise ValueError(f"scene size must be at least {MIN_SIZE} pixels, got {size}")
     rng = np.random.default_rng(seed)
     y, x = np.meshgrid(*[(np.arange(size, dtype=np.float32) + 0.5) / size] * 2, indexing="ij")
-    palette = rng.uniform(0.1, 0.9, (4, 3))
+    vivid = rng.uniform(0.1, 0.9, (4, 3))
+    palette = 0.6 * vivid + 0.4 * vivid.mean(axis=1, keepdims=True)  # paler: photographs are
     canvas = paint(rng, 2 * x - 1, 2 * y - 1, palette)
     front = np.full((size, size), -1)
     objects = int(rng.integers(2, MAX_OBJECTS + 1))
@@ -56,14 +58,14 @@ def scene_seed(name: str) -> int:
 
 def place(rng, x, y):
     """u, v [S, S] of an object put anywhere in the image at any angle, and its radius as a part of the image's side."""
-    centre, angle, radius = rng.uniform(0.12, 0.88, 2), rng.uniform(0, 2 * np.pi), rng.uniform(0.11, 0.3)
-    u, v = turn((x - centre[0]) / radius, (y - centre[1]) / radius, angle)
-    return u, v, radius
+    left, top = rng.uniform(0.12, 0.88), rng.uniform(0.12, 0.88)
+    angle, radius = rng.uniform(0, 2 * math.pi), rng.uniform(0.11, 0.3)
+    return *turn((x - left) / radius, (y - top) / radius, angle), radius
 
 
 def turn(u, v, angle: float):
     """u, v in coordinates turned by `angle` radians."""
-    c, s = np.cos(angle), np.sin(angle)
+    c, s = math.cos(angle), math.sin(angle)  # not np.cos, whose float64 would spread to every array
     return c * u + s * v, c * v - s * u
 
 
@@ -86,19 +88,18 @@ def ring(rng, u, v):
 
 def blob(rng, u, v):
     """A circle whose radius sways 2 to 5 times on the way round."""
-    waves = np.arange(2, 6)[:, None, None]
-    sway, phase = rng.uniform(0, 0.5, waves.shape) / waves, rng.uniform(0, 2 * np.pi, waves.shape)
-    return np.hypot(u, v) - 0.8 - (sway * np.cos(waves * np.arctan2(v, u) + phase)).sum(axis=0)
+    swings, phases = rng.uniform(0, 0.5, 4).tolist(), rng.uniform(0, 2 * math.pi, 4).tolist()
+    angle = np.arctan2(v, u)
+    sway = sum(a / n * np.cos(n * angle + phase) for n, a, phase in zip(range(2, 6), swings, phases))
+    return np.hypot(u, v) - 0.8 - sway
 
 
 def star(rng, u, v):
     """A star of 3 to 7 points: all its half points folded onto one, whose edge is a straight line from tip to notch."""
-    half = np.pi / rng.integers(3, 8)
-    notch = rng.uniform(0.4, 0.8) * np.array([np.cos(half), np.sin(half)])
-    angle = np.abs((np.arctan2(v, u) + half) % (2 * half) - half)
-    along, across = np.hypot(u, v) * np.cos(angle), np.hypot(u, v) * np.sin(angle)
-    edge = notch - [1, 0]
-    return (across * -edge[0] + (along - 1) * edge[1]) / np.hypot(*edge)
+    half, depth = math.pi / int(rng.integers(3, 8)), rng.uniform(0.4, 0.8)
+    angle, radius = np.abs((np.arctan2(v, u) + half) % (2 * half) - half), np.hypot(u, v)
+    back, rise = 1 - depth * math.cos(half), depth * math.sin(half)  # from the tip at (1, 0) to the notch
+    return (radius * (back * np.sin(angle) + rise * np.cos(angle)) - rise) / math.hypot(back, rise)
 
 
 SHAPES = (ellipse, rectangle, bar, ring, blob, star)
@@ -108,7 +109,7 @@ def paint(rng, u, v, palette):
     """A texture [S, S, 3]: two colours of the palette mixed by a pattern that turns with the object, and grain."""
     colours = palette[rng.choice(len(palette), 2, replace=False)] + rng.normal(0, 0.08, (2, 3))
     grain = noise(rng, len(u))
-    wave = np.pi * rng.uniform(2, 6)
+    wave = math.pi * rng.uniform(2, 6)
     match rng.integers(4):
         case 0:
             mix = 0.5 + 0.5 * grain
@@ -119,20 +120,20 @@ def paint(rng, u, v, palette):
         case _:
             mix = 0.3 * (1 + u)
     base, other = colours.astype(np.float32)
-    return (base + mix[..., None] * (other - base) + 0.06 * grain[..., None]) * light(rng, u, v, 0.15)
+    shade = light(rng, u, v, 0.15)
+    return shade * (base + 0.06 * grain[..., None]) + (shade * mix[..., None]) * (other - base)
 
 
 def light(rng, u, v, strength: float):
     """Brightness [S, S, 1] that grows by `strength` per unit in a direction of its own."""
-    angle = rng.uniform(0, 2 * np.pi)
-    return (1 + strength * turn(u, v, angle)[0])[..., None]
+    return (1 + strength * turn(u, v, rng.uniform(0, 2 * math.pi))[0])[..., None]
 
 
 def cover(canvas, paint, inside, radius: float):
     """The canvas with `paint` where `inside` < 0: edges soft over about a pixel, a faint shadow round it."""
     shadow = 1 - 0.35 * np.exp(-8 * np.maximum(inside, 0))
-    alpha = np.clip(0.5 - radius * inside, 0, 1)[..., None]
-    return canvas * shadow[..., None] * (1 - alpha) + paint * alpha
+    alpha = np.clip(0.5 - radius * inside, 0, 1)
+    return canvas * (shadow * (1 - alpha))[..., None] + paint * alpha[..., None]
 
 
 def noise(rng, size: int, octaves: int = 4):

@@ -113,7 +113,7 @@ class Hiera(nn.Module):
         return [outputs[end] for end in ends]
 
     def position(self, height: int, width: int) -> Array:
-        """[1, height, width, C]: a bicubic background plus a tiled window (arXiv 2311.05613), kept in torch's layout."""
+        """[1, height, width, C]: a bicubic background plus a tiled window (arXiv 2311.05613), in torch's layout."""
         size, window = self.position_size, self.windows[0]
         background = declare(self, "pos_embed", 1, self.embed_dim, size, size)
         tile = declare(self, "pos_embed_window", 1, self.embed_dim, window, window)

@@ -1,6 +1,6 @@
 """The layers every part of SAM 2 is made of: the only file that calls quant.ops.
 
-Names match torch's, so that a flax path is a torch key. Shapes, channels last: B batch, H W space, N tokens, C channels.
+Names match torch's: a flax path is a torch key. Shapes, channels last: B batch, H W space, N tokens, C channels.
 """
 
 from collections.abc import Callable

@@ -1,0 +1,179 @@
+"""The command line from end to end, on the demo model."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from converters.checkpoint import save_checkpoint
+from converters.package import load_package
+from converters.vanilla import build_original
+from sam2jq import build, config, init_params
+from sam2jq.cli import main
+from sam2jq.data import draw_scene
+
+FILES = {"config.yaml", "masks.png", "metrics.json", "package.pt", "run.log", "vanilla.pt"}
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory) -> list[str]:
+    """A checkpoint, a folder of images, and where the output goes."""
+    folder = tmp_path_factory.mktemp("run")
+    save_checkpoint(folder / "nano.pt", init_params(build("nano"), 0))
+    (folder / "images").mkdir()
+    for i in range(2):
+        Image.fromarray(draw_scene(i, 200).image[: 150 + 50 * i]).save(folder / "images" / f"{i}.png")
+    return [
+        *("--model.name", "nano", "--model.checkpoint", str(folder / "nano.pt")),
+        *("--quant.calib.path", str(folder / "images"), "--quant.wgts.dtype", "sint4"),
+        *("--output.root", str(folder / "out"), "--cache.root", str(folder / "cache")),
+    ]
+
+
+@pytest.fixture(scope="module")
+def job(flags):
+    """The folder of one finished run."""
+    assert main(["quantize", *flags, "--output.job", "w4"]) == 0
+    return Path(flags[flags.index("--output.root") + 1]) / "w4"
+
+
+def failure(capsys, *arguments: str) -> str:
+    """The one line that a failing command prints."""
+    capsys.readouterr()
+    assert main(list(arguments)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("sam2jq: error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+def test_a_run_leaves_a_complete_folder(job):
+    assert {path.name for path in job.iterdir()} == FILES
+    assert [path.name for path in job.parent.iterdir()] == ["w4"]
+    metrics = json.loads((job / "metrics.json").read_text())
+    assert metrics == json.loads(json.dumps(load_package(job / "package.pt").summary()))
+    assert len(metrics["layers"]) == 131
+    assert all(0 < row["relative_error"] < 0.5 for row in metrics["layers"])
+    assert (metrics["results"]["images"], metrics["results"]["prompts_per_image"]) == (2, 16)
+    assert 0 < metrics["results"]["mask_iou"] < 1
+    assert not metrics["random_weights"]
+    assert config.load(str(job / "config.yaml"), []).quant.wgts.dtype == "sint4"
+    assert "mask IoU" in (job / "run.log").read_text()
+
+
+def test_the_vanilla_file_and_the_package_load_in_the_original_code(job, tmp_path):
+    torch.save({"model": load_package(job / "package.pt").state_dict()}, tmp_path / "p.pt")
+    one, other = (
+        build_original("nano", checkpoint=path).state_dict() for path in (job / "vanilla.pt", tmp_path / "p.pt")
+    )
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_inspect_prints_every_layer_and_the_totals(job, capsys):
+    assert main(["inspect", str(job)]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("sam_mask_decoder.output_upscaling.3", "obj_ptr_proj.layers.2"))
+    assert "mask IoU" in printed
+    assert main(["inspect", str(job / "package.pt")]) == 0
+
+
+def test_a_finished_job_is_never_overwritten(job, flags, capsys):
+    before = {path: path.stat().st_mtime_ns for path in job.iterdir()}
+    message = failure(capsys, "quantize", *flags, "--output.job", "w4")
+    assert "already holds a finished job: remove it, or give --output.job another name" in message
+    assert {path: path.stat().st_mtime_ns for path in job.iterdir()} == before
+
+
+def test_a_run_repeats_to_the_bit(job, flags):
+    leftover = job.with_name(".again.partial")
+    leftover.mkdir()
+    (leftover / "junk").touch()  # as a killed run leaves it
+    assert main(["quantize", *flags, "--output.job", "again"]) == 0
+    again = job.with_name("again")
+    assert {path.name for path in again.iterdir()} == FILES
+    assert not leftover.exists()
+    one, other = (json.loads((folder / "metrics.json").read_text()) for folder in (job, again))
+    assert (one["results"], one["layers"]) == (other["results"], other["layers"])
+    for path in again.iterdir():
+        path.unlink()
+    again.rmdir()
+
+
+def test_eight_bits_cost_less_than_four(job, flags):
+    wide = ["--quant.wgts.dtype", "sint8", "--output.job", "w8", "--save_model", "false"]
+    assert main(["quantize", *flags, *wide]) == 0
+    folder = job.with_name("w8")
+    assert not (folder / "vanilla.pt").exists()
+    four, eight = (json.loads((f / "metrics.json").read_text())["results"] for f in (job, folder))
+    assert eight["mask_iou"] > four["mask_iou"]
+    assert all(eight["feature_error"][level] < four["feature_error"][level] / 4 for level in four["feature_error"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--model.checkpoint", "nothing.pt"], "no checkpoint at nothing.pt"),
+        (["--model.name", "tinny"], "unknown model 'tinny'.*did you mean 'tiny'"),
+        (["--model.name", "tiny"], r"does not fit the model; it is nano 2\.1: give --model.name nano"),
+        (["--model.version", "2.0"], r"it is nano 2\.1: give --model.name nano --model.version 2\.1"),
+        (["--quant.calib.path", "nowhere"], "nowhere: no such file or folder"),
+        (["--quant.wgts.dtype", "sint1"], "sint1.*2..8"),
+        (["--quant.wgts.skips", "[image_encoder.trunk.blok]"], "no layer under image_encoder.trunk.blok; did you mean"),
+        (["--quant.wgts.bts", "{}"], "unknown key quant.wgts.bts; did you mean 'bits'"),
+        (["--quant.calib.image_size", "100"], "multiple of 32 pixels, got 100"),
+        (["--model.device", "tpu"], "model.device tpu: no such device here"),
+        (["--config", "nothing.yaml"], "no config at nothing.yaml"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(flags, capsys, wrong, message):
+    error = failure(capsys, "quantize", *flags, *wrong, "--output.job", "bad")
+    assert re.search(message, error)
+    root = Path(flags[flags.index("--output.root") + 1])
+    assert not [path for path in root.glob("*bad*")]
+
+
+def test_images_that_cannot_be_used_are_named(flags, capsys, tmp_path):
+    replace = lambda path: [*flags, "--quant.calib.path", str(path), "--output.job", "bad"]
+    assert "holds no image" in failure(capsys, "quantize", *replace(tmp_path))
+    (tmp_path / "broken.jpg").write_bytes(b"not a picture")
+    assert "broken.jpg: not a readable image" in failure(capsys, "quantize", *replace(tmp_path))
+
+
+def test_segment_writes_an_overlay(flags, tmp_path, capsys):
+    model, out = flags[:4], tmp_path / "mask.png"
+    prompt = ["--points", "100,100", "20,30", "--labels", "1", "0", "--box", "10,10,150,150", "--multimask"]
+    assert main(["segment", "scenes:0/0000", *model, *prompt, "--out", str(out)]) == 0
+    assert np.asarray(Image.open(out)).shape == (256, 256, 3)
+    assert capsys.readouterr().out.count("estimated IoU") == 3
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_segment_takes_a_package_and_says_what_it_lacks(job, tmp_path, capsys):
+    model = ["--model.name", "nano", "--model.checkpoint", str(job / "package.pt"), "--out", str(tmp_path / "m.png")]
+    assert main(["segment", "scenes:0/0000", *model, "--box", "10,10,150,150"]) == 0
+    assert "no prompt" in failure(capsys, "segment", "scenes:0/0000", *model)
+    assert "1 points but 2 labels" in failure(
+        capsys, "segment", "scenes:0/0000", *model, "--points", "1,2", "--labels", "1", "0"
+    )
+    assert "nothing.jpg" in failure(capsys, "segment", "nothing.jpg", *model, "--points", "1,2")
+
+
+def test_a_file_that_is_no_package_is_named(tmp_path, capsys):
+    assert "no package at" in failure(capsys, "inspect", str(tmp_path))
+
+
+def test_random_weights_are_named_in_every_output(tmp_path, capsys):
+    flags = ["--model.name", "nano", "--model.checkpoint", "random:0", "--quant.calib.path", "scenes:0"]
+    places = ["--output.root", str(tmp_path), "--output.job", "r", "--cache.root", str(tmp_path / "cache")]
+    assert main(["quantize", *flags, *places, "--quant.calib.num_samples", "1"]) == 0
+    assert "RANDOM" in capsys.readouterr().out
+    assert "RANDOM" in (tmp_path / "r" / "run.log").read_text()
+    assert json.loads((tmp_path / "r" / "metrics.json").read_text())["random_weights"]
+    assert main(["inspect", str(tmp_path / "r")]) == 0
+    assert "RANDOM" in capsys.readouterr().out
+    assert main(["segment", "scenes:0/0000", *flags[:4], "--points", "1,2", "--out", str(tmp_path / "m.png")]) == 0
+    assert "RANDOM" in capsys.readouterr().out
