@@ -105,11 +105,12 @@ def read_state_dict(path: Path) -> tuple[dict[str, torch.Tensor], bool]:
     if is_package(content):
         package = open_package(content, path)
         return package.state_dict(), package.metadata["random_weights"]
+    random = isinstance(content, dict) and content.get("random_weights") is True
     content = content.get("model", content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not content or not all(map(torch.is_tensor, content.values())):
         raise ValueError(f"{path} holds no state dict: a SAM 2 checkpoint is {{'model': {{name: tensor}}}}")
     try:
-        return (hf.from_hf(content) if hf.is_hf(content) else content), False
+        return (hf.from_hf(content) if hf.is_hf(content) else content), random
     except ValueError as error:
         raise ValueError(f"checkpoint {path}: {error}") from error
 

@@ -34,9 +34,13 @@ NANO = (
 )
 
 
-def save_vanilla(path: str | Path, params: dict) -> None:
-    """Writes {"model": state_dict} of what `params` stand for: loads strictly in build_sam2, needs nothing of ours."""
-    save_torch(path, {"model": to_torch(effective_params(params))})
+def save_vanilla(path: str | Path, params: dict, random: bool = False) -> None:
+    """Writes {"model": state_dict} of what `params` stand for: loads strictly in build_sam2, needs nothing of ours.
+
+    A note beside the weights, which build_sam2 does not read, says where they are random.
+    """
+    note = {"random_weights": True} if random else {}
+    save_torch(path, {"model": to_torch(effective_params(params))} | note)
 
 
 def hydra_config(name: str, version: str = "2.1", image_size: int | None = None) -> tuple[str, list[str]]:

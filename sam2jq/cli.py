@@ -13,7 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import jax
-import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
@@ -21,7 +20,7 @@ from sam2jq import __version__
 from sam2jq import config as settings
 from sam2jq.config import Config, ModelConfig
 from sam2jq.data import find_images, read_image
-from sam2jq.eval.compare import compare, summarize
+from sam2jq.eval.compare import compare, prompt_grid, summarize
 from sam2jq.eval.metrics import relative_error
 from sam2jq.models.sam2 import SAM2, build
 from sam2jq.predict import ImagePredictor
@@ -31,6 +30,7 @@ from sam2jq.report import figures, text
 from sam2jq.tree import flatten, kernels, layer_name
 
 GRID = 4  # clicks per side of an image, for the mask IoU
+CLICK = GRID * GRID // 2 + GRID // 2  # the one that masks.png shows, just off the image's centre
 SHOWN = 4  # images in masks.png
 log = logging.getLogger("sam2jq")
 
@@ -92,7 +92,7 @@ def quantize(args: argparse.Namespace, flags: list[str]) -> None:
             quantized = round_weights(checkpoint.params, specs)
             errors = weight_errors(checkpoint.params, quantized)
         with stage("compare", f"{len(names)} images x {GRID * GRID} clicks"):
-            results = measure(config, model, checkpoint.params, quantized, names, folder / "masks.png")
+            results = measure(config, model, checkpoint, quantized, names, folder / "masks.png")
 
         with stage("write", "package.pt" + ", vanilla.pt" * config.save_model):
             metadata = {
@@ -104,7 +104,7 @@ def quantize(args: argparse.Namespace, flags: list[str]) -> None:
             }
             save_package(folder / "package.pt", quantized, errors, metadata)
             if config.save_model:
-                save_vanilla(folder / "vanilla.pt", quantized)
+                save_vanilla(folder / "vanilla.pt", quantized, checkpoint.random)
             summary = load_package(folder / "package.pt").summary()
             (folder / "metrics.json").write_text(json.dumps(summary, indent=1))
         rows = sorted(summary["layers"], key=lambda row: -row["relative_error"])
@@ -133,6 +133,8 @@ def segment(args: argparse.Namespace, flags: list[str]) -> None:
     masks, scores, _ = predictor.predict(**points, box=args.box, multimask_output=args.multimask)
     picture = figures.overlay(image, masks > 0)
     figures.draw_prompts(picture, args.points, labels, args.box)
+    if checkpoint.random:
+        figures.write(picture, "random weights")
     with whole(args.out) as temporary:
         picture.save(temporary, format=Image.registered_extensions().get(Path(args.out).suffix.lower(), "PNG"))
     if checkpoint.random:
@@ -175,19 +177,20 @@ def weight_errors(params: dict, quantized: dict) -> dict[str, float]:
     }
 
 
-def measure(config: Config, model: SAM2, params: dict, quantized: dict, names: list[str], picture: Path) -> dict:
+def measure(config: Config, model: SAM2, checkpoint, quantized: dict, names: list[str], picture: Path) -> dict:
     """The summary of `compare` over the images; masks before and after of the first few go into `picture`."""
     size = config.quant.calib.batch_size
+    note = ", random weights" if checkpoint.random else ""
+    click = prompt_grid(GRID, 1)[0][CLICK, 0]
     batches = ([read_image(name) for name in names[i : i + size]] for i in range(0, len(names), size))
     results, rows, titles = [], [], []
-    compared = compare(model, params, effective_params(quantized), batches, GRID, config.model.dtype)
+    compared = compare(model, checkpoint.params, effective_params(quantized), batches, GRID, config.model.dtype)
     for name, result in zip(names, tqdm(compared, total=len(names), unit="image", leave=False, disable=None)):
         if len(rows) < SHOWN:
-            click = GRID * GRID // 2 + GRID // 2
-            side = result.masks[0].shape[-1]
-            small = np.asarray(Image.fromarray(read_image(name)).resize((side, side)))
-            rows.append([Image.fromarray(small), *(figures.overlay(small, m[click, :1]) for m in result.masks)])
-            titles.append([Path(name).name, "full precision", f"quantized, IoU {result.ious[click, 0]:.3f}"])
+            rows.append(figures.before_and_after(read_image(name), click, [masks[CLICK, 0] for masks in result.masks]))
+            titles.append(
+                [Path(name).name, "full precision" + note, f"quantized, IoU {result.ious[CLICK, 0]:.3f}{note}"]
+            )
         results.append(result._replace(masks=None))
     figures.side_by_side(rows, titles).save(picture)
     return summarize(results)

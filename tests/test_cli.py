@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from converters.checkpoint import save_checkpoint
+from converters.checkpoint import load_checkpoint, save_checkpoint
 from converters.package import load_package
 from converters.vanilla import build_original
 from sam2jq import build, config, init_params
@@ -173,6 +173,8 @@ def test_random_weights_are_named_in_every_output(tmp_path, capsys):
     assert "RANDOM" in capsys.readouterr().out
     assert "RANDOM" in (tmp_path / "r" / "run.log").read_text()
     assert json.loads((tmp_path / "r" / "metrics.json").read_text())["random_weights"]
+    vanilla = load_checkpoint(str(tmp_path / "r" / "vanilla.pt"), build("nano"))
+    assert vanilla.random
     assert main(["inspect", str(tmp_path / "r")]) == 0
     assert "RANDOM" in capsys.readouterr().out
     assert main(["segment", "scenes:0/0000", *flags[:4], "--points", "1,2", "--out", str(tmp_path / "m.png")]) == 0

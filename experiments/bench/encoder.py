@@ -2,7 +2,7 @@
 
 python experiments/bench/encoder.py [--models tiny base-plus] [--runs 10] [--out experiments/bench/encoder.md]
 
-1024 x 1024, batch 1, float32, the same random weights. Both frameworks live in one process and run A B A B, so that a
+1024 x 1024, batch 1, float32, random weights. Both frameworks live in one process and run A B A B, so that a
 machine that slows down slows both; peak memory is each one's own, measured in a process that runs only it.
 """
 
@@ -21,27 +21,26 @@ import jax
 import numpy as np
 import torch
 
-from converters.names import from_torch
 from converters.vanilla import build_original
-from sam2jq import VARIANTS, abstract_params, build
+from sam2jq import VARIANTS, build, init_params
 
 SIDE = 1024
 
 
 def encoders(name: str, wanted: tuple[str, ...] = ("jax", "torch")) -> tuple[dict, float]:
     """{"jax": f, "torch": f}, each running its encoder once to the end, and the seconds jax took to compile."""
-    torch.manual_seed(0)
-    original, model = build_original(name), build(name)
     image = np.random.default_rng(0).standard_normal((1, SIDE, SIDE, 3)).astype(np.float32)
     functions, compile_seconds = {}, 0.0
     if "jax" in wanted:
-        params, batch = from_torch(original.state_dict(), abstract_params(model)), jax.device_put(image)
+        model, batch = build(name), jax.device_put(image)
+        params = init_params(model, 0)
         encode = jax.jit(lambda params, x: model.apply({"params": params}, x, method="encode_image"))
         begin = time.perf_counter()
         compiled = encode.lower(params, batch).compile()
         compile_seconds = time.perf_counter() - begin
         functions["jax"] = lambda: jax.block_until_ready(compiled(params, batch))
     if "torch" in wanted:
+        original = build_original(name)
         tensor = torch.from_numpy(image).permute(0, 3, 1, 2)
         functions["torch"] = torch.no_grad()(lambda: original.forward_image(tensor))
     return functions, compile_seconds
@@ -91,8 +90,8 @@ def main() -> None:
         "# Image encoder: sam2jq against torch",
         "",
         f"`python experiments/bench/encoder.py --runs {args.runs}` on {os.cpu_count()} cores of {cpu()}, "
-        f"jax {version('jax')}, torch {version('torch')}; 1024 x 1024, batch 1, float32. Medians of {args.runs} runs in "
-        "turn; the ratio is the median of the pairs' ratios, its range in brackets.",
+        f"jax {version('jax')}, torch {version('torch')}; 1024 x 1024, batch 1, float32. "
+        f"Medians of {args.runs} runs in turn; the ratio is the median of the pairs' ratios, its range in brackets.",
         "",
         "| model | sam2jq s | torch s | ratio | compile s | peak GB sam2jq | peak GB torch |",
         "|---|---|---|---|---|---|---|",

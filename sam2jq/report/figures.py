@@ -4,6 +4,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 COLORS = np.array([[0, 114, 178], [230, 159, 0], [0, 158, 115], [204, 121, 167]], np.float32)  # told apart by everyone
+SIDE = 320  # pixels, of the pictures on a sheet
 MARK = {1: (60, 220, 60), 0: (235, 50, 50)}  # a click: foreground green, background red
 
 
@@ -29,7 +30,22 @@ def draw_prompts(picture: Image.Image, points: np.ndarray, labels: np.ndarray, b
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=MARK[int(label)], outline="white")
 
 
-def side_by_side(rows: list[list[Image.Image]], titles: list[list[str]], height: int = 256) -> Image.Image:
+def write(picture: Image.Image, words: str) -> None:
+    """Writes `words` into the upper left corner."""
+    ImageDraw.Draw(picture).text((4, 4), words, fill="white", stroke_width=1, stroke_fill="black")
+
+
+def before_and_after(image: np.ndarray, click: np.ndarray, masks: list[np.ndarray]) -> list[Image.Image]:
+    """The image with a click [2], as parts of its width and height, and then with each of masks bool [h, w] on it."""
+    picture = Image.fromarray(image)
+    picture.thumbnail((SIDE, SIDE))
+    small = np.asarray(picture)
+    scaled = [np.asarray(Image.fromarray(mask).resize(picture.size, Image.Resampling.NEAREST)) for mask in masks]
+    draw_prompts(picture, [click * picture.size], [1])
+    return [picture, *(overlay(small, mask[None]) for mask in scaled)]
+
+
+def side_by_side(rows: list[list[Image.Image]], titles: list[list[str]], height: int = SIDE) -> Image.Image:
     """Rows of pictures on one sheet, each scaled to `height` pixels, with its title above it."""
     band = 16
     scaled = [[p.resize((round(p.width * height / p.height), height)) for p in row] for row in rows]

