@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from sam2jq.data import draw_scene
+from sam2jq.data import draw_scene, scenes
 from sam2jq.data.scenes import MAX_OBJECTS, MIN_VISIBLE
 
 SEEDS = range(60)
@@ -27,8 +27,26 @@ def test_masks_are_disjoint_and_never_empty(size):
         assert len(masks) == 1 or masks.mean(axis=(1, 2)).min() >= MIN_VISIBLE
 
 
-def test_some_objects_have_holes():
-    assert any(has_hole(mask) for seed in SEEDS for mask in draw_scene(seed, 64).masks)
+def test_a_mask_is_where_its_own_object_is_seen(monkeypatch):
+    """Object k is painted in a hue of its own; light and shadow change its brightness only, noise a little more."""
+
+    def paint_hues(hues):
+        return lambda rng, u, v, palette: np.broadcast_to(np.float32([hue := next(hues), 1 - hue, 0]), (*u.shape, 3))
+
+    for seed in SEEDS:
+        monkeypatch.setattr(scenes, "paint", paint_hues(iter(np.linspace(0, 1, MAX_OBJECTS + 1))))
+        image, masks = draw_scene(seed, 128)
+        hue = image[..., 0] / image[..., :2].sum(axis=-1, dtype=float)
+        seen = [round(MAX_OBJECTS * np.median(hue[mask])) for mask in masks]
+        assert seen == sorted(set(seen) - {0})  # from back to front, none of them background
+        for k, mask in zip(seen, masks):
+            assert (np.abs(hue[mask] - k / MAX_OBJECTS) < 0.5 / MAX_OBJECTS).mean() > 0.8  # edges are mixed
+
+
+def test_some_objects_have_holes(monkeypatch):
+    """Rings alone, and only the front one, whose holes are not cut by others."""
+    monkeypatch.setattr(scenes, "SHAPES", (scenes.ring,))
+    assert np.mean([has_hole(draw_scene(seed, 64).masks[-1]) for seed in SEEDS]) > 0.5
 
 
 def has_hole(mask: np.ndarray) -> bool:
