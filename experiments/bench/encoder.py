@@ -8,8 +8,6 @@ machine that slows down slows both; peak memory is each one's own, measured in a
 
 import argparse
 import os
-import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -55,7 +53,7 @@ def seconds(run) -> float:
 def peak_gigabytes(name: str, framework: str) -> float:
     """Of a fresh process that loads the weights and runs one framework's encoder twice."""
     command = [sys.executable, __file__, "--alone", framework, "--models", name]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]) / 1e6
 
 
 def row(name: str, runs: int) -> str:
@@ -84,13 +82,13 @@ def main() -> None:
         functions, _ = encoders(args.models[0], (args.alone,))
         for _ in range(2):
             functions[args.alone]()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+        print(proc("self/status", "VmHWM").split()[0])  # ru_maxrss would count the parent's
         return
     lines = [
         "# Image encoder: sam2jq against torch",
         "",
-        f"`python experiments/bench/encoder.py --runs {args.runs}` on {os.cpu_count()} cores of {cpu()}, "
-        f"jax {version('jax')}, torch {version('torch')}; 1024 x 1024, batch 1, float32. "
+        f"`python experiments/bench/encoder.py --runs {args.runs}` on {os.cpu_count()} cores of "
+        f"{proc('cpuinfo', 'model name')}, jax {version('jax')}, torch {version('torch')}; 1024 x 1024, batch 1, float32. "
         f"Medians of {args.runs} runs in turn; the ratio is the median of the pairs' ratios, its range in brackets.",
         "",
         "| model | sam2jq s | torch s | ratio | compile s | peak GB sam2jq | peak GB torch |",
@@ -102,11 +100,10 @@ def main() -> None:
         args.out.write_text("\n".join(lines) + "\n")
 
 
-def cpu() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-    return names[0] if names else platform.processor() or platform.machine()
+def proc(file: str, key: str) -> str:
+    """The value of the first line of a file under /proc that starts with `key`."""
+    lines = Path("/proc", file).read_text().splitlines()
+    return next(line.partition(":")[2].strip() for line in lines if line.startswith(key))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sam2jq.models.layers import MLP, Conv, Dense, LayerNorm, attend, declare, gelu, resize
+from sam2jq.models.layers import MLP, Conv, Dense, LayerNorm, attend, cached_rows, declare, gelu, in_chunks, resize
 
 Array = jax.Array
 EPS = 1e-6
@@ -14,7 +14,8 @@ EPS = 1e-6
 
 def max_pool(x: Array) -> Array:
     """[B, H, W, C] -> [B, H / 2, W / 2, C]."""
-    return nn.max_pool(x, (2, 2), strides=(2, 2))
+    x = jnp.maximum(x[:, ::2], x[:, 1::2])
+    return jnp.maximum(x[:, :, ::2], x[:, :, 1::2])
 
 
 def to_windows(x: Array, size: int) -> Array:
@@ -42,11 +43,15 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        q, k, v = jnp.split(Dense(3 * self.features, name="qkv")(x), 3, axis=-1)
-        if self.pool:
-            q = max_pool(q)
-        out = attend(*(t.reshape(len(x), -1, self.heads, self.features // self.heads) for t in (q, k, v)))
-        return Dense(self.features, name="proj")(out.reshape(q.shape))
+        qkv, proj = Dense(3 * self.features, name="qkv"), Dense(self.features, name="proj")
+
+        def run(x: Array) -> Array:
+            q, k, v = jnp.split(qkv(x), 3, axis=-1)
+            q = max_pool(q) if self.pool else q
+            heads = (t.reshape(len(x), -1, self.heads, self.features // self.heads) for t in (q, k, v))
+            return proj(attend(*heads).reshape(q.shape))
+
+        return in_chunks(run, x, cached_rows(3 * self.features * x.shape[1] * x.shape[2]))
 
 
 class Block(nn.Module):

@@ -17,7 +17,7 @@ def test_attention_in_chunks_equals_torchs(queries):
     q, k, v = normal(2, queries, 3, 8), normal(2, 50, 3, 8), normal(2, 50, 3, 8)
     heads_first = [torch.from_numpy(x).transpose(1, 2) for x in (q, k, v)]
     expected = torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2)
-    np.testing.assert_allclose(attend(q, k, v), expected.numpy(), atol=1e-6)
+    np.testing.assert_allclose(attend(q, k, v), expected.numpy(), atol=3e-6)  # some roundings of values up to 3
 
 
 @pytest.mark.parametrize(("height", "width", "size"), [(8, 8, 4), (10, 13, 4), (3, 5, 7)])
