@@ -39,9 +39,23 @@ def main(argv: list[str] | None = None) -> int:
     """The exit code of one command; an error of the user's is one line, and the code is 2."""
     parser = argparse.ArgumentParser(prog="sam2jq", description="Quantize SAM 2 checkpoints, in JAX.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    command = commands.add_parser("quantize", allow_abbrev=False, help="quantize a checkpoint and measure what it cost")
+    raw = argparse.RawDescriptionHelpFormatter
+    flags_of = lambda schema: "settings and their defaults:\n  " + "\n  ".join(settings.keys(schema))
+    command = commands.add_parser(
+        "quantize",
+        help="quantize a checkpoint and measure what it cost",
+        allow_abbrev=False,
+        formatter_class=raw,
+        epilog=flags_of(Config),
+    )
     command.add_argument("--config", help="YAML file; every key of it is also a flag, --quant.calib.path DIR")
-    command = commands.add_parser("segment", allow_abbrev=False, help="segment an image from clicks or a box")
+    command = commands.add_parser(
+        "segment",
+        help="segment an image from clicks or a box",
+        allow_abbrev=False,
+        formatter_class=raw,
+        epilog=flags_of(settings.SegmentConfig),
+    )
     command.add_argument("image", help="an image file, or scenes:<seed>/0000 for a drawn one")
     command.add_argument("--points", nargs="+", type=_numbers(2), default=[], metavar="X,Y", help="clicks, in pixels")
     command.add_argument("--labels", nargs="+", type=int, metavar="L", help="1 foreground (default), 0 background")

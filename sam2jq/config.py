@@ -121,6 +121,19 @@ class SegmentConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
 
 
+def keys(schema: type, prefix: str = "") -> list[str]:
+    """Every dotted key of a schema with its default: what can follow `--`."""
+    found = []
+    for entry in dataclasses.fields(schema):
+        kind = get_type_hints(schema)[entry.name]
+        if dataclasses.is_dataclass(kind):
+            found += keys(kind, f"{prefix}{entry.name}.")
+        else:
+            made = entry.default_factory is not dataclasses.MISSING
+            found.append(f"--{prefix}{entry.name} {entry.default_factory() if made else entry.default!r}")
+    return found
+
+
 def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
     """ValueError unless `value` is one of `allowed`."""
     if value not in allowed:

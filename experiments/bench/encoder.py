@@ -88,8 +88,8 @@ def main() -> None:
         "# Image encoder: sam2jq against torch",
         "",
         f"`python experiments/bench/encoder.py --runs {args.runs}` on {os.cpu_count()} cores of "
-        f"{proc('cpuinfo', 'model name')}, jax {version('jax')}, torch {version('torch')}; 1024 x 1024, batch 1, float32. "
-        f"Medians of {args.runs} runs in turn; the ratio is the median of the pairs' ratios, its range in brackets.",
+        f"{proc('cpuinfo', 'model name')}, jax {version('jax')}, torch {version('torch')}; 1024 x 1024, batch 1, "
+        f"float32. Medians of {args.runs} runs in turn; ratio: median (range) of the pairs' ratios.",
         "",
         "| model | sam2jq s | torch s | ratio | compile s | peak GB sam2jq | peak GB torch |",
         "|---|---|---|---|---|---|---|",
