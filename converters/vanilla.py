@@ -1,13 +1,14 @@
 """Quantized params as an ordinary SAM 2: its state dict, and the original model it loads in."""
 
 import os
+from functools import cache
 from pathlib import Path
 
 import torch
 
 from converters.files import save_torch
 from converters.names import to_torch
-from sam2jq.models.sam2 import VARIANTS
+from sam2jq.models.sam2 import VARIANTS, variant_name
 from sam2jq.quant.ops import effective_params
 
 CONFIGS = {"tiny": "t", "small": "s", "base-plus": "b+", "large": "l", "nano": "t"}
@@ -45,15 +46,13 @@ def save_vanilla(path: str | Path, params: dict, random: bool = False) -> None:
 
 def hydra_config(name: str, version: str = "2.1", image_size: int | None = None) -> tuple[str, list[str]]:
     """The config file and the `hydra_overrides_extra` that make build_sam2 build a size of ours."""
+    name = variant_name(name)
     overrides = list(NANO) if name == "nano" else []
     size = image_size or VARIANTS[name].image_size
     if size != 1024:
         overrides.append(f"++model.image_size={size}")
-    return f"configs/sam{_dotted(version)}/sam{_dotted(version)}_hiera_{CONFIGS[name]}.yaml", overrides
-
-
-def _dotted(version: str) -> str:
-    return "2" if version == "2.0" else version
+    family = {"2.0": "sam2", "2.1": "sam2.1"}[version]
+    return f"configs/{family}/{family}_hiera_{CONFIGS[name]}.yaml", overrides
 
 
 def build_original(
@@ -68,8 +67,9 @@ def build_original(
     return build_sam2(config, checkpoint, device="cpu", hydra_overrides_extra=overrides)
 
 
-def define_torchvision_operators() -> None:
-    """Declares torchvision's nms and qnms where its binary cannot be loaded, as beside a CPU build of torch.
+@cache  # an operator lives as long as its library object
+def define_torchvision_operators() -> torch.library.Library | None:
+    """torchvision's nms and qnms declared where its binary cannot be loaded, as beside a CPU build of torch.
 
     Its Python side stops at import without them; SAM 2 itself calls neither.
     """
@@ -78,10 +78,8 @@ def define_torchvision_operators() -> None:
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise
-        signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-        _LIBRARY.extend(torch.library.Library("torchvision", "DEF") for _ in range(not _LIBRARY))
+        library = torch.library.Library("torchvision", "DEF")
         for operator in ("nms", "qnms"):
-            _LIBRARY[0].define(operator + signature)
-
-
-_LIBRARY: list[torch.library.Library] = []  # an operator lives as long as its library object
+            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        return library
+    return None

@@ -38,6 +38,7 @@ log = logging.getLogger("sam2jq")
 def main(argv: list[str] | None = None) -> int:
     """The exit code of one command; an error of the user's is one line, and the code is 2."""
     parser = argparse.ArgumentParser(prog="sam2jq", description="Quantize SAM 2 checkpoints, in JAX.")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     raw = argparse.RawDescriptionHelpFormatter
     flags_of = lambda schema: "settings and their defaults:\n  " + "\n  ".join(settings.keys(schema))
@@ -65,9 +66,8 @@ def main(argv: list[str] | None = None) -> int:
     command = commands.add_parser("inspect", allow_abbrev=False, help="print what is in a package")
     command.add_argument("package", help="package.pt of a run, or the run's folder")
     args, flags = parser.parse_known_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
-    for noisy in ("absl", "jax", "httpx"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
+    log.setLevel(logging.DEBUG if args.verbose else logging.INFO)
     try:
         {"quantize": quantize, "segment": segment, "inspect": inspect}[args.command](args, flags)
     except ModuleNotFoundError as error:
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         return _fail(f"this command needs {error.name}: pip install 'sam2jq[torch]'")
     except (ValueError, OSError) as error:
-        log.debug("", exc_info=True)
+        log.debug("", exc_info=True)  # --verbose shows where it came from
         return _fail(" ".join(str(error).split()))
     return 0
 
@@ -222,11 +222,13 @@ def stage(name: str, what: str) -> Iterator[None]:
 def job_folder(final: Path) -> Iterator[Path]:
     """A folder beside `final` that takes its place when the block ends well and is removed when it does not.
 
-    What a killed run left there is cleared away; a finished job is never touched.
+    What a killed run left there is cleared away, no stage of it being worth keeping; a finished job is never touched.
     """
     if final.exists():
         raise FileExistsError(f"{final} already holds a finished job: remove it, or give --output.job another name")
     partial = final.with_name(f".{final.name}.partial")
+    if partial.exists():
+        log.info("restart     %s was not finished and holds nothing to resume from: starting over", final)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     handler = logging.FileHandler(partial / "run.log")

@@ -88,11 +88,12 @@ def test_a_finished_job_is_never_overwritten(job, flags, capsys):
     assert {path: path.stat().st_mtime_ns for path in job.iterdir()} == before
 
 
-def test_a_run_repeats_to_the_bit(job, flags):
+def test_a_run_repeats_to_the_bit(job, flags, capsys):
     leftover = job.with_name(".again.partial")
     leftover.mkdir()
     (leftover / "junk").touch()  # as a killed run leaves it
     assert main(["quantize", *flags, "--output.job", "again"]) == 0
+    assert "holds nothing to resume from: starting over" in capsys.readouterr().out
     again = job.with_name("again")
     assert {path.name for path in again.iterdir()} == FILES
     assert not leftover.exists()
@@ -169,7 +170,7 @@ def test_a_file_that_is_no_package_is_named(tmp_path, capsys):
 def test_random_weights_are_named_in_every_output(tmp_path, capsys):
     flags = ["--model.name", "nano", "--model.checkpoint", "random:0", "--quant.calib.path", "scenes:0"]
     places = ["--output.root", str(tmp_path), "--output.job", "r", "--cache.root", str(tmp_path / "cache")]
-    assert main(["quantize", *flags, *places, "--quant.calib.num_samples", "1"]) == 0
+    assert main(["quantize", *flags, *places, "--quant.calib.num_samples", "1", "--model.dtype", "bfloat16"]) == 0
     assert "RANDOM" in capsys.readouterr().out
     assert "RANDOM" in (tmp_path / "r" / "run.log").read_text()
     assert json.loads((tmp_path / "r" / "metrics.json").read_text())["random_weights"]

@@ -44,19 +44,20 @@ def compare(
         inputs = jnp.asarray(np.stack([preprocess(image, model.variant.image_size) for image in batch]), dtype)
         full, small = encode(model, params, inputs), encode(model, quantized, inputs)
         for i in range(len(batch)):
-            one, other = ([np.asarray(level[i : i + 1], np.float32) for level in maps] for maps in (full, small))
-            masks = [
+            one, other = ([level[i : i + 1] for level in maps] for maps in (full, small))
+            before, after = (
                 np.asarray(decode(model, p, maps, points, multimask=True).masks) > 0
                 for p, maps in ((params, one), (quantized, other))
-            ]
-            yield Compared(
-                squares(b - a for a, b in zip(one, other)), squares(one), iou(masks[1], masks[0]), tuple(masks)
             )
+            difference = squares(b.astype(jnp.float32) - a.astype(jnp.float32) for a, b in zip(one, other))
+            yield Compared(difference, squares(one), iou(after, before), (before, after))
 
 
 def summarize(results: list[Compared]) -> dict:
     """{"feature_error": {"stride4": ...}, "mask_iou", "mask_iou_worst_image", "images", "prompts_per_image"}."""
     error = np.sqrt(sum(r.difference for r in results) / sum(r.reference for r in results))
+    if not np.isfinite(error).all():
+        raise ValueError("features are not finite: the model overflows in this dtype, give --model.dtype float32")
     per_image = [float(r.ious.mean()) for r in results]
     return {
         "feature_error": {f"stride{stride}": float(e) for stride, e in zip(STRIDES, error)},

@@ -194,15 +194,21 @@ class SAM2(nn.Module):
 
 def build(name: str, version: str = "2.1", image_size: int | None = None) -> SAM2:
     """The model of a size in VARIANTS; `image_size` in pixels, a multiple of 32, instead of the one it was made for."""
-    key = name.replace("_", "-")
-    if key not in VARIANTS:
-        raise ValueError(f"unknown model {name!r}; allowed: {', '.join(VARIANTS)}{suggest(key, VARIANTS)}")
+    size = VARIANTS[variant_name(name)]
     if version not in VERSIONS:
         raise ValueError(f"unknown version {version!r}; allowed: {', '.join(VERSIONS)}")
-    variant = VARIANTS[key] if image_size is None else replace(VARIANTS[key], image_size=image_size)
+    variant = size if image_size is None else replace(size, image_size=image_size)
     if variant.image_size < 32 or variant.image_size % 32:
         raise ValueError(f"image_size must be a multiple of 32 pixels, got {image_size}")
     return SAM2(variant, version)
+
+
+def variant_name(name: str) -> str:
+    """The key of VARIANTS that `name` means; base_plus is base-plus."""
+    key = name.replace("_", "-")
+    if key not in VARIANTS:
+        raise ValueError(f"unknown model {name!r}; allowed: {', '.join(VARIANTS)}{suggest(key, VARIANTS)}")
+    return key
 
 
 @cache

@@ -1,0 +1,41 @@
+"""Prints a table of package sizes: every model at 8 and 4 bits, one scale per output channel.
+
+python experiments/bench/sizes.py > experiments/bench/sizes.md
+
+Sizes do not depend on the weights' values, so random ones serve.
+"""
+
+import tempfile
+from pathlib import Path
+
+from converters.package import load_package, save_package
+from sam2jq import VARIANTS, QuantSpec, build, init_params, layers, round_weights
+
+MB = 1e6
+
+
+def row(name: str) -> str:
+    params = init_params(build(name), 0)
+    names = layers(params)
+    cells = []
+    for bits in (8, 4):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "package.pt"
+            save_package(
+                path, round_weights(params, dict.fromkeys(names, QuantSpec(bits))), dict.fromkeys(names, 0.0), {}
+            )
+            summary = load_package(path).summary()
+            cells.append(f"{path.stat().st_size / MB:.2f} | {summary['effective_bits']:.3f}")
+    return f"| {name} | {len(names)} | {summary['bytes_float32'] / MB:.2f} | {' | '.join(cells)} |"
+
+
+def main() -> None:
+    print("# Package files, every tensor included\n\n`python experiments/bench/sizes.py`; bits count scales.\n")
+    print("| model | quantized layers | float32 MB | W8 MB | bits/weight | W4 MB | bits/weight |")
+    print("|---|---|---|---|---|---|---|")
+    for name in VARIANTS:
+        print(row(name), flush=True)
+
+
+if __name__ == "__main__":
+    main()
