@@ -15,7 +15,7 @@ from sam2jq.quant import ops
 
 Array = jax.Array
 QUERY_CHUNK = 512  # query rows per score matrix
-CACHED = 2**21  # numbers
+CACHED = 2**21  # numbers in a chunk's widest array: the best of 2**19 to 2**22 on two cores
 
 
 def gelu(x: Array) -> Array:
@@ -135,7 +135,7 @@ def attend(q: Array, k: Array, v: Array) -> Array:
     if length <= QUERY_CHUNK:
         return weigh(q, k, v).swapaxes(1, 2)
     head = lambda qkv: in_chunks(lambda rows: weigh(rows, *qkv[1:]), qkv[0], QUERY_CHUNK)
-    at_once = 1 if jax.default_backend() == "cpu" else batch * heads  # one head's scores fit a CPU's caches
+    at_once = min(batch * heads, cached_rows(QUERY_CHUNK * k.shape[2]))  # heads whose scores stay in the caches
     flat = tuple(x.reshape(batch * heads, -1, channels) for x in (q, k, v))
     return jax.lax.map(head, flat, batch_size=at_once).reshape(batch, heads, length, channels).swapaxes(1, 2)
 

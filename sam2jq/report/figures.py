@@ -45,14 +45,14 @@ def before_and_after(image: np.ndarray, click: np.ndarray, masks: list[np.ndarra
     return [picture, *(overlay(small, mask[None]) for mask in scaled)]
 
 
-def side_by_side(rows: list[list[Image.Image]], titles: list[list[str]], height: int = SIDE) -> Image.Image:
-    """Rows of pictures on one sheet, each scaled to `height` pixels, with its title above it."""
+def side_by_side(rows: list[list[Image.Image]], titles: list[list[str]]) -> Image.Image:
+    """Rows of pictures on one sheet, each scaled to SIDE pixels in height, with its title above it."""
     band = 16
-    scaled = [[p.resize((round(p.width * height / p.height), height)) for p in row] for row in rows]
-    sheet = Image.new("RGB", (max(sum(p.width for p in row) for row in scaled), len(rows) * (height + band)), "white")
+    scaled = [[p.resize((round(p.width * SIDE / p.height), SIDE)) for p in row] for row in rows]
+    sheet = Image.new("RGB", (max(sum(p.width for p in row) for row in scaled), len(rows) * (SIDE + band)), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (row, names) in enumerate(zip(scaled, titles)):
-        x, y = 0, i * (height + band)
+        x, y = 0, i * (SIDE + band)
         for picture, name in zip(row, names):
             draw.text((x + 2, y + 2), name, fill="black")
             sheet.paste(picture, (x, y + band))
