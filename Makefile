@@ -4,10 +4,10 @@ VENV := .venv
 READY := $(VENV)/ready
 SAM2JQ := $(VENV)/bin/sam2jq
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
-CONFIG ?= experiments/demo.yaml
+CONFIG ?= experiments/demo_w8.yaml experiments/demo_w4.yaml
 ARGS ?=
 
-.PHONY: setup quantize segment inspect test lint bench
+.PHONY: setup quantize segment track evaluate inspect demo-model test lint bench
 setup: $(READY)
 
 # sam2 comes as source and is built against the torch that is there: in its own build environment it would fetch
@@ -16,21 +16,36 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0 torchvision==0.28.0 setuptools wheel
 	SAM2_BUILD_CUDA=0 $(PIP) --no-build-isolation sam2==1.1.0
-	$(PIP) --no-build-isolation --editable '.[torch,hub,dev]'
+	$(PIP) --no-build-isolation --editable '.[torch,hub,eval,dev]'
 	touch $@
 
 # make quantize CONFIG=experiments/hiera_tiny_w4.yaml ARGS="--model.checkpoint sam2.1_hiera_tiny.pt --quant.calib.path photos"
 quantize: setup
-	$(SAM2JQ) quantize --config $(CONFIG) $(ARGS)
+	$(foreach config,$(CONFIG),$(SAM2JQ) quantize --config $(config) $(ARGS) &&) true
 
 # make segment IMAGE=photo.jpg ARGS="--points 500,375 --model.name tiny --model.checkpoint sam2.1_hiera_tiny.pt"
 IMAGE ?= scenes:0/0000
-segment: ARGS := $(or $(ARGS),--points 128,128 --model.name nano --model.checkpoint random:0)
+segment: ARGS := $(or $(ARGS),--points 128,128 --model.name nano)
 segment: setup
 	$(SAM2JQ) segment $(IMAGE) $(ARGS)
 
+# make track CLIP=clip.mp4 ARGS="--box 100,80,300,400 --model.name tiny --model.checkpoint sam2.1_hiera_tiny.pt"
+CLIP ?= scenes:0/0000
+track: ARGS := $(or $(ARGS),--points 128,128 --model.name nano)
+track: setup
+	$(SAM2JQ) track $(CLIP) $(ARGS)
+
+# make evaluate CONFIG=experiments/sav_val.yaml ARGS="--data sa-v --model.name tiny --model.checkpoint ..."
+evaluate: CONFIG := $(if $(filter file,$(origin CONFIG)),experiments/demo_images.yaml experiments/demo_clips.yaml,$(CONFIG))
+evaluate: setup
+	$(foreach config,$(CONFIG),$(SAM2JQ) evaluate --config $(config) $(ARGS) &&) true
+
+# trains the demo model anew, over hours, and goes on where it was stopped
+demo-model: setup
+	$(VENV)/bin/python experiments/demo_model/train.py $(ARGS)
+
 # make inspect PACKAGE=outputs/sam2/hiera_tiny_w4/package.pt
-PACKAGE ?= outputs/demo/package.pt
+PACKAGE ?= outputs/demo_w4/package.pt
 inspect: setup
 	$(SAM2JQ) inspect $(PACKAGE)
 

@@ -9,6 +9,7 @@ import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 
+import sam2jq
 from converters import hf
 from converters.files import load_torch, save_torch, whole
 from converters.names import array, from_torch, mismatches, shapes, to_torch
@@ -18,6 +19,7 @@ from sam2jq.tree import suggest
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 FILES = (".pt", ".pth", ".safetensors")
+ASSETS = Path(sam2jq.__file__).parent / "assets"
 
 
 class Checkpoint(NamedTuple):
@@ -33,7 +35,7 @@ def load_checkpoint(source: str, model: SAM2) -> Checkpoint:
 
     source: an original `.pt` ({"model": state_dict}), Hugging Face safetensors (a file, or a folder with
       model.safetensors), a `package.pt` written here (its dequantized weights), a Hub id such as
-      facebook/sam2.1-hiera-tiny (extra `hub`), or random:<seed>.
+      facebook/sam2.1-hiera-tiny (extra `hub`), random:<seed>, or demo: nano as trained by experiments/demo_model.
     ValueError, FileNotFoundError: names the file or tensor and the way out; for another size or version, the one
       that fits.
     """
@@ -43,6 +45,8 @@ def load_checkpoint(source: str, model: SAM2) -> Checkpoint:
             raise ValueError(f"checkpoint {source!r}: the seed must be a whole number, as in random:0")
         return Checkpoint(init_params(model, int(seed)), source, random=True)
     state_dict, random = read_state_dict(find(source))
+    if source == "demo":  # in float16 on disk, only to be small
+        state_dict = {key: value.float() for key, value in state_dict.items()}
     broken = [key for key, value in state_dict.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
         raise ValueError(f"checkpoint {source} holds NaN or Inf in {', '.join(broken)}: use an intact one")
@@ -65,6 +69,8 @@ def save_checkpoint(path: str | Path, params: dict) -> None:
 
 def find(source: str) -> Path:
     """The local file that `source` names, from the Hub if it is an id there."""
+    if source == "demo":
+        return ASSETS / "nano.safetensors"
     path = Path(source).expanduser()
     if path.is_dir():
         path = path / "model.safetensors"

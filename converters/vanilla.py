@@ -56,15 +56,21 @@ def hydra_config(name: str, version: str = "2.1", image_size: int | None = None)
 
 
 def build_original(
-    name: str, version: str = "2.1", image_size: int | None = None, checkpoint: str | Path | None = None
+    name: str,
+    version: str = "2.1",
+    image_size: int | None = None,
+    checkpoint: str | Path | None = None,
+    *,
+    video: bool = False,
 ) -> torch.nn.Module:
-    """The unmodified SAM 2 of the `sam2` package, on the CPU, in eval mode."""
+    """The unmodified SAM 2 of the `sam2` package, on the CPU, in eval mode; with `video`, its SAM2VideoPredictor."""
     define_torchvision_operators()
-    from sam2.build_sam import build_sam2
+    from sam2.build_sam import build_sam2, build_sam2_video_predictor
 
     config, overrides = hydra_config(name, version, image_size)
     checkpoint = None if checkpoint is None else os.fspath(checkpoint)
-    return build_sam2(config, checkpoint, device="cpu", hydra_overrides_extra=overrides)
+    make = build_sam2_video_predictor if video else build_sam2
+    return make(config, checkpoint, device="cpu", hydra_overrides_extra=overrides)
 
 
 @cache  # an operator lives as long as its library object

@@ -5,6 +5,7 @@ from sam2jq.predict import ImagePredictor
 from sam2jq.quant.qtensor import QTensor, dequantize, quantize
 from sam2jq.quant.recipe import layers, round_weights, weight_specs
 from sam2jq.quant.spec import QuantSpec
+from sam2jq.video import VideoPredictor
 
 __version__ = "0.1.0"
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "ImagePredictor",
     "QTensor",
     "QuantSpec",
+    "VideoPredictor",
     "abstract_params",
     "build",
     "dequantize",

@@ -20,14 +20,19 @@ from sam2jq import __version__
 from sam2jq import config as settings
 from sam2jq.config import Config, ModelConfig
 from sam2jq.data import find_images, read_image
+from sam2jq.data.sav import write_mask
+from sam2jq.data.video import open_video
 from sam2jq.eval.compare import compare, prompt_grid, summarize
-from sam2jq.eval.metrics import relative_error
+from sam2jq.eval.evaluate import drawn_video, evaluate_clips, evaluate_images, find_clips, find_samples
+from sam2jq.eval.metrics import iou, relative_error
+from sam2jq.eval.segment import PROMPTS, segment_objects
 from sam2jq.models.sam2 import SAM2, build
 from sam2jq.predict import ImagePredictor
 from sam2jq.quant.ops import effective_params
 from sam2jq.quant.recipe import layers, round_weights, weight_specs
 from sam2jq.report import figures, text
 from sam2jq.tree import flatten, kernels, layer_name
+from sam2jq.video import VideoPredictor
 
 GRID = 4  # clicks per side of an image, for the mask IoU
 CLICK = GRID * GRID // 2 + GRID // 2  # the one that masks.png shows, just off the image's centre
@@ -58,18 +63,36 @@ def main(argv: list[str] | None = None) -> int:
         epilog=flags_of(settings.SegmentConfig),
     )
     command.add_argument("image", help="an image file, or scenes:<seed>/0000 for a drawn one")
-    command.add_argument("--points", nargs="+", type=_numbers(2), default=[], metavar="X,Y", help="clicks, in pixels")
-    command.add_argument("--labels", nargs="+", type=int, metavar="L", help="1 foreground (default), 0 background")
-    command.add_argument("--box", type=_numbers(4), metavar="X0,Y0,X1,Y1", help="a box, in pixels")
+    add_prompts(command)
     command.add_argument("--multimask", action="store_true", help="three masks for an ambiguous prompt")
     command.add_argument("--out", default="mask.png", help="the overlay to write (mask.png)")
+    command = commands.add_parser(
+        "track",
+        help="follow an object through a clip",
+        allow_abbrev=False,
+        formatter_class=raw,
+        epilog=flags_of(settings.SegmentConfig),
+    )
+    command.add_argument("clip", help="a video, a folder of frames, or scenes:<seed>/0000 for a drawn one")
+    add_prompts(command)
+    command.add_argument("--frame", type=int, default=0, help="the frame that is prompted (0)")
+    command.add_argument("--out", default="tracked.gif", help=".gif, or .png for a strip of frames (tracked.gif)")
+    command = commands.add_parser(
+        "evaluate",
+        help="measure how well a checkpoint segments images or follows objects",
+        allow_abbrev=False,
+        formatter_class=raw,
+        epilog=flags_of(settings.EvaluateConfig),
+    )
+    command.add_argument("--config", help="YAML file; every key of it is also a flag")
     command = commands.add_parser("inspect", allow_abbrev=False, help="print what is in a package")
     command.add_argument("package", help="package.pt of a run, or the run's folder")
     args, flags = parser.parse_known_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
     log.setLevel(logging.DEBUG if args.verbose else logging.INFO)
     try:
-        {"quantize": quantize, "segment": segment, "inspect": inspect}[args.command](args, flags)
+        run = {"quantize": quantize, "segment": segment, "track": track, "evaluate": evaluate, "inspect": inspect}
+        run[args.command](args, flags)
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "safetensors"):
             raise
@@ -107,6 +130,9 @@ def quantize(args: argparse.Namespace, flags: list[str]) -> None:
             errors = weight_errors(checkpoint.params, quantized)
         with stage("compare", f"{len(names)} images x {GRID * GRID} clicks"):
             results = measure(config, model, checkpoint, quantized, names, folder / "masks.png")
+        if calib.path.startswith("scenes:"):
+            with stage("segment", f"{len(names)} scenes, whose masks are known"):
+                results["miou"] = measure_truth(config, model, checkpoint, quantized, names, folder / "masks.png")
 
         with stage("write", "package.pt" + ", vanilla.pt" * config.save_model):
             metadata = {
@@ -132,11 +158,7 @@ def segment(args: argparse.Namespace, flags: list[str]) -> None:
     from converters.checkpoint import load_checkpoint
     from converters.files import whole
 
-    if not args.points and args.box is None:
-        raise ValueError("no prompt: give --points X,Y [X,Y ...] or --box X0,Y0,X1,Y1")
-    labels = args.labels or [1] * len(args.points)
-    if len(labels) != len(args.points):
-        raise ValueError(f"{len(args.points)} points but {len(labels)} labels: give one label each")
+    labels = prompt_labels(args)
     image = read_image(args.image)
     config = settings.load(None, flags, settings.SegmentConfig)
     model = start(config.model, None, config.cache.root)
@@ -156,6 +178,93 @@ def segment(args: argparse.Namespace, flags: list[str]) -> None:
     for mask, score in zip(masks, scores):
         log.info("mask        %.1f %% of the image, estimated IoU %.3f", 100 * mask.mean(), score)
     log.info("written     %s", args.out)
+
+
+def track(args: argparse.Namespace, flags: list[str]) -> None:
+    """A clip and a prompt on one of its frames -> the object in all frames after it, moving or on a strip."""
+    from converters.checkpoint import load_checkpoint
+    from converters.files import whole
+
+    labels, out = prompt_labels(args), Path(args.out)
+    if out.suffix.lower() not in (".gif", ".png"):
+        raise ValueError(f"--out {out}: give a name that ends in .gif or, for a strip of frames, in .png")
+    video = drawn_video(args.clip) if args.clip.startswith("scenes:") else open_video(args.clip)
+    config = settings.load(None, flags, settings.SegmentConfig)
+    model = start(config.model, None, config.cache.root)
+    checkpoint = load_checkpoint(config.model.checkpoint, model)
+    predictor = VideoPredictor(model, checkpoint.params, dtype=config.model.dtype)
+    state = predictor.init_state(video)
+    points = {"points": args.points, "labels": labels} if args.points else {}
+    predictor.add_new_points_or_box(state, args.frame, 1, **points, box=args.box)
+    pictures = []
+    with stage("track", f"{len(video)} frames of {args.clip}"):
+        for frame, _, logits in predictor.propagate_in_video(state):
+            pictures.append(figures.overlay(video[frame], logits[:, 0] > 0))
+            if frame == args.frame:
+                figures.draw_prompts(pictures[-1], args.points, labels, args.box)
+            if checkpoint.random:
+                figures.write(pictures[-1], "random weights")
+    with whole(args.out) as temporary:
+        if out.suffix.lower() == ".gif":
+            pictures[0].save(temporary, format="GIF", save_all=True, append_images=pictures[1:], duration=42, loop=0)
+        else:
+            figures.strip(pictures).save(temporary, format="PNG")
+    log.info("written     %s", args.out)
+
+
+def evaluate(args: argparse.Namespace, flags: list[str]) -> None:
+    """Checkpoint + annotated images or clips -> mIoU, or J and F with all masks, in <output.root>/<job>/."""
+    from converters.checkpoint import load_checkpoint
+
+    config = settings.load(args.config, flags, settings.EvaluateConfig)
+    job = config.output.job or (Path(args.config).stem if args.config else f"evaluate_{config.task}")
+    with job_folder(Path(config.output.root) / job) as folder:
+        (folder / "config.yaml").write_text(settings.dump(config))
+        with stage("data", config.data):
+            if config.task == "image":
+                samples = find_samples(config.data, config.num_samples)
+            else:
+                samples = find_clips(config.data, config.split, config.num_samples)
+        model = start(config.model, None, config.cache.root)
+        with stage("load", f"{config.model.name} {config.model.version} from {config.model.checkpoint}"):
+            checkpoint = load_checkpoint(config.model.checkpoint, model)
+        if checkpoint.random:
+            log.warning("warning     the weights are RANDOM: the figures below say nothing about a trained model")
+        params, progress = effective_params(checkpoint.params), tqdm(samples, leave=False, disable=None)
+        with stage("evaluate", f"{len(samples)} {'images' if config.task == 'image' else 'clips'}"):
+            if config.task == "image":
+                results = evaluate_images(model, params, progress, config.model.dtype)
+            else:
+                predictor = VideoPredictor(model, params, dtype=config.model.dtype)
+                results = evaluate_clips(predictor, progress, mask_writer(folder) if config.masks else None)
+        (folder / "metrics.json").write_text(json.dumps(results, indent=1))
+        log.info("\n%s", text.scores(results))
+    log.info("\nwritten     %s", Path(config.output.root) / job)
+
+
+def mask_writer(folder: Path):
+    """write(clip, object, frame name, mask): PNGs below `folder` as the SA-V evaluator reads them, one an object."""
+
+    def write(clip: str, name: str, frame: str, mask) -> None:
+        write_mask(folder / "masks" / clip.replace(":", "_") / name / f"{frame}.png", mask)
+
+    return write
+
+
+def add_prompts(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--points", nargs="+", type=_numbers(2), default=[], metavar="X,Y", help="clicks, in pixels")
+    command.add_argument("--labels", nargs="+", type=int, metavar="L", help="1 foreground (default), 0 background")
+    command.add_argument("--box", type=_numbers(4), metavar="X0,Y0,X1,Y1", help="a box, in pixels")
+
+
+def prompt_labels(args: argparse.Namespace) -> list[int]:
+    """One label for each of args.points."""
+    if not args.points and args.box is None:
+        raise ValueError("no prompt: give --points X,Y [X,Y ...] or --box X0,Y0,X1,Y1")
+    labels = args.labels or [1] * len(args.points)
+    if len(labels) != len(args.points):
+        raise ValueError(f"{len(args.points)} points but {len(labels)} labels: give one label each")
+    return labels
 
 
 def inspect(args: argparse.Namespace, flags: list[str]) -> None:
@@ -208,6 +317,26 @@ def measure(config: Config, model: SAM2, checkpoint, quantized: dict, names: lis
         results.append(result._replace(masks=None))
     figures.side_by_side(rows, titles).save(picture)
     return summarize(results)
+
+
+def measure_truth(config: Config, model: SAM2, checkpoint, quantized: dict, names: list[str], picture: Path) -> dict:
+    """{"full precision", "quantized": {prompt: mIoU}} over drawn scenes; the first few go into `picture`."""
+    note = ", random weights" if checkpoint.random else ""
+    kinds = {"full precision": checkpoint.params, "quantized": effective_params(quantized)}
+    scores = {kind: {name: [] for name in PROMPTS} for kind in kinds}
+    rows, titles = [], []
+    for sample in find_samples(config.quant.calib.path, len(names)):
+        image, masks = sample.read()
+        row, title = [figures.overlay(image, masks)], [sample.name]
+        for kind, params in kinds.items():
+            found = segment_objects(model, params, image, masks, config.model.dtype)
+            for name in PROMPTS:
+                scores[kind][name] += iou(found[name], masks).tolist()
+            row.append(figures.overlay(image, found["1 click"]))
+            title.append(f"{kind}, 1 click: mIoU {iou(found['1 click'], masks).mean():.3f}{note}")
+        rows, titles = [*rows, row], [*titles, title]
+    figures.side_by_side(rows[:SHOWN], titles[:SHOWN]).save(picture)
+    return {kind: {name: sum(each) / len(each) for name, each in of.items()} for kind, of in scores.items()}
 
 
 @contextmanager

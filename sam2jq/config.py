@@ -19,7 +19,8 @@ FLOATS = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """checkpoint: a file, a Hugging Face Hub id or random:<seed>; dtype: of the activations while measuring."""
+    """checkpoint: a file, a Hugging Face Hub id, random:<seed>, or demo, the trained nano that comes with the package
+    and is nano's default; dtype: of the activations while measuring."""
 
     name: str = "tiny"
     version: str = "2.1"
@@ -28,8 +29,10 @@ class ModelConfig:
     dtype: str = "float32"
 
     def __post_init__(self):
+        if not self.checkpoint and self.name == "nano":
+            object.__setattr__(self, "checkpoint", "demo")
         if not self.checkpoint:
-            raise ValueError("model.checkpoint is not set: give a file, a Hub id, or random:0")
+            raise ValueError("model.checkpoint is not set: give a file, a Hub id, or random:0; only nano has a default")
         one_of("model.device", self.device, DEVICES)
         one_of("model.dtype", self.dtype, FLOATS)
 
@@ -119,6 +122,33 @@ class SegmentConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
+
+
+TASKS = ("image", "vos")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """data: scenes:<seed> or, for the task image, a COCO folder; for vos, an SA-V folder, of which `split` is taken.
+
+    num_samples: images or clips, all when null; masks: also write every mask of vos, a PNG an object and frame.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    task: str = "image"
+    data: str = ""
+    split: str = "sav_val"
+    num_samples: int | None = None
+    masks: bool = True
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+    def __post_init__(self):
+        one_of("task", self.task, TASKS)
+        if not self.data:
+            raise ValueError("data is not set: give a COCO or SA-V folder, or scenes:0 for drawn ones")
+        if self.num_samples is not None and self.num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {self.num_samples}")
 
 
 def keys(schema: type, prefix: str = "") -> list[str]:

@@ -77,7 +77,10 @@ class ImagePredictor:
         multimask_output: M = 3 masks for an ambiguous prompt, else 1.
         """
         features = self._require_image()
-        points = self._points(point_coords, point_labels, box, normalize_coords)
+        size = self._orig_hw if normalize_coords else (1, 1)
+        points = None
+        if not (point_coords is None and point_labels is None and box is None):
+            points = point_prompts(point_coords, point_labels, box, size, self.model.variant.image_size)
         masks = None if mask_input is None else self._mask_prompt(mask_input)
         if points is not None and masks is not None and len(masks) not in (1, len(points[0])):
             raise ValueError(f"{len(points[0])} point or box prompts but {len(masks)} mask_input: give 1 or as many")
@@ -96,36 +99,36 @@ class ImagePredictor:
             raise RuntimeError("no image is set: call set_image before predict")
         return self._features
 
-    def _points(self, coords, labels, box, normalize: bool) -> tuple[np.ndarray, np.ndarray] | None:
-        """Points [P, N, 2] in pixels of the model's image and labels [P, N]; a box is two points before the others."""
-        if (coords is None) != (labels is None):
-            raise ValueError("point_coords and point_labels go together: give both or neither")
-        prompts = []
-        if box is not None:
-            corners = np.asarray(box, np.float32).reshape(-1, 2, 2)
-            prompts.append((corners, np.tile(np.array([[2, 3]], np.int32), (len(corners), 1))))
-        if coords is not None:
-            coords, labels = np.asarray(coords, np.float32), np.asarray(labels, np.int32)
-            if coords.shape[-1:] != (2,) or coords.shape[:-1] != labels.shape or labels.ndim not in (1, 2):
-                raise ValueError(
-                    f"point_coords {list(coords.shape)} and point_labels {list(labels.shape)} must be [N, 2] and [N], "
-                    "or [P, N, 2] and [P, N]"
-                )
-            if not np.isin(labels, (-1, 0, 1)).all():
-                raise ValueError("point_labels must be 1 (foreground), 0 (background) or -1 (padding)")
-            prompts.append((coords.reshape(-1, *coords.shape[-2:]), labels.reshape(-1, labels.shape[-1])))
-        if not prompts:
-            return None
-        if len({len(coords) for coords, _ in prompts}) > 1:
-            raise ValueError("box and point_coords must hold the same number of prompts")
-        coords, labels = (np.concatenate(part, axis=1) for part in zip(*prompts))
-        height, width = self._orig_hw
-        scale = np.array([width, height], np.float32) if normalize else np.float32(1)
-        return coords / scale * self.model.variant.image_size, labels
-
     def _mask_prompt(self, mask_input) -> np.ndarray:
         """[P, S / 4, S / 4, 1]."""
         mask, side = np.asarray(mask_input, np.float32), self.model.variant.image_size // 4
         if mask.ndim not in (3, 4) or mask.shape[-3:] != (1, side, side):
             raise ValueError(f"mask_input {list(mask.shape)} must be [1, {side}, {side}] or [P, 1, {side}, {side}]")
         return np.moveaxis(mask.reshape(-1, 1, side, side), 1, -1)
+
+
+def point_prompts(coords, labels, box, size: tuple[int, int], image_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Points [P, N, 2] in pixels of the model's image and labels [P, N]; a box is two points before the others.
+
+    coords [N, 2] or [P, N, 2], labels [N] or [P, N], box [4] or [P, 4], in pixels of an image of (height, width).
+    """
+    if (coords is None) != (labels is None):
+        raise ValueError("point_coords and point_labels go together: give both or neither")
+    prompts = []
+    if box is not None:
+        corners = np.asarray(box, np.float32).reshape(-1, 2, 2)
+        prompts.append((corners, np.tile(np.array([[2, 3]], np.int32), (len(corners), 1))))
+    if coords is not None:
+        coords, labels = np.asarray(coords, np.float32), np.asarray(labels, np.int32)
+        if coords.shape[-1:] != (2,) or coords.shape[:-1] != labels.shape or labels.ndim not in (1, 2):
+            raise ValueError(
+                f"point_coords {list(coords.shape)} and point_labels {list(labels.shape)} must be [N, 2] and [N], "
+                "or [P, N, 2] and [P, N]"
+            )
+        if not np.isin(labels, (-1, 0, 1)).all():
+            raise ValueError("point_labels must be 1 (foreground), 0 (background) or -1 (padding)")
+        prompts.append((coords.reshape(-1, *coords.shape[-2:]), labels.reshape(-1, labels.shape[-1])))
+    if len({len(coords) for coords, _ in prompts}) > 1:
+        raise ValueError("box and point_coords must hold the same number of prompts")
+    coords, labels = (np.concatenate(part, axis=1) for part in zip(*prompts))
+    return coords / np.array(size[::-1], np.float32) * image_size, labels

@@ -3,6 +3,8 @@
 import json
 import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -96,11 +98,7 @@ def coco_names(root: Path) -> set[str]:
 
 def listed_names(path: Path) -> list[str]:
     """Every "file_name" in the list "images" of a json file; none where it is about something else, as SA-V's are."""
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: broken json ({error}); download it again or move it away") from error
-    match content:
+    match read_json(path):
         case {"images": [*entries]}:
             names = [entry.get("file_name") for entry in entries if isinstance(entry, dict)]
             return [str(PurePosixPath(name)) for name in names if isinstance(name, str)]
@@ -108,13 +106,26 @@ def listed_names(path: Path) -> list[str]:
             return []
 
 
-def images_named(root: Path, names: set[str]) -> list[Path]:
-    """The images below `root` whose path ends in one of `names`; the first in order where several do."""
+def read_json(path: Path):
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: broken json ({error}); download it again or move it away") from error
+
+
+def images_by_ending(root: Path) -> dict[str, Path]:
+    """{"1.jpg": path, "train/1.jpg": path, ...} of the images below `root`; the first in order where several fit."""
     index = {}
     for path in images_below(root):
         parts = path.relative_to(root).parts
         for start in range(len(parts)):
             index.setdefault("/".join(parts[start:]), path)
+    return index
+
+
+def images_named(root: Path, names: set[str]) -> list[Path]:
+    """The images below `root` whose path ends in one of `names`."""
+    index = images_by_ending(root)
     found = {index[name] for name in names if name in index}
     if not found:
         raise FileNotFoundError(
@@ -131,9 +142,22 @@ def read_image(name: str) -> np.ndarray:
     """
     if name.startswith("scenes:"):
         return draw_scene(scene_seed(name)).image
+    with open_image(name) as image:
+        return np.array(image.convert("RGB"))
+
+
+def image_size(name: str) -> tuple[int, int]:
+    """(H, W) in pixels of an image file, from its header alone."""
+    with open_image(name) as image:
+        return image.height, image.width
+
+
+@contextmanager
+def open_image(name: str) -> Iterator[Image.Image]:
+    """The PIL image of a file; what PIL cannot read inside the `with` is an error that names the file."""
     try:
         with Image.open(name) as image:
-            return np.array(image.convert("RGB"))
+            yield image
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name}: not a readable image ({error}); remove it or convert it to jpg or png") from error
 
@@ -150,3 +174,9 @@ def preprocess(image: np.ndarray, size: int) -> np.ndarray:
     channels = np.moveaxis(image.astype(np.float32) / 255, -1, 0)
     resized = [Image.fromarray(c).resize((size, size), Image.Resampling.BILINEAR) for c in channels]
     return (np.stack([np.asarray(c) for c in resized], axis=-1) - MEAN) / STD
+
+
+def preprocess_frame(image: np.ndarray, size: int) -> np.ndarray:
+    """float32 [size, size, 3] of a frame uint8 [H, W, 3] as SAM 2 reads clips: resized on bytes, bicubically."""
+    resized = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)
+    return (np.asarray(resized, np.float32) / 255 - MEAN) / STD

@@ -85,10 +85,17 @@ class MaskDecoder(nn.Module):
         """Maps at strides 4 and 8, [B, H, W, C] -> C / 8 and C / 4 channels: once an image, not once a prompt."""
         return Conv(self.features // 8, name="conv_s0")(fine), Conv(self.features // 4, name="conv_s1")(middle)
 
-    @nn.compact
     def __call__(self, features, sparse: Array, dense: Array, position: Array, multimask: bool) -> Decoded:
-        """features: maps [1 or P, H, W, C] at strides 4, 8, 16, the finer two from `project`; sparse [P, N, C];
-        dense [1 or P, h, w, C]; position [h, w, C]."""
+        """Masks 1..3 with `multimask`, else the stable one of all; arguments as in `decode`."""
+        masks, ious, tokens, scores = self.decode(features, sparse, dense, position)
+        if multimask:
+            return Decoded(masks[:, 1:], ious[:, 1:], tokens[:, 1:], scores)
+        return Decoded(*stable_or_best(masks, ious), tokens[:, :1], scores)
+
+    @nn.compact
+    def decode(self, features, sparse: Array, dense: Array, position: Array) -> Decoded:
+        """All four masks. features: maps [1 or P, H, W, C] at strides 4, 8, 16, the finer two from `project`; sparse
+        [P, N, C]; dense [1 or P, h, w, C]; position [h, w, C]."""
         fine, middle, coarse = features
         prompts = len(sparse)
         names = (("obj_score_token", 1), ("iou_token", 1), ("mask_tokens", MASKS))
@@ -104,17 +111,21 @@ class MaskDecoder(nn.Module):
         scores = MLP((self.features, self.features, 1), name="pred_obj_score_head")(tokens[:, 0])
         ious = jax.nn.sigmoid(MLP((256, 256, MASKS), name="iou_prediction_head")(tokens[:, 1]))
         tokens = tokens[:, 2 : 2 + MASKS]
+        return Decoded(self.draw(tokens, image.reshape(prompts, *grid, -1), middle, fine), ious, tokens, scores)
 
-        x = ConvTranspose(self.features // 4, name="output_upscaling.0")(image.reshape(prompts, *grid, -1)) + middle
+    @nn.compact
+    def draw(self, tokens: Array, image: Array, middle: Array, fine: Array) -> Array:
+        """Mask logits [P, M, H, W]: a token's mask is where its kernel, [C / 8], meets the upscaled image.
+
+        tokens [P, M, C]; image [1 or P, h, w, C] and the two finer maps, which it is doubled twice to meet.
+        """
+        x = ConvTranspose(self.features // 4, name="output_upscaling.0")(image) + middle
         x = gelu(LayerNorm(1e-6, name="output_upscaling.1")(x))
         x = gelu(ConvTranspose(self.features // 8, name="output_upscaling.3")(x) + fine)
         widths = (self.features, self.features, self.features // 8)
         kernels = [MLP(widths, name=f"output_hypernetworks_mlps.{i}")(tokens[:, i]) for i in range(MASKS)]
-        masks = jnp.einsum("pmc,phwc->pmhw", jnp.stack(kernels, 1), x)
-
-        if multimask:
-            return Decoded(masks[:, 1:], ious[:, 1:], tokens[:, 1:], scores)
-        return Decoded(*stable_or_best(masks, ious), tokens[:, :1], scores)
+        masks = jnp.stack(kernels, 1) @ x.reshape(len(x), -1, x.shape[-1]).swapaxes(1, 2)
+        return masks.reshape(*masks.shape[:2], *x.shape[1:3])
 
 
 def stable_or_best(masks: Array, ious: Array) -> tuple[Array, Array]:

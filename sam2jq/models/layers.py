@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from sam2jq.quant import ops
 
 Array = jax.Array
+HIDDEN = -1e9  # added to the score of a key that is not there
 QUERY_CHUNK = 512  # query rows per score matrix
 CACHED = 2**21  # numbers in a chunk's widest array: the best of 2**19 to 2**22 on two cores
 
@@ -125,25 +126,29 @@ def cached_rows(width: int) -> int:
     return max(1, CACHED // width) if jax.default_backend() == "cpu" else sys.maxsize
 
 
-def attend(q: Array, k: Array, v: Array) -> Array:
+def attend(q: Array, k: Array, v: Array, seen: Array | None = None) -> Array:
     """softmax(q kT / sqrt(C)) v for q [B, N, heads, C] and k, v [B, M, heads, C], the softmax in float32.
 
-    Long queries go through in chunks of QUERY_CHUNK rows, so that a head's [N, M] scores are never whole in memory.
+    seen: bool [B, M], which keys there are; all when None. Long queries go through in chunks of QUERY_CHUNK rows, so
+    that a head's [N, M] scores are never whole in memory.
     """
     batch, length, heads, channels = q.shape
     q, k, v = (x.swapaxes(1, 2) for x in (q * channels**-0.5, k, v))  # batched products want the heads in front
+    hidden = None if seen is None else jnp.where(seen, 0.0, HIDDEN)[:, None, None]
     if length <= QUERY_CHUNK:
-        return weigh(q, k, v).swapaxes(1, 2)
-    head = lambda qkv: in_chunks(lambda rows: weigh(rows, *qkv[1:]), qkv[0], QUERY_CHUNK)
+        return weigh(q, k, v, hidden).swapaxes(1, 2)
+    head = lambda each: in_chunks(lambda rows: weigh(rows, *each[1:]), each[0], QUERY_CHUNK)
     at_once = min(batch * heads, cached_rows(QUERY_CHUNK * k.shape[2]))  # heads whose scores stay in the caches
     flat = tuple(x.reshape(batch * heads, -1, channels) for x in (q, k, v))
+    flat += (None if seen is None else jnp.repeat(hidden[:, 0], heads, axis=0),)
     return jax.lax.map(head, flat, batch_size=at_once).reshape(batch, heads, length, channels).swapaxes(1, 2)
 
 
-def weigh(q: Array, k: Array, v: Array) -> Array:
-    """softmax(q kT) v, [..., N, C]; dividing the few outputs instead of the many scores saves a pass over them."""
+def weigh(q: Array, k: Array, v: Array, bias: Array | None = None) -> Array:
+    """softmax(q kT + bias) v, [..., N, C]; dividing the few outputs, not the many scores, saves a pass over them."""
     scores = (q @ k.swapaxes(-1, -2)).astype(jnp.float32)
-    scores = jnp.exp(scores - scores.max(-1, keepdims=True))
+    scores = scores if bias is None else scores + bias
+    scores = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))  # no share in the gradient
     return (scores.astype(v.dtype) @ v / scores.sum(-1, keepdims=True)).astype(v.dtype)
 
 

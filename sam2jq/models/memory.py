@@ -69,16 +69,16 @@ def rotate(x: Array, height: int, width: int) -> Array:
 
 class RotaryAttention(nn.Module):
     """One head: q [B, height * width, C], k, v [B, M, C'] -> [B, height * width, C]. The last `unplaced` keys stay
-    unturned; those before are whole maps of the queries' size."""
+    unturned; those before are whole maps of the queries' size. seen [B, M]: the keys that are there."""
 
     features: int
 
     @nn.compact
-    def __call__(self, q: Array, k: Array, v: Array, *, grid: tuple[int, int], unplaced: int = 0) -> Array:
+    def __call__(self, q: Array, k: Array, v: Array, *, grid: tuple[int, int], unplaced: int = 0, seen=None) -> Array:
         q, k, v = (Dense(self.features, name=f"{n}_proj")(x) for n, x in (("q", q), ("k", k), ("v", v)))
         placed = k.shape[1] - unplaced
         k = jnp.concatenate([rotate(k[:, :placed], *grid), k[:, placed:]], axis=1)
-        out = attend(*(x[:, :, None] for x in (rotate(q, *grid), k, v)))
+        out = attend(*(x[:, :, None] for x in (rotate(q, *grid), k, v)), seen)
         return Dense(self.features, name="out_proj")(out[:, :, 0])
 
 
@@ -100,16 +100,18 @@ class MemoryAttentionLayer(nn.Module):
 
 class MemoryAttention(nn.Module):
     """frame [B, h, w, C] and its position [h, w, C]; memory and its position [B, M, C'], the last `pointers` of the
-    M tokens object pointers, those before whole h x w maps -> [B, h, w, C]."""
+    M tokens object pointers, those before whole h x w maps; seen [B, M], the tokens that are there -> [B, h, w, C]."""
 
     layers: int
     hidden: int
 
     @nn.compact
-    def __call__(self, frame: Array, frame_position: Array, memory: Array, position: Array, pointers: int) -> Array:
+    def __call__(
+        self, frame: Array, frame_position: Array, memory: Array, position: Array, pointers: int, seen: Array | None
+    ) -> Array:
         grid = frame.shape[1:3]
         x = (frame + 0.1 * frame_position.astype(frame.dtype)).reshape(len(frame), -1, frame.shape[-1])
         for i in range(self.layers):
             layer = MemoryAttentionLayer(self.hidden, name=f"layers.{i}")
-            x = layer(x, memory, position, grid=grid, unplaced=pointers)
+            x = layer(x, memory, position, grid=grid, unplaced=pointers, seen=seen)
         return LayerNorm(name="norm")(x).reshape(frame.shape)

@@ -21,7 +21,7 @@ from sam2jq.tree import flatten, suggest, unflatten
 Array = jax.Array
 NO_OBJECT = -1024.0  # the mask logit where the object is not in the frame
 MEMORIES = 7  # places in time that a memory can have: 0 the prompted frame's, 1..6 from six frames ago to the last
-POINTER_SPAN = 15  # frames over which the time of an object pointer is spread
+POINTERS = 15  # frames before the current one whose object pointers are kept
 VERSIONS = ("2.0", "2.1")
 
 
@@ -111,6 +111,13 @@ class SAM2(nn.Module):
         sparse, dense, position = self.sam_prompt_encoder(points, masks)
         return self.sam_mask_decoder(features, sparse, dense, position, multimask)
 
+    def decode_all_masks(
+        self, features: list[Array], points: tuple[Array, Array] | None, masks: Array | None = None
+    ) -> Decoded:
+        """All four masks of P prompts, which is what training looks at; arguments as in `decode_masks`."""
+        sparse, dense, position = self.sam_prompt_encoder(points, masks)
+        return self.sam_mask_decoder.decode(features, sparse, dense, position)
+
     def decode_object(
         self, features: list[Array], points: tuple[Array, Array] | None, masks: Array | None = None, *, multimask: bool
     ) -> ObjectOutput:
@@ -123,13 +130,16 @@ class SAM2(nn.Module):
             points = jnp.zeros((batch, 1, 2)), -jnp.ones((batch, 1), jnp.int32)
         if masks is not None:
             masks = resize(masks, (self.variant.image_size // 4,) * 2, antialias=True)
-        out = self.decode_masks(features, points, masks, multimask=multimask)
-        present = out.object_scores > 0
-        best = out.ious.argmax(-1)[:, None]
+        return self.choose(self.decode_masks(features, points, masks, multimask=multimask))
+
+    def choose(self, decoded: Decoded) -> ObjectOutput:
+        """Of each object's masks the one with the best estimated IoU."""
+        present = decoded.object_scores > 0
+        best = decoded.ious.argmax(-1)[:, None]
         pick = lambda x: jnp.take_along_axis(x, best.reshape(best.shape + (1,) * (x.ndim - 2)), 1)[:, 0]
-        mask = jnp.where(present[..., None], pick(out.masks).astype(jnp.float32), NO_OBJECT)
-        pointer = self.hide_pointer(self.obj_ptr_proj(pick(out.tokens)), present)
-        return ObjectOutput(mask, pick(out.ious), pointer, out.object_scores)
+        mask = jnp.where(present[..., None], pick(decoded.masks).astype(jnp.float32), NO_OBJECT)
+        pointer = self.hide_pointer(self.obj_ptr_proj(pick(decoded.tokens)), present)
+        return ObjectOutput(mask, pick(decoded.ious), pointer, decoded.object_scores)
 
     def object_from_mask(self, features: list[Array], masks: Array) -> ObjectOutput:
         """A given mask [B, S, S, 1] of 0 and 1 as the output of its frame, with a pointer made by the decoder."""
@@ -156,29 +166,41 @@ class SAM2(nn.Module):
         return memory
 
     def attend_memory(
-        self, coarse: Array, memories: Array, times: Array, pointers: Array, pointer_times: Array
+        self,
+        coarse: Array,
+        memories: Array,
+        times: Array,
+        pointers: Array,
+        pointer_times: Array,
+        seen: Array | None = None,
     ) -> Array:
         """`coarse` [B, h, w, C] having looked at what came before it.
 
         memories [B, T, h, w, Cm] at `times` [T]: 0 a prompted frame, 1..6 six frames ago to the last one.
-        pointers [B, P, C] at `pointer_times` [P]: frames since (before, in reverse), in units of POINTER_SPAN.
+        pointers [B, P, C] at `pointer_times` [B or 1, P]: frames since (before, in reverse), in units of the longest
+        time that counts. seen: bool [B, T + P], which of both there are; all when None.
         """
         batch, _, height, width, channels = memories.shape
         position = sine_position(height, width, channels) + self.maskmem_tpos_enc[MEMORIES - 1 - times]  # [T, h, w, Cm]
         split = pointers.shape[-1] // channels  # a pointer is as many tokens as it takes
         tokens = pointers.reshape(batch, -1, channels)
-        token_position = jnp.repeat(self.pointer_position(pointer_times), split, axis=0)
+        token_position = jnp.repeat(self.pointer_position(pointer_times), split, axis=1)
+        token_position = jnp.broadcast_to(token_position, tokens.shape)
+        position = jnp.broadcast_to(position.reshape(-1, channels), (batch, position.size // channels, channels))
+        position = jnp.concatenate([position, token_position], axis=1).astype(memories.dtype)
         memory = jnp.concatenate([memories.reshape(batch, -1, channels), tokens], axis=1)
-        position = jnp.concatenate([position.reshape(-1, channels), token_position]).astype(memory.dtype)
+        if seen is not None:
+            lengths = np.array([height * width] * len(times) + [split] * pointers.shape[1])
+            seen = jnp.repeat(seen, lengths, axis=1, total_repeat_length=memory.shape[1])
         frame_position = sine_position(height, width, coarse.shape[-1])
-        return self.memory_attention(coarse, frame_position, memory, position, tokens.shape[1])
+        return self.memory_attention(coarse, frame_position, memory, position, tokens.shape[1], seen)
 
     def pointer_position(self, times: Array) -> Array:
-        """[P, Cm]: 2.1 projects a sine of the time, 2.0 leaves pointers without one."""
+        """[B, P, Cm] of times [B, P]: 2.1 projects a sine of the time, 2.0 leaves pointers without one."""
         if self.version == "2.0":
-            return jnp.zeros((len(times), self.variant.memory_features))
+            return jnp.zeros((*times.shape, self.variant.memory_features))
         half = self.variant.features // 2
-        angle = times[:, None] / 10000.0 ** (2 * (jnp.arange(half) // 2) / half)
+        angle = times[..., None] / 10000.0 ** (2 * (jnp.arange(half) // 2) / half)
         return self.obj_ptr_tpos_proj(jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1))
 
     def __call__(self, images: Array) -> ObjectOutput:
@@ -188,7 +210,7 @@ class SAM2(nn.Module):
         shown = self.object_from_mask(features, jnp.ones((len(images), size, size, 1)))
         mask = resize(shown.mask[..., None], (size, size))
         memory = self.encode_memory(features[-1], mask, shown.object_score)[:, None]
-        coarse = self.attend_memory(features[-1], memory, jnp.zeros(1, int), shown.pointer[:, None], jnp.ones(1))
+        coarse = self.attend_memory(features[-1], memory, jnp.zeros(1, int), shown.pointer[:, None], jnp.ones((1, 1)))
         return self.decode_object([*features[:-1], coarse], None, multimask=True)
 
 

@@ -58,3 +58,10 @@ def side_by_side(rows: list[list[Image.Image]], titles: list[list[str]]) -> Imag
             sheet.paste(picture, (x, y + band))
             x += picture.width
     return sheet
+
+
+def strip(pictures: list[Image.Image], shown: int = 8) -> Image.Image:
+    """`shown` of the pictures of a clip, evenly spaced, the first and the last among them, four a row."""
+    at = np.linspace(0, len(pictures) - 1, min(shown, len(pictures))).round().astype(int).tolist()
+    rows = [at[i : i + 4] for i in range(0, len(at), 4)]
+    return side_by_side([[pictures[i] for i in row] for row in rows], [[f"frame {i}" for i in row] for row in rows])

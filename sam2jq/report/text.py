@@ -15,6 +15,19 @@ def layer_table(rows: list[dict]) -> str:
     return "\n".join([head, *lines])
 
 
+def scores(results: dict) -> str:
+    """What `evaluate` found, one figure a line."""
+    if "miou" in results:
+        lines = [(name, f"mIoU {value:.4f}") for name, value in results["miou"].items()]
+        return aligned([*lines, ("instances", f"{results['instances']} in {results['images']} images")])
+    lines = [(name.upper(), f"{results[name]:.2f}") for name in ("j", "f", "j&f")]
+    return aligned([*lines, ("objects", f"{results['objects']} in {results['clips']} clips")])
+
+
+def aligned(lines: list[tuple[str, str]]) -> str:
+    return "\n".join(f"{name:<11} {text}" for name, text in lines)
+
+
 def totals(summary: dict) -> str:
     """The figures of the whole model, one a line."""
     size = summary["bytes_quantized"] + summary["bytes_unquantized"]
@@ -34,6 +47,8 @@ def totals(summary: dict) -> str:
             ("mask IoU", f"{results['mask_iou']:.4f} against full precision ({sample})"),
             ("worst image", f"mask IoU {results['mask_iou_worst_image']:.4f}"),
         ]
+        for kind, miou in results.get("miou", {}).items():
+            lines.append(("mIoU", ", ".join(f"{name} {value:.4f}" for name, value in miou.items()) + f" ({kind})"))
     if summary["random_weights"]:
         lines.append(("warning", "the weights are RANDOM: no figure here says anything about a trained model"))
-    return "\n".join(f"{name:<11} {text}" for name, text in lines)
+    return aligned(lines)

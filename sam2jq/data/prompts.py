@@ -1,0 +1,59 @@
+"""Prompts drawn from masks: what a user would click, for training and for measuring.
+
+Letters: P prompts, S the image's side, g = S / h the pixels a cell of an h x h grid spans.
+"""
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+BOX_NOISE = 0.1  # of the box's side, as in SAM (arXiv 2304.02643, appendix A)
+
+
+def random_cells(key: Array, weights: Array) -> Array:
+    """[P] flat indices, each drawn in proportion to `weights` [P, h, w] >= 0; the last where all are zero."""
+    total = jnp.cumsum(weights.reshape(len(weights), -1), axis=1)
+    level = jax.random.uniform(key, (len(weights), 1)) * total[:, -1:]
+    return jnp.minimum((total <= level).sum(1), total.shape[1] - 1)
+
+
+def random_points(key: Array, weights: Array, size: int) -> Array:
+    """[P, 1, 2]: x, y in pixels of a size x size image, inside cells drawn by `weights` [P, h, w]."""
+    cells, jitter = jax.random.split(key)
+    height, width = weights.shape[1:]
+    row, column = jnp.divmod(random_cells(cells, weights), width)
+    corner = jnp.stack([column, row], -1)
+    offset = jax.random.uniform(jitter, corner.shape, minval=0.25, maxval=0.75)  # near the middle: not next door
+    return ((corner + offset) * jnp.array([size / width, size / height]) - 0.5)[:, None]
+
+
+def inside(coverage: Array) -> Array:
+    """[P, h, w] weights for a click on the object that covers its cells by `coverage`, 0..1: its fullest cells."""
+    return (coverage >= jnp.minimum(0.5, coverage.max((1, 2), keepdims=True))).astype(jnp.float32)
+
+
+def boxes(masks: Array) -> Array:
+    """[P, 2, 2]: the corners x0 y0, x1 y1 of boolean masks [P, S, S], the far ones included."""
+
+    def span(hits: Array) -> tuple[Array, Array]:
+        return hits.argmax(-1), hits.shape[-1] - 1 - hits[:, ::-1].argmax(-1)
+
+    (x0, x1), (y0, y1) = span(masks.any(1)), span(masks.any(2))
+    return jnp.stack([jnp.stack([x0, y0], -1), jnp.stack([x1, y1], -1)], 1).astype(jnp.float32)
+
+
+def shaken(key: Array, corners: Array, size: int) -> Array:
+    """`corners` [P, 2, 2] moved by up to BOX_NOISE of the box's sides, standard deviation, and 2 % of the image."""
+    noise = jax.random.normal(key, corners.shape) * BOX_NOISE * (corners[:, 1:] - corners[:, :1])
+    return jnp.clip(corners + jnp.clip(noise, -0.02 * size, 0.02 * size), 0, size - 1)
+
+
+def corrections(key: Array, logits: Array, coverage: Array, size: int) -> tuple[Array, Array]:
+    """A click [P, 1, 2] where mask logits [P, h, w] are wrong, and its label [P, 1]: 1 where object was missed."""
+    wanted = coverage > 0.5
+    wrong = (logits > 0) != wanted
+    weights = jnp.where(wrong.any((1, 2), keepdims=True), wrong, inside(coverage) > 0).astype(jnp.float32)
+    points = random_points(key, weights, size)
+    cell = jnp.floor((points[:, 0] + 0.5) / (size / coverage.shape[-1])).astype(int)
+    label = wanted[jnp.arange(len(points)), cell[:, 1], cell[:, 0]]
+    return points, label[:, None].astype(jnp.int32)

@@ -1,0 +1,109 @@
+"""Video object segmentation over the SA-V layout: which objects of which clips are annotated, and their masks.
+
+ROOT/<split>/JPEGImages_24fps/<video>/00000.jpg, 00001.jpg, ...
+ROOT/<split>/Annotations_6fps/<video>/<object>/00000.png, 00004.png, ...   one object each, may overlap
+ROOT/<split>/<split>.txt or ROOT/<split>.txt                               the videos, one a line; may be missing
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from sam2jq.data.images import SAV_FRAMES, open_image
+from sam2jq.data.video import find_frames
+
+SAV_MASKS = "Annotations_6fps"
+PARTS = (SAV_FRAMES, SAV_MASKS)
+PALETTE = (0, 0, 0, 128, 0, 0)  # the first two colours of DAVIS
+
+
+class VosVideo(NamedTuple):
+    """frames: folder of the clip; objects: {object: {index into find_frames(frames): mask file}}, both sorted."""
+
+    name: str
+    frames: str
+    objects: dict[str, dict[int, str]]
+
+
+def vos_videos(root: str, split: str) -> list[VosVideo]:
+    """The videos of a split with their masks, in the order of its list; by name where it has none."""
+    folder = split_folder(Path(root), split)
+    names = listed_videos(folder)
+    missing = [f"{part}/{name}" for name in names for part in PARTS if not (folder / part / name).is_dir()]
+    if missing:
+        raise FileNotFoundError(f"{folder}: has no folder {', '.join(missing)}; put it there or take it off the list")
+    return [vos_video(name, folder / SAV_FRAMES / name, folder / SAV_MASKS / name) for name in names]
+
+
+def split_folder(root: Path, split: str) -> Path:
+    """root/split, which holds the folders of frames and of masks."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder; give the SA-V folder that holds {split}")
+    missing = [part for part in PARTS if not (root / split / part).is_dir()]
+    if missing:
+        whole = [name for name in subfolders(root) if all((root / name / part).is_dir() for part in PARTS)]
+        raise FileNotFoundError(
+            f"{root / split}: has no folder {' and no '.join(missing)}; "
+            f"splits that have both: {', '.join(whole) or 'none'}"
+        )
+    return root / split
+
+
+def subfolders(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def listed_videos(folder: Path) -> list[str]:
+    """The names in sav_val/sav_val.txt, or in sav_val.txt beside the split's folder, or else of its frame folders."""
+    name = f"{folder.name}.txt"
+    path = next(filter(Path.is_file, [folder / name, folder.parent / name]), folder / SAV_FRAMES)
+    lines = path.read_text().splitlines() if path.is_file() else subfolders(path)
+    names = [line.strip() for line in lines if line.strip()]
+    if not names:
+        raise ValueError(f"{path}: names no video; {SAV_FRAMES} needs a folder of frames for each")
+    return names
+
+
+def vos_video(name: str, frames: Path, masks: Path) -> VosVideo:
+    index = {Path(frame).stem: index for index, frame in enumerate(find_frames(str(frames)))}
+    objects = subfolders(masks)
+    if not objects:
+        raise FileNotFoundError(f"{masks}: holds no object; each needs a folder of its own, such as 000/00000.png")
+    return VosVideo(name, str(frames), {object: find_masks(masks / object, index) for object in objects})
+
+
+def find_masks(folder: Path, index: dict[str, int]) -> dict[int, str]:
+    """{frame index: mask file} of one object; `index` is that of each frame by its stem."""
+    files = sorted(folder.glob("[!.]*.png"))
+    if not files:
+        raise FileNotFoundError(f"{folder}: holds no mask; put masks such as 00000.png there or remove the folder")
+    unknown = [file.name for file in files if file.stem not in index]
+    if unknown:
+        raise ValueError(f"{folder}: no frame belongs to {', '.join(unknown)}; add the frames or remove the masks")
+    return dict(sorted((index[file.stem], str(file)) for file in files))
+
+
+def read_mask(path: str, size: tuple[int, int] | None = None) -> np.ndarray:
+    """bool [H, W], true where a mask file is not 0; `size` is the (H, W) that it should have, if known."""
+    with open_image(path) as image:
+        mask = np.array(image) > 0
+    if mask.ndim != 2:
+        raise ValueError(f"{path}: not a mask but an image with {mask.shape[2]} channels; convert it to one channel")
+    if size is not None and mask.shape != size:
+        raise ValueError(f"{path}: {mask.shape[1]} x {mask.shape[0]} pixels, but its frame has {size[1]} x {size[0]}")
+    return mask
+
+
+def write_mask(path: str, mask: np.ndarray) -> None:
+    """Writes bool [H, W] as SAM 2's vos_inference.py writes one object: a png of palette indices 0 and 1.
+
+    To the eye, and read as SA-V's evaluator does, it is the same file; DAVIS's other 254 colours are left out.
+    """
+    if mask.dtype != bool or mask.ndim != 2:
+        raise ValueError(f"{path}: a mask must be bool [H, W], got {mask.dtype} {list(mask.shape)}")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(mask.astype(np.uint8))
+    image.putpalette(PALETTE)
+    image.save(path, format="PNG")

@@ -1,0 +1,77 @@
+"""Training on any number of devices: one step, its state, and checkpoints that a killed run goes on from."""
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+Array = jax.Array
+Loss = Callable[[dict, Any, Array], tuple[Array, dict[str, Array]]]  # params, batch, key -> loss, metrics
+
+
+class TrainState(NamedTuple):
+    """step: int32 [], how many were made; key: of the whole run, each step folds its number in."""
+
+    step: Array
+    params: dict
+    opt_state: Any
+    key: Array
+
+
+def init_state(params: dict, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """The state before the first step."""
+    return TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key_data(jax.random.key(seed)))
+
+
+def make_train_step(loss: Loss, optimizer: optax.GradientTransformation) -> Callable:
+    """A compiled (state, batch) -> (state, metrics); `batch` leaves [B, ...] are split over all devices.
+
+    Params live whole on every device; the loss must be a mean over the batch, whose gradient jit then gathers.
+    """
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    split, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+
+    @jax.jit(in_shardings=(whole, split), out_shardings=whole, donate_argnums=0)
+    def step(state: TrainState, batch) -> tuple[TrainState, dict[str, Array]]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = metrics | {"loss": value, "gradient": optax.global_norm(grads)}
+        return TrainState(state.step + 1, params, opt_state, state.key), metrics
+
+    return step
+
+
+def fit(
+    step: Callable, state: TrainState, batches: Callable[[int], Iterable], steps: int, folder: Path, every: int = 200
+) -> Iterator[tuple[TrainState, dict[str, float]]]:
+    """Yields the state and the mean metrics of every `every` steps, up to `steps`; goes on from `folder` if it can.
+
+    A run that was finished before yields its state and no metrics.
+
+    batches(n): an iterator over the batches of steps n, n + 1, ...
+    """
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+    with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
+        if manager.latest_step() is not None:
+            state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
+        if state.step >= steps:
+            yield state, {}
+            return
+        rows = []
+        for batch in batches(int(state.step)):
+            state, metrics = step(state, batch)
+            rows.append(metrics)
+            if state.step % every == 0 or state.step == steps:
+                manager.save(int(state.step), args=ocp.args.StandardSave(state))
+                yield state, {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+                rows = []
+            if state.step == steps:
+                return

@@ -1,0 +1,169 @@
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sam2jq.data.sav import read_mask, vos_videos, write_mask
+from sam2jq.data.video import find_frames
+
+SIZE = (6, 9)
+
+
+def random_mask(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).random(SIZE) < 0.5
+
+
+def write_clip(split: Path, video: str, frames: int, objects: dict[str, list[int]]) -> None:
+    """A clip with the masks of each object on the frames named."""
+    folder = split / "JPEGImages_24fps" / video
+    folder.mkdir(parents=True)
+    for frame in range(frames):
+        Image.new("RGB", SIZE[::-1]).save(folder / f"{frame:05d}.jpg")
+    for name, annotated in objects.items():
+        for frame in annotated:
+            write_mask(str(split / "Annotations_6fps" / video / name / f"{frame:05d}.png"), random_mask(frame))
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """SA-V with one split of two clips, and one without masks."""
+    write_clip(tmp_path / "sav_val", "v", 9, {"001": [4, 8], "000": [0, 4, 8]})
+    write_clip(tmp_path / "sav_val", "u", 3, {"000": [0]})
+    write_clip(tmp_path / "sav_train", "w", 2, {})
+    return tmp_path
+
+
+def names(root: Path) -> list[str]:
+    return [video.name for video in vos_videos(str(root), "sav_val")]
+
+
+def test_a_mask_belongs_to_the_frame_of_its_name(root):
+    first, second = vos_videos(str(root), "sav_val")
+    assert (first.name, second.name) == ("u", "v")
+    assert {name: list(masks) for name, masks in second.objects.items()} == {"000": [0, 4, 8], "001": [4, 8]}
+    assert list(second.objects) == ["000", "001"]
+    frames = find_frames(second.frames)
+    for masks in second.objects.values():
+        for index, path in masks.items():
+            assert Path(path).stem == Path(frames[index]).stem
+            np.testing.assert_array_equal(read_mask(path, SIZE), random_mask(index))
+
+
+def test_an_index_counts_frames_wherever_their_numbers_start(root):
+    for frame in range(4):
+        (root / f"sav_val/JPEGImages_24fps/v/{frame:05d}.jpg").unlink()
+    (root / "sav_val/Annotations_6fps/v/000/00000.png").unlink()
+    assert list(vos_videos(str(root), "sav_val")[1].objects["000"]) == [0, 4]
+
+
+def test_the_list_of_a_split_chooses_and_orders_its_videos(root):
+    (root / "sav_val.txt").write_text("v\nu\n")
+    assert names(root) == ["v", "u"]
+    (root / "sav_val/sav_val.txt").write_text("\n v \n")
+    assert names(root) == ["v"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "values"),
+    [("L", [0, 255]), ("L", [0, 1]), ("P", [0, 3]), ("1", [0, 255]), ("I;16", [0, 60000])],
+)
+def test_a_mask_is_what_is_not_zero(tmp_path, mode, values):
+    mask, path = random_mask(), str(tmp_path / "mask.png")
+    pixels = np.where(mask, values[1], values[0]).astype(np.uint16 if mode == "I;16" else np.uint8)
+    image = Image.fromarray(pixels)
+    if mode == "P":
+        image.putpalette([0, 0, 0] * 4)  # black on black: the index counts, not the colour
+    (image.convert("1") if mode == "1" else image).save(path)
+    assert Image.open(path).mode == mode
+    got = read_mask(path)
+    assert got.dtype == bool
+    np.testing.assert_array_equal(got, mask)
+
+
+@pytest.mark.parametrize("mask", [random_mask(), np.zeros(SIZE, bool), np.ones(SIZE, bool)])
+def test_a_written_mask_reads_as_itself_here_and_in_the_evaluator_of_sav(tmp_path, mask):
+    path = str(tmp_path / "video/000/00000.png")
+    write_mask(path, mask)
+    np.testing.assert_array_equal(read_mask(path, SIZE), mask)
+    image = Image.open(path)
+    assert (image.format, image.mode) == ("PNG", "P")
+    np.testing.assert_array_equal(np.array(image), mask.astype(np.uint8))
+
+
+def test_real_masks_lie_on_every_fourth_frame(shared):
+    videos = vos_videos(str(shared / "data/sa-v"), "sav_val")
+    assert [video.name for video in videos] == ["dog", "car-shadow", "motocross-jump", "libby"]
+    for video in videos:
+        count = len(find_frames(video.frames))
+        assert list(video.objects) == ["000"]
+        assert list(video.objects["000"]) == list(range(0, count, 4))
+        assert 0.001 < read_mask(video.objects["000"][0], (480, 854)).mean() < 0.5
+
+
+@pytest.mark.parametrize(
+    ("split", "error", "message"),
+    [
+        ("sav_train", FileNotFoundError, "sav_train: has no folder Annotations_6fps; splits that have both: sav_val$"),
+        ("test", FileNotFoundError, "test: has no folder JPEG.* and no Anno.*; splits that have both: sav_val$"),
+    ],
+)
+def test_a_split_without_frames_and_masks_is_an_error(root, split, error, message):
+    with pytest.raises(error, match=message):
+        vos_videos(str(root), split)
+
+
+def test_a_missing_root_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone: no such folder; give the SA-V folder that holds sav_val"):
+        vos_videos(str(tmp_path / "gone"), "sav_val")
+
+
+@pytest.mark.parametrize(
+    ("emptied", "kept", "error", "message"),
+    [
+        ("JPEGImages_24fps/u", True, FileNotFoundError, "u: holds no frame"),
+        ("JPEGImages_24fps/u", False, FileNotFoundError, "sav_val: has no folder JPEGImages_24fps/u; put"),
+        ("Annotations_6fps/u", False, FileNotFoundError, "sav_val: has no folder Annotations_6fps/u; put"),
+        ("Annotations_6fps/u", True, FileNotFoundError, "u: holds no object; each needs .* 000/00000.png"),
+        ("Annotations_6fps/v/001", True, FileNotFoundError, "001: holds no mask; put"),
+    ],
+)
+def test_what_a_listed_video_lacks_is_an_error(root, emptied, kept, error, message):
+    (root / "sav_val.txt").write_text("u\nv\n")
+    shutil.rmtree(root / "sav_val" / emptied)
+    if kept:
+        (root / "sav_val" / emptied).mkdir()
+    with pytest.raises(error, match=message) as raised:
+        vos_videos(str(root), "sav_val")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_mask_without_its_frame_is_an_error(root):
+    (root / "sav_val/JPEGImages_24fps/v/00004.jpg").unlink()
+    with pytest.raises(ValueError, match="v.000: no frame belongs to 00004.png; add"):
+        vos_videos(str(root), "sav_val")
+
+
+def test_an_empty_list_is_an_error(root):
+    (root / "sav_val.txt").write_text("\n")
+    with pytest.raises(ValueError, match="sav_val.txt: names no video"):
+        vos_videos(str(root), "sav_val")
+
+
+def test_only_a_mask_of_its_frames_size_is_read(tmp_path):
+    write_mask(str(tmp_path / "0.png"), random_mask())
+    Image.new("RGB", SIZE[::-1]).save(tmp_path / "1.png")
+    (tmp_path / "2.png").write_text("no image")
+    with pytest.raises(ValueError, match="0.png: 9 x 6 pixels, but its frame has 6 x 9"):
+        read_mask(str(tmp_path / "0.png"), SIZE[::-1])
+    with pytest.raises(ValueError, match="1.png: not a mask but an image with 3 channels"):
+        read_mask(str(tmp_path / "1.png"))
+    with pytest.raises(ValueError, match="2.png: not a readable image"):
+        read_mask(str(tmp_path / "2.png"))
+
+
+@pytest.mark.parametrize("mask", [np.zeros(SIZE, np.uint8), np.zeros((1, *SIZE), bool)])
+def test_only_bool_masks_are_written(tmp_path, mask):
+    with pytest.raises(ValueError, match=r"a.png: a mask must be bool \[H, W\], got"):
+        write_mask(str(tmp_path / "a.png"), mask)

@@ -1,0 +1,157 @@
+from functools import cache
+
+import chex
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from converters.vanilla import build_original
+from sam2jq import VideoPredictor
+from sam2jq import video as tracking
+from sam2jq.data.scenes import draw_clip
+from tests.conftest import twin
+
+FRAMES = 12
+LIMIT = 1e-3  # of the logits: float32, and memories rounded to bfloat16 in both
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A folder of losslessly equal frames for both: jpg files, since the original reads nothing else."""
+    folder = tmp_path_factory.mktemp("clip")
+    for i, frame in enumerate(draw_clip(3, FRAMES).frames):
+        Image.fromarray(frame[:, :200]).save(folder / f"{i:05d}.jpg", quality=95)
+    return str(folder)
+
+
+@cache
+def predictors(version: str):
+    """The original video predictor and ours, on the same weights."""
+    weights = twin("nano", version)
+    original = build_original("nano", version, video=True)
+    original.load_state_dict(weights.torch.state_dict())
+    return original, VideoPredictor(weights.model, weights.params)
+
+
+@pytest.fixture
+def pair():
+    return predictors("2.1")
+
+
+def both(pair, clip, run):
+    """What `run(predictor, state)` yields from both, [[(frame, ids, masks)]]."""
+    results = []
+    for predictor in pair:
+        state = predictor.init_state(clip)
+        results.append([(frame, list(ids), np.asarray(masks)) for frame, ids, masks in run(predictor, state)])
+    return results
+
+
+def compare(results):
+    original, ours = results
+    assert [row[:2] for row in ours] == [row[:2] for row in original]
+    for (frame, _, expected), (_, _, got) in zip(original, ours):
+        assert got.shape == expected.shape
+        assert np.abs(got - expected).max() <= LIMIT, frame
+        assert got.std() > 10 * LIMIT  # there is something to compare
+
+
+@pytest.mark.parametrize("version", ["2.0", "2.1"])
+def test_two_objects_over_twelve_frames_match_the_original(version, clip):
+    def run(predictor, state):
+        yield predictor.add_new_points_or_box(state, 0, 7, points=[[60, 80]], labels=[1])
+        yield predictor.add_new_points_or_box(state, 0, 3, box=[100, 90, 180, 200])
+        yield from predictor.propagate_in_video(state)
+
+    compare(both(predictors(version), clip, run))
+
+
+def test_corrections_masks_and_both_directions_match_the_original(pair, clip):
+    """One long session, for each call to meet the state that all before it left."""
+    mask = np.zeros((256, 200), bool)
+    mask[40:120, 30:90] = True
+
+    def run(predictor, state):
+        yield predictor.add_new_mask(state, 5, 1, mask)
+        yield from predictor.propagate_in_video(state, max_frame_num_to_track=4)
+        yield from predictor.propagate_in_video(state, reverse=True)
+        yield predictor.add_new_points_or_box(state, 7, 1, points=[[60, 80]], labels=[1])  # corrects a tracked frame
+        yield predictor.add_new_points_or_box(state, 7, 1, points=[[20, 30]], labels=[0], clear_old_points=False)
+        yield predictor.add_new_points_or_box(state, 10, 2, points=[[100, 150]], labels=[1])  # later than object 1
+        yield from predictor.propagate_in_video(state, start_frame_idx=6)
+        yield predictor.clear_all_prompts_in_frame(state, 10, 2)
+        yield predictor.add_new_points_or_box(state, 11, 2, box=[0, 0, 90, 90])
+        yield from predictor.propagate_in_video(state, start_frame_idx=11, max_frame_num_to_track=3, reverse=True)
+        ids, updated = predictor.remove_object(state, 1)
+        yield from ((frame, ids, masks) for frame, masks in updated)
+        yield from predictor.propagate_in_video(state)
+        predictor.reset_state(state)
+        yield predictor.add_new_points_or_box(state, 2, 9, points=[[0.3, 0.3]], labels=[1], normalize_coords=False)
+
+    compare(both(pair, clip, run))
+
+
+def test_corrected_frames_are_kept_as_prompted_ones_when_asked(pair, clip):
+    original, ours = pair
+    original.add_all_frames_to_correct_as_cond = True
+    ours = VideoPredictor(ours.model, ours.params, add_all_frames_to_correct_as_cond=True)
+
+    def run(predictor, state):
+        yield predictor.add_new_points_or_box(state, 0, 1, points=[[60, 80]], labels=[1])
+        yield from predictor.propagate_in_video(state, max_frame_num_to_track=6)
+        yield predictor.add_new_points_or_box(state, 4, 1, points=[[80, 90]], labels=[1])
+        yield from predictor.propagate_in_video(state)
+
+    try:
+        compare(both((original, ours), clip, run))
+    finally:
+        original.add_all_frames_to_correct_as_cond = False
+
+
+def test_a_whole_clip_compiles_one_step(pair):
+    """Memories fill up over the first 15 frames, and nothing is traced again."""
+    _, predictor = pair
+    chex.clear_trace_counter()
+    once = chex.assert_max_traces(tracking.track_frame.__wrapped__, n=1)
+    step = jax.jit(once, static_argnames="model")
+    state = predictor.init_state(draw_clip(4, 18).frames)
+    for obj_id, x in enumerate((60, 120, 200)):
+        predictor.add_new_points_or_box(state, 0, obj_id, points=[[x, 80]], labels=[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracking, "track_frame", step)
+        assert len(list(predictor.propagate_in_video(state))) == 18
+
+
+def test_the_bank_does_not_grow(pair):
+    """What goes to the device for frame 17 is as large as what goes there for frame 1."""
+    _, predictor = pair
+    state = predictor.init_state(draw_clip(4, 18).frames)
+    predictor.add_new_points_or_box(state, 0, 1, points=[[60, 80]], labels=[1])
+    list(predictor.propagate_in_video(state))
+    shapes = [jax.tree.map(np.shape, predictor._bank(list(state.objects.values()), frame, False)) for frame in (1, 17)]
+    assert shapes[0] == shapes[1]
+
+
+def test_bad_input_is_named(pair):
+    _, predictor = pair
+    state = predictor.init_state(np.zeros((2, 40, 60, 3), np.uint8))
+    with pytest.raises(ValueError, match="no prompt on any object"):
+        next(predictor.propagate_in_video(state))
+    with pytest.raises(ValueError, match="object 5 was never added; the objects are"):
+        predictor.remove_object(state, 5)
+    with pytest.raises(ValueError, match=r"object 1: the mask is \[40, 61\], the frames \[40, 60\]"):
+        predictor.add_new_mask(state, 0, 1, np.ones((40, 61)))
+    with pytest.raises(ValueError, match="frame 2: the clip has frames 0 to 1"):
+        predictor.add_new_points_or_box(state, 2, 1, points=[[1, 1]], labels=[1])
+    with pytest.raises(ValueError, match="object 1: no prompt; give points and labels, or a box"):
+        predictor.add_new_points_or_box(state, 0, 1)
+    with pytest.raises(ValueError, match="go together"):
+        predictor.add_new_points_or_box(state, 0, 1, points=[[1, 1]])
+    with pytest.raises(ValueError, match="clear_old_points=True"):
+        predictor.add_new_points_or_box(state, 0, 1, box=[1, 1, 5, 5], clear_old_points=False)
+    assert state.objects == {}  # nothing half entered
+    with pytest.raises(ValueError, match=r"a clip must be uint8 \[T, H, W, 3\]"):
+        predictor.init_state(np.zeros((0, 40, 60, 3), np.uint8))
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        predictor.init_state("nowhere.mp4")
