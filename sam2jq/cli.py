@@ -268,14 +268,18 @@ def prompt_labels(args: argparse.Namespace) -> list[int]:
 
 
 def inspect(args: argparse.Namespace, flags: list[str]) -> None:
-    """Prints what a package holds, layer by layer, and what was measured when it was made."""
+    """Prints what a package holds, layer by layer, what was measured, and how the original code loads it."""
     from converters.package import load_package
+    from converters.vanilla import hydra_config
 
     if flags:
         raise ValueError(f"inspect takes no {flags[0]}")
     path = Path(args.package)
     summary = load_package(path / "package.pt" if path.is_dir() else path).summary()
+    model = summary["model"]
+    name, overrides = hydra_config(model["name"], model["version"], model["image_size"])
     log.info("%s\n\n%s", text.layer_table(summary["layers"]), text.totals(summary))
+    log.info("vanilla.pt  build_sam2(%r, 'vanilla.pt', hydra_overrides_extra=%r)", name, overrides)
 
 
 def start(config: ModelConfig, image_size: int | None, cache: str) -> SAM2:

@@ -14,7 +14,7 @@ from converters.package import load_package
 from converters.vanilla import build_original
 from sam2jq import build, config, init_params
 from sam2jq.cli import main
-from sam2jq.data import draw_scene
+from sam2jq.data import draw_clip, draw_scene
 
 FILES = {"config.yaml", "masks.png", "metrics.json", "package.pt", "run.log", "vanilla.pt"}
 
@@ -163,6 +163,28 @@ def test_segment_takes_a_package_and_says_what_it_lacks(job, tmp_path, capsys):
     assert "nothing.jpg" in failure(capsys, "segment", "nothing.jpg", *model, "--points", "1,2")
 
 
+@pytest.mark.parametrize("name", ["tracked.gif", "strip.png"])
+def test_track_writes_every_frame_or_a_strip(flags, tmp_path, name):
+    clip = tmp_path / "clip"
+    clip.mkdir()
+    for i, frame in enumerate(draw_clip(0, 3, 64).frames):
+        Image.fromarray(frame).save(clip / f"{i}.png")
+    assert main(["track", str(clip), *flags[:4], "--points", "30,30", "--out", str(tmp_path / name)]) == 0
+    with Image.open(tmp_path / name) as picture:
+        if name.endswith(".gif"):
+            assert (picture.n_frames, picture.size) == (3, (64, 64))
+        else:
+            assert picture.width == 3 * picture.height - 3 * 16  # three squares, and a line of titles above them
+
+
+def test_track_says_what_it_lacks(flags, tmp_path, capsys):
+    model, prompt = flags[:4], ["--points", "30,30"]
+    assert "no prompt" in failure(capsys, "track", "scenes:0/0000", *model)
+    assert "ends in .gif or" in failure(capsys, "track", "scenes:0/0000", *model, *prompt, "--out", "a.mp4")
+    assert "holds no frame" in failure(capsys, "track", str(tmp_path), *model, *prompt)
+    assert "the clip has frames 0 to 23" in failure(capsys, "track", "scenes:0/0000", *model, *prompt, "--frame", "99")
+
+
 def test_a_file_that_is_no_package_is_named(tmp_path, capsys):
     assert "no package at" in failure(capsys, "inspect", str(tmp_path))
 
@@ -173,10 +195,14 @@ def test_random_weights_are_named_in_every_output(tmp_path, capsys):
     assert main(["quantize", *flags, *places, "--quant.calib.num_samples", "1", "--model.dtype", "bfloat16"]) == 0
     assert "RANDOM" in capsys.readouterr().out
     assert "RANDOM" in (tmp_path / "r" / "run.log").read_text()
-    assert json.loads((tmp_path / "r" / "metrics.json").read_text())["random_weights"]
+    metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
+    assert metrics["random_weights"]
+    assert set(metrics["results"]["miou"]) == {"full precision", "quantized"}  # the masks of scenes are known
     vanilla = load_checkpoint(str(tmp_path / "r" / "vanilla.pt"), build("nano"))
     assert vanilla.random
     assert main(["inspect", str(tmp_path / "r")]) == 0
-    assert "RANDOM" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "RANDOM" in printed
+    assert "hydra_overrides_extra=['++model.image_encoder.trunk.embed_dim=32'" in printed
     assert main(["segment", "scenes:0/0000", *flags[:4], "--points", "1,2", "--out", str(tmp_path / "m.png")]) == 0
     assert "RANDOM" in capsys.readouterr().out

@@ -68,7 +68,10 @@ def test_two_objects_over_twelve_frames_match_the_original(version, clip):
 
 
 def test_corrections_masks_and_both_directions_match_the_original(pair, clip):
-    """One long session, for each call to meet the state that all before it left."""
+    """One long session, for each call to meet the state that all before it left.
+
+    But no frame where an object has no pointer yet: there the original stops on a CPU, over its bfloat16 memories.
+    """
     mask = np.zeros((256, 200), bool)
     mask[40:120, 30:90] = True
 
@@ -78,11 +81,11 @@ def test_corrections_masks_and_both_directions_match_the_original(pair, clip):
         yield from predictor.propagate_in_video(state, reverse=True)
         yield predictor.add_new_points_or_box(state, 7, 1, points=[[60, 80]], labels=[1])  # corrects a tracked frame
         yield predictor.add_new_points_or_box(state, 7, 1, points=[[20, 30]], labels=[0], clear_old_points=False)
-        yield predictor.add_new_points_or_box(state, 10, 2, points=[[100, 150]], labels=[1])  # later than object 1
+        yield predictor.add_new_points_or_box(state, 6, 2, points=[[100, 150]], labels=[1])  # later than object 1
         yield from predictor.propagate_in_video(state, start_frame_idx=6)
-        yield predictor.clear_all_prompts_in_frame(state, 10, 2)
-        yield predictor.add_new_points_or_box(state, 11, 2, box=[0, 0, 90, 90])
-        yield from predictor.propagate_in_video(state, start_frame_idx=11, max_frame_num_to_track=3, reverse=True)
+        yield predictor.clear_all_prompts_in_frame(state, 6, 2)
+        yield predictor.add_new_points_or_box(state, 5, 2, box=[0, 0, 90, 90])
+        yield from predictor.propagate_in_video(state, start_frame_idx=5, max_frame_num_to_track=3, reverse=True)
         ids, updated = predictor.remove_object(state, 1)
         yield from ((frame, ids, masks) for frame, masks in updated)
         yield from predictor.propagate_in_video(state)

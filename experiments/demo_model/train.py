@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 
 from converters.checkpoint import save_checkpoint
 from sam2jq import SAM2, build, init_params
@@ -62,9 +63,8 @@ class Phase(NamedTuple):
 PHASES = {
     "trunk": Phase(128, 1600, 16, 1, 16, 0, 0, 1e-3, 0),
     "decoder": Phase(128, 500, 16, 1, 16, 1, 0, 5e-4, 4),
-    "masks": Phase(128, 2400, 16, 1, 16, 1, 0, 5e-4, 0, focal_dice),
-    "clips": Phase(128, 500, 3, 5, 8, 1, 4, 3e-4, 0, focal_dice),
-    "all": Phase(256, 300, 2, 5, 6, 3, 4, 3e-4, 0, focal_dice),
+    "masks": Phase(128, 1800, 16, 1, 8, 1, 0, 1e-3, 0, focal_dice),
+    "corrections": Phase(256, 360, 6, 1, 8, 2, 0, 7e-4, 0, focal_dice),
 }
 
 
@@ -124,11 +124,12 @@ def loss(model: SAM2, phase: Phase, params: dict, batch: Batch, key: Array) -> t
     labels = batch.labels.reshape(-1, *batch.labels.shape[2:])
     prompted = functools.partial(prompt_loss if phase.rounds else trunk_loss, model, phase, params)
     losses, metrics = jax.vmap(prompted)(maps, labels, prompt_keys)
+    total = losses.mean()
     if phase.objects:
         clips = [level.reshape(phase.clips, phase.frames, *level.shape[1:]) for level in maps]
         followed, more = jax.vmap(functools.partial(clip_loss, model, phase, params))(clips, batch.labels, clip_keys)
-        losses, metrics = jnp.concatenate([losses, followed * phase.frames]) * 2, metrics | more
-    return losses.mean(), jax.tree.map(jnp.mean, metrics)
+        total, metrics = total + followed.mean(), metrics | more
+    return total, jax.tree.map(jnp.mean, metrics)
 
 
 def short_cut(sam: SAM2, maps: list[Array], coverage: Array) -> tuple[Array, Array]:
@@ -160,14 +161,14 @@ def prompt_loss(model: SAM2, phase: Phase, params: dict, maps: list[Array], labe
     half, apply = phase.prompts // 2, functools.partial(model.apply, {"params": params})
     masks, coverage = seen_objects(labels, half)
     maps = [level[None] for level in maps]
-    tokens, drawn = apply(maps, coverage, method=short_cut)
+    guides = apply(maps, coverage, method=short_cut) if phase.guide else None
     maps = apply(maps, method="without_memory")
     click, box, *keys = jax.random.split(key, 2 + 2 * phase.rounds)
     starts = {
         "click": (prompts.random_points(click, prompts.inside(coverage), phase.size), jnp.ones((half, 1), jnp.int32)),
         "box": (prompts.shaken(box, prompts.boxes(masks), phase.size), jnp.tile(jnp.array([[2, 3]]), (half, 1))),
     }
-    total, metrics = 0.0, {"short_cut": soft_iou(drawn, coverage).mean()}
+    total, metrics = 0.0, {}
     for name, (points, kinds) in starts.items():
         hint = None
         for i in range(phase.rounds):
@@ -175,15 +176,16 @@ def prompt_loss(model: SAM2, phase: Phase, params: dict, maps: list[Array], labe
             total += mask_loss(out.masks[:, :1], out.ious[:, :1], coverage, phase.shape).mean()
             if i == 0:
                 total += mask_loss(out.masks[:, 1:], out.ious[:, 1:], coverage, phase.shape).mean()
-                total += phase.guide * jnp.square(out.tokens - jax.lax.stop_gradient(tokens)[:, None]).mean()
+                if guides:
+                    total += phase.guide * jnp.square(out.tokens - jax.lax.stop_gradient(guides[0])[:, None]).mean()
             logits = jax.lax.stop_gradient(out.masks[:, 0])
             metrics[f"{name}{i}"] = soft_iou(logits, coverage).mean()
             metrics[f"influence_{name}{i}"] = logits.std(0).mean() / logits.std((1, 2)).mean()
             point, kind = prompts.corrections(keys.pop(), logits, coverage, phase.size)
             points, kinds = jnp.concatenate([points, point], 1), jnp.concatenate([kinds, kind], 1)
             hint = jnp.clip(logits, -32, 32)[..., None]
-    total = total / (2 * phase.rounds)
-    return total + (phase.guide > 0) * phase.shape(drawn, coverage).mean(), metrics
+    drawn = phase.shape(guides[1], coverage).mean() if guides else 0.0
+    return total / (2 * phase.rounds) + drawn, metrics
 
 
 def clip_loss(model: SAM2, phase: Phase, params: dict, maps: list[Array], labels: Array, key: Array):
@@ -295,6 +297,18 @@ def start_decoder(model: SAM2, params: dict) -> dict:
     return unflatten(jax.tree.map(jnp.array, flat))
 
 
+def make_optimizer(rate: optax.Schedule, name: str) -> optax.GradientTransformation:
+    """Muon (arXiv 2502.16982) for the matrices, which learns in half of AdamW's steps here, and Adam for the rest."""
+    if name in ("trunk", "decoder"):
+        return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.01))
+    matrix = optax.contrib.MuonDimensionNumbers()
+    matrices = lambda params: jax.tree.map_with_path(
+        lambda path, leaf: matrix if path[-1].key == "kernel" and leaf.ndim == 2 else None, params
+    )
+    muon = optax.contrib.muon(rate, weight_decay=0.01, consistent_rms=0.2, muon_weight_dimension_numbers=matrices)
+    return optax.chain(optax.clip_by_global_norm(1.0), muon)
+
+
 def train(out: Path, seed: int, phases: dict[str, Phase] = PHASES) -> dict:
     """The trained params; checkpoints and a log of metrics go to `out`."""
     params = init_params(build("nano"), seed)
@@ -303,7 +317,7 @@ def train(out: Path, seed: int, phases: dict[str, Phase] = PHASES) -> dict:
             params = start_decoder(build("nano"), params)
         warm, last = 50, name == [*phases][-1]  # only the last phase ends slowly
         rate = optax.warmup_cosine_decay_schedule(0, phase.peak, warm, phase.steps, 0 if last else phase.peak)
-        optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.01))
+        optimizer = make_optimizer(rate, name)
         step = make_train_step(functools.partial(loss, build("nano", image_size=phase.size), phase), optimizer)
         first = (seed << 40) + (number << 32)
         batches = lambda n, phase=phase, first=first: drawn(phase, first + n * phase.clips)
@@ -324,7 +338,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(args.out / "nano.pt", train(args.out, args.seed))
+    jax.config.update("jax_compilation_cache_dir", str((args.out / "compiled").absolute()))
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), train(args.out, args.seed))  # half the bytes
+    save_checkpoint(args.out / "nano.safetensors", params)  # to be put into sam2jq/assets
 
 
 if __name__ == "__main__":

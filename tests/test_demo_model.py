@@ -1,0 +1,54 @@
+"""The trained nano that comes with the package, on drawn scenes and clips that it never saw."""
+
+import numpy as np
+import pytest
+
+from converters.checkpoint import load_checkpoint
+from sam2jq import QuantSpec, VideoPredictor, build, layers, round_weights
+from sam2jq.data.scenes import draw_scene, scene_seed
+from sam2jq.eval.evaluate import evaluate_clips, evaluate_images, find_clips, find_samples
+from sam2jq.eval.metrics import iou
+from sam2jq.eval.segment import segment_objects, widest
+from sam2jq.quant.ops import effective_params
+
+IMAGES = find_samples("scenes:1001", 24)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    model = build("nano")
+    return model, load_checkpoint("demo", model).params
+
+
+def test_different_clicks_give_different_masks_that_hold_the_click(demo):
+    held, overlaps = [], []
+    for index in range(12):
+        scene = draw_scene(scene_seed(f"scenes:1001/{index:04d}"))
+        found = segment_objects(*demo, scene.image, scene.masks)["1 click"]
+        held += [mask[widest(wanted)[0][::-1]] for mask, wanted in zip(found, scene.masks)]
+        overlaps += [iou(a, b) for i, a in enumerate(found) for b in found[:i]]
+    assert np.mean(held) >= 0.95
+    assert np.mean(overlaps) <= 0.1
+
+
+def test_scores_are_those_of_the_card(demo):
+    """Within 3 points, which is what 24 of the card's 100 images leave open."""
+    miou = evaluate_images(*demo, IMAGES)["miou"]
+    for name, expected in CARD["miou"].items():
+        assert miou[name] == pytest.approx(expected, abs=0.03)
+
+
+def test_two_bits_hurt_and_eight_do_not(demo):
+    model, params = demo
+    scores = {}
+    for bits in (8, 2):
+        specs = dict.fromkeys(layers(params), QuantSpec(bits))
+        scores[bits] = evaluate_images(model, effective_params(round_weights(params, specs)), IMAGES[:8])["miou"]["box"]
+    full = evaluate_images(model, params, IMAGES[:8])["miou"]["box"]
+    assert abs(full - scores[8]) < 0.02
+    assert scores[2] < full - 0.2
+
+
+def test_objects_are_followed(demo):
+    model, params = demo
+    assert evaluate_clips(VideoPredictor(model, params), find_clips("scenes:2002", "", 2))["j&f"] >= CARD["clips"]
