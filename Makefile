@@ -35,8 +35,8 @@ track: ARGS := $(or $(ARGS),--points 128,128 --model.name nano)
 track: setup
 	$(SAM2JQ) track $(CLIP) $(ARGS)
 
-# make evaluate CONFIG=experiments/sav_val.yaml ARGS="--data sa-v --model.name tiny --model.checkpoint ..."
-evaluate: CONFIG := $(if $(filter file,$(origin CONFIG)),experiments/demo_images.yaml experiments/demo_clips.yaml,$(CONFIG))
+# make evaluate CONFIG=experiments/demo_clips.yaml ARGS="--data sa-v --model.name tiny --model.checkpoint sam2.1_hiera_tiny.pt"
+evaluate: CONFIG := $(if $(filter file,$(origin CONFIG)),experiments/demo_images.yaml,$(CONFIG))
 evaluate: setup
 	$(foreach config,$(CONFIG),$(SAM2JQ) evaluate --config $(config) $(ARGS) &&) true
 

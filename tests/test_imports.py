@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # each part may import those after it, and what stands beside: config, data, tree
 ORDER = ["cli", "converters", "middle", "models", "quant", "tree"]
-MIDDLE = {"calibrate", "distill", "eval", "report"}
+MIDDLE = {"calibrate", "distill", "eval", "losses", "report", "train"}
 BESIDE = {"config", "data"}
 FILES = sorted([*(ROOT / "sam2jq").rglob("*.py"), *(ROOT / "converters").rglob("*.py")])
 
@@ -22,7 +22,7 @@ def part(module: str) -> str | None:
         return "converters"
     if names[0] != "sam2jq" or len(names) == 1 or names[1] in ("__main__", "__init__"):
         return None
-    if names[1] == "predict":  # jitted entry points of the models, with their preprocessing
+    if names[1] in ("predict", "video"):  # jitted entry points of the models, with their preprocessing
         return "models"
     return "middle" if names[1] in MIDDLE else names[1]
 

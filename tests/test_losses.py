@@ -44,7 +44,8 @@ def test_every_mask_learns_to_tell_its_iou():
 
 
 def test_an_empty_mask_is_cheap_to_focal_dice_and_dear_to_balanced_dice():
-    """Why training starts with the latter: a guess of the right region must beat no mask."""
+    """Why training starts with the latter: a guess of the right region must beat no mask. With SAM 2's alpha."""
+    focal_dice = lambda logits, targets: 20 * focal(logits, targets) + dice(logits, targets)
     empty, guess = np.full((64, 64), -4.0), np.full((64, 64), -4.0)
     target = np.zeros((64, 64), np.float32)
     target[10:16, 10:16] = 1

@@ -57,7 +57,7 @@ def compare(results):
         assert got.std() > 10 * LIMIT  # there is something to compare
 
 
-@pytest.mark.parametrize("version", ["2.0", "2.1"])
+@pytest.mark.parametrize("version", ["2.1", pytest.param("2.0", marks=pytest.mark.slow)])
 def test_two_objects_over_twelve_frames_match_the_original(version, clip):
     def run(predictor, state):
         yield predictor.add_new_points_or_box(state, 0, 7, points=[[60, 80]], labels=[1])
@@ -95,6 +95,7 @@ def test_corrections_masks_and_both_directions_match_the_original(pair, clip):
     compare(both(pair, clip, run))
 
 
+@pytest.mark.slow
 def test_corrected_frames_are_kept_as_prompted_ones_when_asked(pair, clip):
     original, ours = pair
     original.add_all_frames_to_correct_as_cond = True

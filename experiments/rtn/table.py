@@ -6,12 +6,12 @@ python experiments/rtn/table.py > experiments/rtn/table.md
 import time
 
 from converters.checkpoint import load_checkpoint
-from sam2jq import QuantSpec, VideoPredictor, build, layers, round_weights
-from sam2jq.eval.evaluate import evaluate_clips, evaluate_images, find_clips, find_samples
+from sam2jq import QuantSpec, build, layers, round_weights
+from sam2jq.eval.evaluate import evaluate_images, find_samples
 from sam2jq.quant.ops import effective_params
 
 BITS = (None, 8, 6, 5, 4, 3, 2)  # None: full precision
-IMAGES, CLIPS = ("scenes:1001", 100), ("scenes:2002", 12)  # held out
+IMAGES = ("scenes:1001", 100)  # held out
 
 
 def row(model, params: dict, bits: int | None) -> str:
@@ -20,21 +20,17 @@ def row(model, params: dict, bits: int | None) -> str:
         specs = dict.fromkeys(layers(params), QuantSpec(bits))
         quantized = effective_params(round_weights(params, specs))
     miou = evaluate_images(model, quantized, find_samples(*IMAGES))["miou"]
-    clips = evaluate_clips(VideoPredictor(model, quantized), find_clips(CLIPS[0], "", CLIPS[1]))
-    figures = [*miou.values(), *(clips[name] / 100 for name in ("j", "f", "j&f"))]
-    return " | ".join(
-        ["", f"W{bits}" if bits else "float32", *(f"{100 * figure:.1f}" for figure in figures), ""]
-    ).strip()
+    return " | ".join(["", f"W{bits}" if bits else "float32", *(f"{100 * x:.1f}" for x in miou.values()), ""]).strip()
 
 
 def main() -> None:
     begin, model = time.time(), build("nano")
     params = load_checkpoint("demo", model).params
-    print("| weights | box mIoU | 1 click | 3 clicks | J | F | J&F |\n|---|---|---|---|---|---|---|", flush=True)
+    print("| weights | box mIoU | 1 click | 3 clicks |\n|---|---|---|---|", flush=True)
     for bits in BITS:
         print(row(model, params, bits), flush=True)
     print(
-        f"\nnano, {IMAGES[1]} images of {IMAGES[0]}, {CLIPS[1]} clips of 24 frames of {CLIPS[0]}, in percent. "
+        f"\nnano, {IMAGES[1]} images of {IMAGES[0]}, in percent. "
         f"`python experiments/rtn/table.py > experiments/rtn/table.md`, {time.time() - begin:.0f} s."
     )
 

@@ -158,9 +158,9 @@ def test_in_over_a_third_of_the_clips_an_object_vanishes_and_returns(clips):
 
 
 def test_colour_does_not_tell_objects():
-    """The best threshold on one channel finds all objects with an IoU under 0.5 on average, one of them under 0.3.
+    """The best threshold on one channel finds all objects with an IoU under 0.55 on average, one of them under 0.3.
 
-    Objects fill 0.27 of an image, so to call everything an object already scores 0.27.
+    Objects fill 0.32 of an image, so to call everything an object already scores 0.32.
     """
 
     def best(image, mask):
@@ -169,7 +169,7 @@ def test_colour_does_not_tell_objects():
         return max(iou(guesses, mask).max(), iou(~guesses, mask).max())
 
     drawn = [draw_scene(seed, 64) for seed in SEEDS]
-    assert np.mean([best(image, masks.any(axis=0)) for image, masks in drawn]) < 0.5
+    assert np.mean([best(image, masks.any(axis=0)) for image, masks in drawn]) < 0.55
     assert np.mean([best(image, mask) for image, masks in drawn for mask in masks]) < 0.3
 
 
