@@ -2,7 +2,8 @@
 
 A mask decoder trained from nothing first learns one mask for every prompt, and may stay there. So the trunk learns
 first, through a short cut on which no prompt gets lost; then the decoder, on features that tell objects apart by then;
-then clips; these three on images of half the side, where a step costs a quarter; then all of it at full size.
+both on images of half the side, where a step costs a quarter; then corrections at full size. The loss of clips is
+here too, but no phase has `objects` to track yet: such a step takes over 7 seconds on two cores.
 
 Letters: B scenes or clips, T frames, S the image's side, O objects, P prompts.
 """
