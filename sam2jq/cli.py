@@ -18,14 +18,14 @@ from tqdm import tqdm
 
 from sam2jq import __version__
 from sam2jq import config as settings
-from sam2jq.config import Config, ModelConfig
+from sam2jq.config import Config
 from sam2jq.data import find_images, read_image
 from sam2jq.data.sav import write_mask
 from sam2jq.data.video import open_video
 from sam2jq.eval.compare import compare, prompt_grid, summarize
 from sam2jq.eval.evaluate import drawn_video, evaluate_clips, evaluate_images, find_clips, find_samples
-from sam2jq.eval.metrics import iou, relative_error
-from sam2jq.eval.segment import PROMPTS, segment_objects
+from sam2jq.eval.metrics import relative_error
+from sam2jq.eval.segment import mean_ious, object_ious, segment_objects
 from sam2jq.models.sam2 import SAM2, build
 from sam2jq.predict import ImagePredictor
 from sam2jq.quant.ops import effective_params
@@ -45,47 +45,22 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="sam2jq", description="Quantize SAM 2 checkpoints, in JAX.")
     parser.add_argument("-v", "--verbose", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    raw = argparse.RawDescriptionHelpFormatter
-    flags_of = lambda schema: "settings and their defaults:\n  " + "\n  ".join(settings.keys(schema))
-    command = commands.add_parser(
-        "quantize",
-        help="quantize a checkpoint and measure what it cost",
-        allow_abbrev=False,
-        formatter_class=raw,
-        epilog=flags_of(Config),
-    )
+    command = add_command(commands, "quantize", "quantize a checkpoint and measure what it cost", Config)
     command.add_argument("--config", help="YAML file; every key of it is also a flag, --quant.calib.path DIR")
-    command = commands.add_parser(
-        "segment",
-        help="segment an image from clicks or a box",
-        allow_abbrev=False,
-        formatter_class=raw,
-        epilog=flags_of(settings.SegmentConfig),
-    )
+    command = add_command(commands, "segment", "segment an image from clicks or a box", settings.SegmentConfig)
     command.add_argument("image", help="an image file, or scenes:<seed>/0000 for a drawn one")
     add_prompts(command)
     command.add_argument("--multimask", action="store_true", help="three masks for an ambiguous prompt")
     command.add_argument("--out", default="mask.png", help="the overlay to write (mask.png)")
-    command = commands.add_parser(
-        "track",
-        help="follow an object through a clip",
-        allow_abbrev=False,
-        formatter_class=raw,
-        epilog=flags_of(settings.SegmentConfig),
-    )
+    command = add_command(commands, "track", "follow an object through a clip", settings.SegmentConfig)
     command.add_argument("clip", help="a video, a folder of frames, or scenes:<seed>/0000 for a drawn one")
     add_prompts(command)
     command.add_argument("--frame", type=int, default=0, help="the frame that is prompted (0)")
     command.add_argument("--out", default="tracked.gif", help=".gif, or .png for a strip of frames (tracked.gif)")
-    command = commands.add_parser(
-        "evaluate",
-        help="measure how well a checkpoint segments images or follows objects",
-        allow_abbrev=False,
-        formatter_class=raw,
-        epilog=flags_of(settings.EvaluateConfig),
-    )
+    measures = "measure how well a checkpoint segments images or follows objects"
+    command = add_command(commands, "evaluate", measures, settings.EvaluateConfig)
     command.add_argument("--config", help="YAML file; every key of it is also a flag")
-    command = commands.add_parser("inspect", allow_abbrev=False, help="print what is in a package")
+    command = add_command(commands, "inspect", "print what is in a package")
     command.add_argument("package", help="package.pt of a run, or the run's folder")
     args, flags = parser.parse_known_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
@@ -105,7 +80,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def quantize(args: argparse.Namespace, flags: list[str]) -> None:
     """Checkpoint + images -> <output.root>/<job>/ with package, vanilla checkpoint and figures."""
-    from converters.checkpoint import load_checkpoint
     from converters.package import load_package, save_package
     from converters.vanilla import save_vanilla
 
@@ -118,11 +92,7 @@ def quantize(args: argparse.Namespace, flags: list[str]) -> None:
             names = find_images(calib.path, calib.num_samples, config.seed)
             for name in names:
                 read_image(name)
-        model = start(config.model, calib.image_size, config.cache.root)
-        with stage("load", f"{config.model.name} {config.model.version} from {config.model.checkpoint}"):
-            checkpoint = load_checkpoint(config.model.checkpoint, model)
-        if checkpoint.random:
-            log.warning("warning     the weights are RANDOM: the figures below say nothing about a trained model")
+        model, checkpoint = load_model(config, calib.image_size)
 
         specs = weight_specs(config.quant.wgts, layers(checkpoint.params))
         with stage("quantize", f"{len(specs)} layers, {config.quant.wgts.dtype} {config.quant.wgts.group_shapes}"):
@@ -155,14 +125,12 @@ def quantize(args: argparse.Namespace, flags: list[str]) -> None:
 
 def segment(args: argparse.Namespace, flags: list[str]) -> None:
     """An image and a prompt -> an overlay in `args.out`."""
-    from converters.checkpoint import load_checkpoint
     from converters.files import whole
 
     labels = prompt_labels(args)
     image = read_image(args.image)
     config = settings.load(None, flags, settings.SegmentConfig)
-    model = start(config.model, None, config.cache.root)
-    checkpoint = load_checkpoint(config.model.checkpoint, model)
+    model, checkpoint = load_model(config)
     predictor = ImagePredictor(model, checkpoint.params, dtype=config.model.dtype)
     predictor.set_image(image)
     points = {"point_coords": args.points, "point_labels": labels} if args.points else {}
@@ -173,8 +141,6 @@ def segment(args: argparse.Namespace, flags: list[str]) -> None:
         figures.write(picture, "random weights")
     with whole(args.out) as temporary:
         picture.save(temporary, format=Image.registered_extensions().get(Path(args.out).suffix.lower(), "PNG"))
-    if checkpoint.random:
-        log.warning("warning     the weights are RANDOM: the mask means nothing")
     for mask, score in zip(masks, scores):
         log.info("mask        %.1f %% of the image, estimated IoU %.3f", 100 * mask.mean(), score)
     log.info("written     %s", args.out)
@@ -182,7 +148,6 @@ def segment(args: argparse.Namespace, flags: list[str]) -> None:
 
 def track(args: argparse.Namespace, flags: list[str]) -> None:
     """A clip and a prompt on one of its frames -> the object in all frames after it, moving or on a strip."""
-    from converters.checkpoint import load_checkpoint
     from converters.files import whole
 
     labels, out = prompt_labels(args), Path(args.out)
@@ -190,8 +155,7 @@ def track(args: argparse.Namespace, flags: list[str]) -> None:
         raise ValueError(f"--out {out}: give a name that ends in .gif or, for a strip of frames, in .png")
     video = drawn_video(args.clip) if args.clip.startswith("scenes:") else open_video(args.clip)
     config = settings.load(None, flags, settings.SegmentConfig)
-    model = start(config.model, None, config.cache.root)
-    checkpoint = load_checkpoint(config.model.checkpoint, model)
+    model, checkpoint = load_model(config)
     predictor = VideoPredictor(model, checkpoint.params, dtype=config.model.dtype)
     state = predictor.init_state(video)
     points = {"points": args.points, "labels": labels} if args.points else {}
@@ -214,8 +178,6 @@ def track(args: argparse.Namespace, flags: list[str]) -> None:
 
 def evaluate(args: argparse.Namespace, flags: list[str]) -> None:
     """Checkpoint + annotated images or clips -> mIoU, or J and F with all masks, in <output.root>/<job>/."""
-    from converters.checkpoint import load_checkpoint
-
     config = settings.load(args.config, flags, settings.EvaluateConfig)
     job = config.output.job or (Path(args.config).stem if args.config else f"evaluate_{config.task}")
     with job_folder(Path(config.output.root) / job) as folder:
@@ -225,11 +187,7 @@ def evaluate(args: argparse.Namespace, flags: list[str]) -> None:
                 samples = find_samples(config.data, config.num_samples)
             else:
                 samples = find_clips(config.data, config.split, config.num_samples)
-        model = start(config.model, None, config.cache.root)
-        with stage("load", f"{config.model.name} {config.model.version} from {config.model.checkpoint}"):
-            checkpoint = load_checkpoint(config.model.checkpoint, model)
-        if checkpoint.random:
-            log.warning("warning     the weights are RANDOM: the figures below say nothing about a trained model")
+        model, checkpoint = load_model(config)
         params, progress = effective_params(checkpoint.params), tqdm(samples, leave=False, disable=None)
         with stage("evaluate", f"{len(samples)} {'images' if config.task == 'image' else 'clips'}"):
             if config.task == "image":
@@ -249,6 +207,13 @@ def mask_writer(folder: Path):
         write_mask(folder / "masks" / clip.replace(":", "_") / name / f"{frame}.png", mask)
 
     return write
+
+
+def add_command(commands, name: str, what: str, schema: type | None = None) -> argparse.ArgumentParser:
+    """The parser of one command, whose help lists the settings in `schema`."""
+    listed = schema and "settings and their defaults:\n  " + "\n  ".join(settings.keys(schema))
+    raw = argparse.RawDescriptionHelpFormatter
+    return commands.add_parser(name, help=what, epilog=listed, allow_abbrev=False, formatter_class=raw)
 
 
 def add_prompts(command: argparse.ArgumentParser) -> None:
@@ -282,16 +247,24 @@ def inspect(args: argparse.Namespace, flags: list[str]) -> None:
     log.info("vanilla.pt  build_sam2(%r, 'vanilla.pt', hydra_overrides_extra=%r)", name, overrides)
 
 
-def start(config: ModelConfig, image_size: int | None, cache: str) -> SAM2:
-    """The model of a config, after jax was told where to run it."""
-    if config.device != "auto":
+def load_model(config, image_size: int | None = None):
+    """The model of a config and its checkpoint, after jax was told where to run it."""
+    from converters.checkpoint import load_checkpoint
+
+    wanted = config.model
+    if wanted.device != "auto":
         try:
-            jax.config.update("jax_default_device", jax.devices(config.device)[0])
+            jax.config.update("jax_default_device", jax.devices(wanted.device)[0])
         except RuntimeError as error:
-            raise ValueError(f"model.device {config.device}: no such device here; use auto") from error
+            raise ValueError(f"model.device {wanted.device}: no such device here; use auto") from error
     jax.config.update("jax_default_matmul_precision", "highest")  # float32 means float32 on GPU and TPU too
-    jax.config.update("jax_compilation_cache_dir", str(Path(cache).absolute() / "compiled"))
-    return build(config.name, config.version, image_size)
+    jax.config.update("jax_compilation_cache_dir", str(Path(config.cache.root).absolute() / "compiled"))
+    model = build(wanted.name, wanted.version, image_size)
+    with stage("load", f"{wanted.name} {wanted.version} from {wanted.checkpoint}"):
+        checkpoint = load_checkpoint(wanted.checkpoint, model)
+    if checkpoint.random:
+        log.warning("warning     the weights are RANDOM: what follows says nothing about a trained model")
+    return model, checkpoint
 
 
 def weight_errors(params: dict, quantized: dict) -> dict[str, float]:
@@ -327,20 +300,19 @@ def measure_truth(config: Config, model: SAM2, checkpoint, quantized: dict, name
     """{"full precision", "quantized": {prompt: mIoU}} over drawn scenes; the first few go into `picture`."""
     note = ", random weights" if checkpoint.random else ""
     kinds = {"full precision": checkpoint.params, "quantized": effective_params(quantized)}
-    scores = {kind: {name: [] for name in PROMPTS} for kind in kinds}
+    scores = {kind: [] for kind in kinds}
     rows, titles = [], []
     for sample in find_samples(config.quant.calib.path, len(names)):
         image, masks = sample.read()
         row, title = [figures.overlay(image, masks)], [sample.name]
         for kind, params in kinds.items():
             found = segment_objects(model, params, image, masks, config.model.dtype)
-            for name in PROMPTS:
-                scores[kind][name] += iou(found[name], masks).tolist()
+            scores[kind].append(object_ious(found, masks))
             row.append(figures.overlay(image, found["1 click"]))
-            title.append(f"{kind}, 1 click: mIoU {iou(found['1 click'], masks).mean():.3f}{note}")
+            title.append(f"{kind}, 1 click: mIoU {scores[kind][-1]['1 click'].mean():.3f}{note}")
         rows, titles = [*rows, row], [*titles, title]
     figures.side_by_side(rows[:SHOWN], titles[:SHOWN]).save(picture)
-    return {kind: {name: sum(each) / len(each) for name, each in of.items()} for kind, of in scores.items()}
+    return {kind: mean_ious(of) for kind, of in scores.items()}
 
 
 @contextmanager

@@ -139,14 +139,17 @@ def prompt_frame(
         maps = sam.without_memory(features) if bank is None else [*fine, look_back(sam, coarse, bank, now)]
         return sam.decode_object(maps, points, hint, multimask=multimask)
 
-    out = model.apply({"params": params}, method=run)
-    return Tracked(out.mask, out.pointer, out.object_score, None)
+    return to_remember(model.apply({"params": params}, method=run))
 
 
 @partial(jax.jit, static_argnames="model")
 def mask_frame(model: SAM2, params: dict, features: list[Array], mask: Array) -> Tracked:
     """An object from its mask [1, S, S, 1] of 0 and 1."""
-    out = model.apply({"params": params}, features, mask, method="object_from_mask")
+    return to_remember(model.apply({"params": params}, features, mask, method="object_from_mask"))
+
+
+def to_remember(out: ObjectOutput) -> Tracked:
+    """`out` before its memory is encoded."""
     return Tracked(out.mask, out.pointer, out.object_score, None)
 
 
@@ -268,7 +271,7 @@ class VideoPredictor:
             self.params,
             features,
             self._bank([entry], frame_idx, reverse) if frame_idx in entry.reverse else None,
-            self._now(state, frame_idx, reverse),
+            now_at(state, frame_idx, reverse),
             (coords, labels),
             None if earlier is None else np.clip(earlier.mask, -LOGIT_LIMIT, LOGIT_LIMIT)[..., None],
             multimask=labels.shape[1] <= 1,
@@ -310,7 +313,7 @@ class VideoPredictor:
         for frame in frame_order(first, state.num_frames, max_frame_num_to_track, reverse):
             prompted = stack([entry.prompted.get(frame, blank) for entry in batch])
             is_prompted = np.array([frame in entry.prompted for entry in batch])
-            image, now = self._image(state, frame), self._now(state, frame, reverse)
+            image, now = self._image(state, frame), now_at(state, frame, reverse)
             seen, bank = track_frame(self.model, self.params, image, bank, prompted, is_prompted, now)
             for i, entry in enumerate(entries):
                 entry.reverse[frame] = reverse
@@ -352,10 +355,6 @@ class VideoPredictor:
             state.features = frame, encode(self.model, self.params, self._image(state, frame))
         return state.features[1]
 
-    def _now(self, state: VideoState, frame: int, reverse: bool) -> Now:
-        span = max(min(POINTERS, state.num_frames - 1), 1)
-        return Now(np.int32(frame), np.int32(-1 if reverse else 1), np.float32(span))
-
     def _enter(self, state: VideoState, entry: ObjectState, frame: int, found: Tracked):
         as_prompted = frame not in entry.reverse or self.add_all_frames_to_correct_as_cond
         entry.pending[frame] = jax.tree.map(np.asarray, found), as_prompted
@@ -383,14 +382,14 @@ class VideoPredictor:
 
         prompted = [entry.prompted for entry in entries]
         prompted_frames = [[*p, *[NEVER] * (most - len(p))] for p in prompted]
-        tracked, near = [entry.tracked for entry in entries], [recent_frames] * len(entries)
+        tracked = [entry.tracked for entry in entries]
         return MemoryBank(
             np.array(prompted_frames, np.int32),
             rows(prompted, prompted_frames, "memory"),
             rows(prompted, prompted_frames, "pointer"),
             np.array([[f in entry for f in recent_frames] for entry in tracked]),
             rows(tracked, [recent_frames[: MEMORIES - 1]] * len(entries), "memory"),
-            rows(tracked, near, "pointer"),
+            rows(tracked, [recent_frames] * len(entries), "pointer"),
         )
 
     def _masks(self, state: VideoState, frame: int) -> np.ndarray:
@@ -399,6 +398,12 @@ class VideoPredictor:
         nothing = np.full((self.model.variant.image_size // 4,) * 2, NO_OBJECT, np.float32)
         masks = np.stack([nothing if seen is None else seen.mask[0] for seen in found])
         return np.asarray(enlarge(masks, state.video.size))
+
+
+def now_at(state: VideoState, frame: int, reverse: bool) -> Now:
+    """A frame of a clip that is tracked forwards or in reverse."""
+    span = max(min(POINTERS, state.num_frames - 1), 1)
+    return Now(np.int32(frame), np.int32(-1 if reverse else 1), np.float32(span))
 
 
 def frame_order(first: int, frames: int, most: int | None, reverse: bool) -> range:

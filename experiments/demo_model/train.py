@@ -29,11 +29,12 @@ import optax.contrib
 from converters.checkpoint import save_checkpoint
 from sam2jq import SAM2, build, init_params
 from sam2jq.data import prompts
-from sam2jq.data.images import MEAN, STD
+from sam2jq.data.images import normalize
 from sam2jq.data.scenes import MAX_OBJECTS, build_world, pointable, render
 from sam2jq.losses import balanced_dice, focal_dice, mask_loss, soft_iou
 from sam2jq.models.decoder import Decoded
 from sam2jq.models.sam2 import MEMORIES, POINTERS
+from sam2jq.predict import LOGIT_LIMIT
 from sam2jq.train import fit, init_state, make_train_step
 from sam2jq.tree import flatten, unflatten
 from sam2jq.video import MemoryBank, Now, Tracked, memorize, remember, track
@@ -56,16 +57,17 @@ class Phase(NamedTuple):
     prompts: int
     rounds: int
     objects: int
-    peak: float  # learning rate
+    peak: float  # learning rate, and what it falls to
+    end: float
     guide: float  # weight of the distance of the mask tokens from the short cut's
     shape: Callable = balanced_dice
 
 
 PHASES = {
-    "trunk": Phase(128, 1600, 16, 1, 16, 0, 0, 1e-3, 0),
-    "decoder": Phase(128, 500, 16, 1, 16, 1, 0, 5e-4, 4),
-    "masks": Phase(128, 1800, 16, 1, 8, 1, 0, 1e-3, 0, focal_dice),
-    "corrections": Phase(256, 360, 6, 1, 8, 2, 0, 7e-4, 0, focal_dice),
+    "trunk": Phase(128, 1600, 16, 1, 16, 0, 0, 1e-3, 1e-3, 0),
+    "decoder": Phase(128, 550, 16, 1, 16, 1, 0, 5e-4, 5e-4, 4),
+    "masks": Phase(128, 1800, 16, 1, 8, 1, 0, 1e-3, 1e-3, 0, focal_dice),
+    "finer": Phase(128, 5500, 16, 1, 8, 1, 0, 1e-3, 1e-4, 0, focal_dice),
 }
 
 
@@ -117,7 +119,7 @@ def seen_objects(labels: Array, count: int) -> Targets:
 
 def loss(model: SAM2, phase: Phase, params: dict, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
     """The mean over prompts, plus the mean over tracked objects; and what to watch."""
-    images = (batch.images.astype(jnp.float32) / 255 - MEAN) / STD
+    images = normalize(batch.images.astype(jnp.float32) / 255)
     maps = model.apply({"params": params}, images.reshape(-1, *images.shape[2:]), method="encode_image")
     prompt_keys, clip_keys = (
         jax.random.split(k, n) for k, n in zip(jax.random.split(key), (len(maps[0]), phase.clips))
@@ -184,7 +186,7 @@ def prompt_loss(model: SAM2, phase: Phase, params: dict, maps: list[Array], labe
             metrics[f"influence_{name}{i}"] = logits.std(0).mean() / logits.std((1, 2)).mean()
             point, kind = prompts.corrections(keys.pop(), logits, coverage, phase.size)
             points, kinds = jnp.concatenate([points, point], 1), jnp.concatenate([kinds, kind], 1)
-            hint = jnp.clip(logits, -32, 32)[..., None]
+            hint = jnp.clip(logits, -LOGIT_LIMIT, LOGIT_LIMIT)[..., None]
     drawn = phase.shape(guides[1], coverage).mean() if guides else 0.0
     return total / (2 * phase.rounds) + drawn, metrics
 
@@ -281,7 +283,7 @@ def start_decoder(model: SAM2, params: dict) -> dict:
     flat[f"{decoder}/layers.0/norm4/scale"] *= SMALL
 
     images, _ = zip(*[draw(seed, 1, 128) for seed in range(8)])
-    images = (np.concatenate(images).astype(np.float32) / 255 - MEAN) / STD
+    images = normalize(np.concatenate(images).astype(np.float32) / 255)
     coarse = build("nano", image_size=128).apply({"params": params}, images, method="encode_image")[-1]
     for name in (
         "image_encoder.neck/convs.0.conv/",
@@ -316,8 +318,7 @@ def train(out: Path, seed: int, phases: dict[str, Phase] = PHASES) -> dict:
     for number, (name, phase) in enumerate(phases.items(), 1):
         if name == "decoder":
             params = start_decoder(build("nano"), params)
-        warm, last = 50, name == [*phases][-1]  # only the last phase ends slowly
-        rate = optax.warmup_cosine_decay_schedule(0, phase.peak, warm, phase.steps, 0 if last else phase.peak)
+        rate = optax.warmup_cosine_decay_schedule(0, phase.peak, 50, phase.steps, phase.end)
         optimizer = make_optimizer(rate, name)
         step = make_train_step(functools.partial(loss, build("nano", image_size=phase.size), phase), optimizer)
         first = (seed << 40) + (number << 32)

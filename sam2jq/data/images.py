@@ -173,10 +173,15 @@ def preprocess(image: np.ndarray, size: int) -> np.ndarray:
         raise ValueError(f"an image must be uint8 [H, W, 3], got {dtype} {list(shape)}; read_image returns one")
     channels = np.moveaxis(image.astype(np.float32) / 255, -1, 0)
     resized = [Image.fromarray(c).resize((size, size), Image.Resampling.BILINEAR) for c in channels]
-    return (np.stack([np.asarray(c) for c in resized], axis=-1) - MEAN) / STD
+    return normalize(np.stack([np.asarray(c) for c in resized], axis=-1))
 
 
 def preprocess_frame(image: np.ndarray, size: int) -> np.ndarray:
     """float32 [size, size, 3] of a frame uint8 [H, W, 3] as SAM 2 reads clips: resized on bytes, bicubically."""
     resized = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)
-    return (np.asarray(resized, np.float32) / 255 - MEAN) / STD
+    return normalize(np.asarray(resized, np.float32) / 255)
+
+
+def normalize(image):
+    """`image` [..., 3], RGB in 0..1, less ImageNet's mean and over its deviation."""
+    return (image - MEAN) / STD

@@ -1,6 +1,7 @@
 """The two benchmarks of `sam2jq evaluate`: prompted objects of images, and objects followed through clips."""
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -8,10 +9,10 @@ import numpy as np
 from sam2jq.data.coco import coco_images, read_instances
 from sam2jq.data.images import read_image, scene_names
 from sam2jq.data.sav import read_mask, vos_videos
-from sam2jq.data.scenes import draw_clip, draw_scene, scene_seed
+from sam2jq.data.scenes import Clip, draw_clip, draw_scene, scene_seed
 from sam2jq.data.video import Video, open_video, video_of
 from sam2jq.eval.metrics import VideoScores, mean_scores, video_scores
-from sam2jq.eval.segment import PROMPTS, follow, image_scores
+from sam2jq.eval.segment import follow, mean_ious, object_ious, segment_objects
 from sam2jq.models.sam2 import SAM2
 from sam2jq.video import VideoPredictor
 
@@ -24,11 +25,11 @@ class Sample(NamedTuple):
 
 
 class Annotated(NamedTuple):
-    """A clip with masks, read when it is its turn; objects: {name: {frame: () -> bool [H, W]}}, frames sorted."""
+    """A clip that is read when it is its turn; masks() -> {object: {frame: bool [H, W]}}, frames sorted."""
 
     name: str
     open: Callable[[], Video]
-    objects: dict[str, dict[int, Callable[[], np.ndarray]]]
+    masks: Callable[[], dict[str, dict[int, np.ndarray]]]
 
 
 def find_samples(data: str, count: int | None) -> list[Sample]:
@@ -49,41 +50,46 @@ def find_clips(data: str, split: str, count: int | None) -> list[Annotated]:
     """The first `count` clips with masks of scenes:<seed> or of a split of an SA-V folder; all when None."""
     if data.startswith("scenes:"):
         return [drawn_clip(name) for name in scene_names(data, count)]
-    clips = []
-    for name, frames, objects in vos_videos(data, split)[:count]:
-        size = lambda frames=frames: open_video(frames).size
-        load = {
-            obj: {frame: lambda path=path, size=size: read_mask(path, size()) for frame, path in masks.items()}
-            for obj, masks in objects.items()
-        }
-        clips.append(Annotated(name, lambda frames=frames: open_video(frames), load))
-    return clips
+    return [sav_clip(*entry) for entry in vos_videos(data, split)[:count]]
+
+
+def sav_clip(name: str, frames: str, files: dict[str, dict[int, str]]) -> Annotated:
+    """A clip of an SA-V folder; files: {object: {frame: its mask}}."""
+
+    def masks() -> dict[str, dict[int, np.ndarray]]:
+        size = open_video(frames).size
+        return {obj: {frame: read_mask(path, size) for frame, path in of.items()} for obj, of in files.items()}
+
+    return Annotated(name, lambda: open_video(frames), masks)
+
+
+@lru_cache(maxsize=1)
+def drawn(name: str) -> Clip:
+    """The clip of the scene "scenes:<seed>/<index>"; the last one is kept, since its masks are asked for next."""
+    return draw_clip(scene_seed(name))
 
 
 def drawn_video(name: str) -> Video:
-    """The clip of the scene "scenes:<seed>/<index>"."""
-    return video_of(draw_clip(scene_seed(name)).frames)
+    """The frames of the clip `drawn`."""
+    return video_of(drawn(name).frames)
 
 
 def drawn_clip(name: str) -> Annotated:
-    """The clip of a scene with the masks of all its frames."""
-    frames, masks = draw_clip(scene_seed(name))
-    objects = {
-        f"{i:03d}": {frame: lambda mask=mask[i]: mask for frame, mask in enumerate(masks)}
-        for i in range(masks.shape[1])
-    }
-    return Annotated(name, lambda: video_of(frames), objects)
+    """The clip `drawn` with the masks of all its frames."""
+
+    def masks() -> dict[str, dict[int, np.ndarray]]:
+        return {f"{i:03d}": dict(enumerate(of)) for i, of in enumerate(np.moveaxis(drawn(name).masks, 1, 0))}
+
+    return Annotated(name, lambda: drawn_video(name), masks)
 
 
 def evaluate_images(model: SAM2, params: dict, samples: Iterator[Sample], dtype: str = "float32") -> dict:
     """{"miou": {"box", "1 click", "3 clicks"}, "images", "instances"}: means over all instances, in 0..1."""
-    rows = [image_scores(model, params, *pair, dtype) for pair in (s.read() for s in samples) if len(pair[1])]
-    scores = {name: np.concatenate([row[name] for row in rows]) for name in PROMPTS}
-    return {
-        "miou": {name: float(each.mean()) for name, each in scores.items()},
-        "images": len(rows),
-        "instances": len(scores[PROMPTS[0]]),
-    }
+    pairs = (pair for pair in (sample.read() for sample in samples) if len(pair[1]))
+    ious = [object_ious(segment_objects(model, params, *pair, dtype), pair[1]) for pair in pairs]
+    if not ious:
+        raise ValueError("no image has an object to segment: every annotation is a crowd or missing")
+    return {"miou": mean_ious(ious), "images": len(ious), "instances": sum(len(of["box"]) for of in ious)}
 
 
 def track_objects(
@@ -91,8 +97,7 @@ def track_objects(
 ) -> dict[str, VideoScores]:
     """{object: J and F} of a clip's objects, each given by its first mask; write(object, frame name, mask), if given,
     gets every mask. An object that is in no scored frame has no score."""
-    video = clip.open()
-    truth = {obj: {frame: load() for frame, load in masks.items()} for obj, masks in clip.objects.items()}
+    video, truth = clip.open(), clip.masks()
     first = {}
     for obj, masks in truth.items():
         seen = [frame for frame, mask in masks.items() if mask.any()]

@@ -93,12 +93,14 @@ def enlarge(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return weights(logits.shape[1], size[0]) @ logits @ weights(logits.shape[2], size[1]).T
 
 
-def image_scores(
-    model: SAM2, params: dict, image: np.ndarray, masks: np.ndarray, dtype: str = "float32"
-) -> dict[str, np.ndarray]:
-    """{"box", "1 click", "3 clicks": IoU [I]} of what `segment_objects` finds."""
-    found = segment_objects(model, params, image, masks, dtype)
+def object_ious(found: dict[str, np.ndarray], masks: np.ndarray) -> dict[str, np.ndarray]:
+    """{"box", "1 click", "3 clicks": IoU [I]} of what `segment_objects` found with `masks` [I, H, W]."""
     return {name: iou(found[name], masks) for name in PROMPTS}
+
+
+def mean_ious(images: list[dict[str, np.ndarray]]) -> dict[str, float]:
+    """{"box", "1 click", "3 clicks": mIoU}: the mean over all objects of all images."""
+    return {name: float(np.concatenate([ious[name] for ious in images]).mean()) for name in PROMPTS}
 
 
 def follow(

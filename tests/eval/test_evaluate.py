@@ -104,4 +104,4 @@ def test_real_photographs_and_clips_are_found(shared):
     assert masks.shape[1:] == image.shape[:2]
     clips = find_clips(str(shared / "data/sa-v"), "sav_val", None)
     assert len(clips) == 4
-    assert all(masks for clip in clips for masks in clip.objects.values())
+    assert all(of for clip in clips for of in clip.masks().values())
