@@ -134,7 +134,7 @@ def build_world(seed: int) -> World:
 
 def colour_pairs(rng):
     """Ten pairs [10, 2, 3] of colours: all there are in a palette of five that differ in brightness."""
-    saturation, grey = rng.uniform(0.02, 0.12), np.linspace(0.15, 0.85, 5) + rng.uniform(-0.05, 0.05, 5)
+    saturation, grey = rng.uniform(0.05, 0.2), np.linspace(0.15, 0.85, 5) + rng.uniform(-0.05, 0.05, 5)
     palette = np.clip(grey[:, None] + saturation * rng.standard_normal((5, 3)), 0.05, 0.95).astype(np.float32)
     return rng.permutation(palette[list(itertools.combinations(rng.permutation(5), 2))])
 

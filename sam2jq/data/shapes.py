@@ -122,7 +122,7 @@ def paint(rng, u, v, colours):
         case _:
             mix = 0.5 + 2 * u
     base, other = colours[..., None]
-    contrast = rng.uniform(0.4, 1) * np.clip(mix, 0, 1)
+    contrast = rng.uniform(0.1, 0.6) * np.clip(mix, 0, 1)
     return (base + contrast * (other - base)) * (1 + rng.uniform(0.05, 0.2) * grain)
 
 

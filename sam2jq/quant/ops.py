@@ -1,8 +1,9 @@
 """What a layer does with its kernel, whatever leaf the kernel is: the one dispatch point of quantization.
 
-A weight leaf registers `effective`, and `matmul` or `conv` where it can do better than with its effective array.
+A weight leaf registers `effective`, and `contract` where what it does to x is not a product with its effective array.
 """
 
+from collections.abc import Callable
 from functools import singledispatch
 
 import jax
@@ -26,19 +27,36 @@ def _(w: QTensor) -> Array:
     return dequantize(w)
 
 
+@singledispatch
+def contract(w, x: Array, product: Callable[[Array, Array], Array]) -> Array:
+    """product(kernel, x) of the kernel that `w` stands for. A product is linear in both, contracts the last axis of
+    x and keeps the kernel's last axis last; so a leaf can change x, or split the kernel, whatever the layer is.
+    """
+    return product(effective(w).astype(x.dtype), x)
+
+
+def dense(kernel: Array, x: Array) -> Array:
+    """[in, out], [..., in] -> [..., out]."""
+    return x @ kernel
+
+
 def matmul(w, x: Array) -> Array:
     """[..., in] -> [..., out]."""
-    return x @ effective(w).astype(x.dtype)
+    return contract(w, x, dense)
 
 
 def conv(w, x: Array, *, stride: int, padding: int, groups: int) -> Array:
     """[B, H, W, in] -> [B, H', W', out], `w` standing for [kh, kw, in / groups, out]."""
-    kernel, pad = effective(w).astype(x.dtype), [(padding, padding)] * 2
-    if kernel.shape[:2] == (1, 1) and stride == groups == 1:  # XLA's convolution takes several times as long on a CPU
-        return x @ kernel[0, 0]
-    return lax.conv_general_dilated(
-        x, kernel, (stride, stride), pad, dimension_numbers=NHWC, feature_group_count=groups
-    )
+
+    def product(kernel: Array, x: Array) -> Array:
+        if kernel.shape[:2] == (1, 1) and stride == groups == 1:  # XLA's own takes several times as long on a CPU
+            return x @ kernel[0, 0]
+        pad = [(padding, padding)] * 2
+        return lax.conv_general_dilated(
+            x, kernel, (stride, stride), pad, dimension_numbers=NHWC, feature_group_count=groups
+        )
+
+    return contract(w, x, product)
 
 
 def conv_transpose(w, x: Array, *, stride: int) -> Array:
@@ -46,9 +64,12 @@ def conv_transpose(w, x: Array, *, stride: int) -> Array:
 
     No two inputs meet in an output, so it is one product and a reordering; XLA's own takes several times as long.
     """
-    kernel = effective(w).astype(x.dtype)[::-1, ::-1]  # a transposed convolution turns its kernel round
-    y = jnp.einsum("bhwi,klio->bhkwlo", x, kernel)
-    return y.reshape(len(x), x.shape[1] * stride, x.shape[2] * stride, -1)
+
+    def product(kernel: Array, x: Array) -> Array:
+        y = jnp.einsum("bhwi,klio->bhkwlo", x, kernel[::-1, ::-1])  # a transposed convolution turns its kernel round
+        return y.reshape(len(x), x.shape[1] * stride, x.shape[2] * stride, -1)
+
+    return contract(w, x, product)
 
 
 @jax.jit

@@ -41,16 +41,20 @@ def from_groups(grouped: Array, shape: tuple[int, ...]) -> Array:
 
 
 def fit_grid(grouped: Array, spec: QuantSpec) -> tuple[Array, Array]:
-    """The scale and zero [groups, 1, out] whose grid just spans each group of [groups, group_size, out].
+    """The scale and zero [groups, 1, out] whose grid just spans each group of [groups, group_size, out]."""
+    return span_grid(grouped.min(axis=1, keepdims=True), grouped.max(axis=1, keepdims=True), spec)
 
-    A group of zeros gets scale 1, so that it stays zero.
+
+def span_grid(low: Array, high: Array, spec: QuantSpec) -> tuple[Array, Array]:
+    """The scale and zero of the grids that span `low`..`high`, of any shape, and 0.
+
+    Where both are 0 the scale is 1, so that zeros stay zero.
     """
     if spec.symmetric:
-        scale = jnp.max(jnp.abs(grouped), axis=1, keepdims=True) / spec.qmax
+        scale = jnp.maximum(jnp.abs(low), jnp.abs(high)) / spec.qmax
         zero = jnp.zeros_like(scale)
     else:
-        low = jnp.minimum(jnp.min(grouped, axis=1, keepdims=True), 0)
-        high = jnp.maximum(jnp.max(grouped, axis=1, keepdims=True), 0)
+        low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
         scale = (high - low) / spec.qmax
         zero = jnp.clip(jnp.round(-low / jnp.where(scale > 0, scale, 1)), spec.qmin, spec.qmax)
     return jnp.where(scale > 0, scale, 1), zero

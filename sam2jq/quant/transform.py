@@ -1,0 +1,92 @@
+"""Quantization as functions of a params tree: what a transform is, what it is told, and how several make one.
+
+Letters: K inputs of an output, the kernel's axes but for the last, flattened; T sampled tokens; N outputs.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import reduce, singledispatch
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sam2jq.tree import flatten, layer_name, unflatten
+
+Array = jax.Array
+
+
+class Stats(NamedTuple):
+    """What the inputs x [tokens, K] of a layer were like; fields that nothing needed are None.
+
+    The tokens of a Conv are the patches under its kernel, those of a grouped one of all groups together.
+    """
+
+    mean: Array  # [K]
+    low: Array  # [K]
+    high: Array  # [K]
+    gram: Array | None = None  # [K, K]: x^T x / tokens
+    tokens: Array | None = None  # [T, K], drawn evenly from all
+
+    def scaled(self, factor: Array) -> "Stats":
+        """The statistics of x * factor, for factors [K] > 0."""
+        both = None if self.gram is None else self.gram * factor[:, None] * factor
+        tokens = None if self.tokens is None else self.tokens * factor
+        return Stats(self.mean * factor, self.low * factor, self.high * factor, both, tokens)
+
+    def turned(self, turn: Callable[[Array], Array]) -> "Stats":
+        """The statistics of turn(x), a linear function of rows [..., K]; its range is that of the tokens."""
+        both = None if self.gram is None else turn(turn(self.gram).T).T
+        tokens = None if self.tokens is None else turn(self.tokens)
+        low, high = (self.low, self.high) if tokens is None else (tokens.min(0), tokens.max(0))
+        return Stats(turn(self.mean), low, high, both, tokens)
+
+
+class Transform(NamedTuple):
+    """apply(params, {layer: Stats}) -> params; needs: which of "gram" and "tokens" the Stats must hold."""
+
+    needs: frozenset[str]
+    apply: Callable[[dict, Mapping[str, Stats]], dict]
+
+
+Change = Callable[[object, Stats | None], object]  # of one kernel: w, what enters it -> a leaf
+
+
+@singledispatch
+def descend(w, stats: Stats | None, change: Change):
+    """`w` with its innermost part p replaced by change(p, what enters p); a leaf around it stays as it is."""
+    return change(w, stats)
+
+
+def each_layer(change: Callable, specs: Mapping[str, object], needs: frozenset[str] = frozenset()) -> Transform:
+    """The transform that makes change(w, stats, spec) of the kernel of every layer in `specs`.
+
+    Without needs it works without statistics too, and stats may be None.
+    """
+
+    def apply(params: dict, stats: Mapping[str, Stats]) -> dict:
+        flat = flatten(params)
+        paths = {layer_name(path): path for path in flat if path.endswith("/kernel")}
+        missing = [layer for layer in specs if needs and layer not in stats]
+        if missing:
+            raise ValueError(f"no statistics of {', '.join(missing)}: calibration never reached them")
+        changed = {
+            paths[layer]: descend(flat[paths[layer]], stats.get(layer), lambda w, s, spec=spec: change(w, s, spec))
+            for layer, spec in specs.items()
+        }
+        return unflatten(flat | changed)
+
+    return Transform(frozenset(needs), apply)
+
+
+def chain(*transforms: Transform) -> Transform:
+    """Applies `transforms` from left to right."""
+
+    def apply(params: dict, stats: Mapping[str, Stats]) -> dict:
+        return reduce(lambda params, transform: transform.apply(params, stats), transforms, params)
+
+    return Transform(frozenset().union(*(t.needs for t in transforms)), apply)
+
+
+def output_error(difference: Array, gram: Array) -> Array:
+    """[N]: the mean square error of each output when `difference` [K, N] is added to the weight."""
+    return jnp.einsum("kn,kn->n", difference, gram @ difference)
