@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import safetensors
 import torch
@@ -15,7 +16,7 @@ from converters.files import load_torch, save_torch, whole
 from converters.names import array, from_torch, mismatches, shapes, to_torch
 from converters.package import is_package, open_package
 from sam2jq.models.sam2 import SAM2, VARIANTS, VERSIONS, abstract_params, build, init_params
-from sam2jq.tree import suggest
+from sam2jq.tree import flatten, suggest, unflatten
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 FILES = (".pt", ".pth", ".safetensors")
@@ -34,7 +35,7 @@ def load_checkpoint(source: str, model: SAM2) -> Checkpoint:
     """The params of `model` under the name `source`.
 
     source: an original `.pt` ({"model": state_dict}), Hugging Face safetensors (a file, or a folder with
-      model.safetensors), a `package.pt` written here (its dequantized weights), a Hub id such as
+      model.safetensors), a `package.pt` written here (with its weight leaves), a Hub id such as
       facebook/sam2.1-hiera-tiny (extra `hub`), random:<seed>, or demo: nano as trained by experiments/demo_model.
     ValueError, FileNotFoundError: names the file or tensor and the way out; for another size or version, the one
       that fits.
@@ -44,7 +45,7 @@ def load_checkpoint(source: str, model: SAM2) -> Checkpoint:
         if not seed.isdigit():
             raise ValueError(f"checkpoint {source!r}: the seed must be a whole number, as in random:0")
         return Checkpoint(init_params(model, int(seed)), source, random=True)
-    state_dict, random = read_state_dict(find(source))
+    state_dict, leaves, random = read_state_dict(find(source))
     if source == "demo":  # in float16 on disk, only to be small
         state_dict = {key: value.float() for key, value in state_dict.items()}
     broken = [key for key, value in state_dict.items() if value.is_floating_point() and not value.isfinite().all()]
@@ -54,7 +55,7 @@ def load_checkpoint(source: str, model: SAM2) -> Checkpoint:
         params = from_torch(state_dict, abstract_params(model))
     except ValueError as error:
         raise ValueError(f"checkpoint {source} does not fit the model{fitting(state_dict)}: {error}") from error
-    return Checkpoint(params, source, random)
+    return Checkpoint(jax.device_put(unflatten(flatten(params) | leaves)), source, random)
 
 
 def save_checkpoint(path: str | Path, params: dict) -> None:
@@ -99,8 +100,9 @@ def download(repository: str) -> Path:
         raise ValueError(f"cannot fetch {repository} from the Hub ({reason}): go online, or give a file") from error
 
 
-def read_state_dict(path: Path) -> tuple[dict[str, torch.Tensor], bool]:
-    """The state dict in a file, under the original names, and whether its weights are known to be random."""
+def read_state_dict(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, object], bool]:
+    """The state dict in a file, under the original names; the weight leaves of a package, by path; and whether the
+    weights are known to be random."""
     if path.suffix == ".safetensors":
         try:
             content = load_file(path)
@@ -110,13 +112,13 @@ def read_state_dict(path: Path) -> tuple[dict[str, torch.Tensor], bool]:
         content = load_torch(path)
     if is_package(content):
         package = open_package(content, path)
-        return package.state_dict(), package.metadata["random_weights"]
+        return package.state_dict(), package.leaves(), package.metadata["random_weights"]
     random = isinstance(content, dict) and content.get("random_weights") is True
     content = content.get("model", content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not content or not all(map(torch.is_tensor, content.values())):
         raise ValueError(f"{path} holds no state dict: a SAM 2 checkpoint is {{'model': {{name: tensor}}}}")
     try:
-        return (hf.from_hf(content) if hf.is_hf(content) else content), random
+        return (hf.from_hf(content) if hf.is_hf(content) else content), {}, random
     except ValueError as error:
         raise ValueError(f"checkpoint {path}: {error}") from error
 

@@ -10,6 +10,11 @@ import torch
 from sam2jq.tree import flatten, unflatten
 
 LEAF = {"kernel": "weight", "scale": "weight"}
+# what numpy and torch share no type for: the torch type, and the integers that carry its bits across
+CARRIED = {
+    ml_dtypes.bfloat16: (torch.bfloat16, torch.int16),
+    ml_dtypes.float8_e4m3fn: (torch.float8_e4m3fn, torch.int8),
+}
 TRANSPOSED = ("output_upscaling.0", "output_upscaling.3")  # the two ConvTranspose layers of the mask decoder
 
 
@@ -44,18 +49,20 @@ def from_layout(path: str, array: np.ndarray) -> np.ndarray:
 
 
 def tensor(array) -> torch.Tensor:
-    """`array` as a contiguous tensor of its own memory, bit for bit; numpy and torch share no bfloat16."""
+    """`array` as a contiguous tensor of its own memory, bit for bit."""
     array = np.array(array, order="C")
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    for ours, (theirs, _) in CARRIED.items():
+        if array.dtype == ours:
+            return torch.from_numpy(array.view(f"i{array.itemsize}")).view(theirs)
     return torch.from_numpy(array)
 
 
 def array(value: torch.Tensor) -> np.ndarray:
     """Inverse of `tensor`; no copy."""
     value = value.detach().cpu()
-    if value.dtype == torch.bfloat16:
-        return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    for ours, (theirs, bits) in CARRIED.items():
+        if value.dtype == theirs:
+            return value.view(bits).numpy().view(ours)
     return value.numpy()
 
 

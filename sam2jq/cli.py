@@ -18,18 +18,20 @@ from tqdm import tqdm
 
 from sam2jq import __version__
 from sam2jq import config as settings
-from sam2jq.config import Config
-from sam2jq.data import find_images, read_image
+from sam2jq.calibrate import collect
+from sam2jq.config import Config, QuantConfig
+from sam2jq.data import find_images, preprocess, read_image
 from sam2jq.data.sav import write_mask
 from sam2jq.data.video import open_video
 from sam2jq.eval.compare import compare, prompt_grid, summarize
 from sam2jq.eval.evaluate import drawn_video, evaluate_clips, evaluate_images, find_clips, find_samples
 from sam2jq.eval.metrics import relative_error
 from sam2jq.eval.segment import mean_ious, object_ious, segment_objects
-from sam2jq.models.sam2 import SAM2, build
+from sam2jq.models.sam2 import SAM2, TRUNK_LINEAR, build
 from sam2jq.predict import ImagePredictor
 from sam2jq.quant.ops import effective_params
-from sam2jq.quant.recipe import layers, round_weights, weight_specs
+from sam2jq.quant.recipe import stages
+from sam2jq.quant.transform import simulated
 from sam2jq.report import figures, text
 from sam2jq.tree import flatten, kernels, layer_name
 from sam2jq.video import VideoPredictor
@@ -94,15 +96,22 @@ def quantize(args: argparse.Namespace, flags: list[str]) -> None:
                 read_image(name)
         model, checkpoint = load_model(config, calib.image_size)
 
-        specs = weight_specs(config.quant.wgts, layers(checkpoint.params))
-        with stage("quantize", f"{len(specs)} layers, {config.quant.wgts.dtype} {config.quant.wgts.group_shapes}"):
-            quantized = round_weights(checkpoint.params, specs)
-            errors = weight_errors(checkpoint.params, quantized)
+        params = effective_params(checkpoint.params)
+        shapes = {layer_name(path): kernel.shape for path, kernel in kernels(flatten(params)).items()}
+        steps = stages(config.quant, shapes, TRUNK_LINEAR, config.seed)
+        stats = calibrate(config, model, params, names, frozenset().union(*(step.needs for step in steps.values())))
+        kinds = {"full precision": params}
+        for name, step in steps.items():
+            with stage(name, describe(config.quant, name)):
+                params = step.apply(params, stats)
+            if name in ("weights", "inputs"):
+                kinds[name] = simulated(params)
+        quantized, errors = params, weight_errors(kinds["full precision"], params)
         with stage("compare", f"{len(names)} images x {GRID * GRID} clicks"):
-            results = measure(config, model, checkpoint, quantized, names, folder / "masks.png")
+            results = measure(config, model, checkpoint, kinds[name], names, folder / "masks.png")
         if calib.path.startswith("scenes:"):
             with stage("segment", f"{len(names)} scenes, whose masks are known"):
-                results["miou"] = measure_truth(config, model, checkpoint, quantized, names, folder / "masks.png")
+                results["miou"] = measure_truth(config, model, checkpoint, kinds, names, folder / "masks.png")
 
         with stage("write", "package.pt" + ", vanilla.pt" * config.save_model):
             metadata = {
@@ -131,7 +140,7 @@ def segment(args: argparse.Namespace, flags: list[str]) -> None:
     image = read_image(args.image)
     config = settings.load(None, flags, settings.SegmentConfig)
     model, checkpoint = load_model(config)
-    predictor = ImagePredictor(model, checkpoint.params, dtype=config.model.dtype)
+    predictor = ImagePredictor(model, simulated(checkpoint.params), dtype=config.model.dtype)
     predictor.set_image(image)
     points = {"point_coords": args.points, "point_labels": labels} if args.points else {}
     masks, scores, _ = predictor.predict(**points, box=args.box, multimask_output=args.multimask)
@@ -156,7 +165,7 @@ def track(args: argparse.Namespace, flags: list[str]) -> None:
     video = drawn_video(args.clip) if args.clip.startswith("scenes:") else open_video(args.clip)
     config = settings.load(None, flags, settings.SegmentConfig)
     model, checkpoint = load_model(config)
-    predictor = VideoPredictor(model, checkpoint.params, dtype=config.model.dtype)
+    predictor = VideoPredictor(model, simulated(checkpoint.params), dtype=config.model.dtype)
     state = predictor.init_state(video)
     points = {"points": args.points, "labels": labels} if args.points else {}
     predictor.add_new_points_or_box(state, args.frame, 1, **points, box=args.box)
@@ -188,7 +197,7 @@ def evaluate(args: argparse.Namespace, flags: list[str]) -> None:
             else:
                 samples = find_clips(config.data, config.split, config.num_samples)
         model, checkpoint = load_model(config)
-        params, progress = effective_params(checkpoint.params), tqdm(samples, leave=False, disable=None)
+        params, progress = simulated(checkpoint.params), tqdm(samples, leave=False, disable=None)
         with stage("evaluate", f"{len(samples)} {'images' if config.task == 'image' else 'clips'}"):
             if config.task == "image":
                 results = evaluate_images(model, params, progress, config.model.dtype)
@@ -277,6 +286,34 @@ def weight_errors(params: dict, quantized: dict) -> dict[str, float]:
     }
 
 
+def calibrate(config: Config, model: SAM2, params: dict, names: list[str], needs: frozenset[str]) -> dict:
+    """{layer: Stats} over the images, when any stage needs them."""
+    if not needs:
+        return {}
+    size = model.variant.image_size
+    clips = (preprocess(read_image(name), size)[None] for name in tqdm(names, leave=False, disable=None))
+    with stage("calibrate", f"{len(names)} images: what enters each layer"):
+        return collect(model, params, clips, needs)
+
+
+def describe(config: QuantConfig, name: str) -> str:
+    """What a stage does, in a few words."""
+    match name:
+        case "weights":
+            method = "GPTQ" if config.wgts.kernel_gptq else "to nearest"
+            return f"{config.wgts.dtype} {config.wgts.group_shapes}, {method}"
+        case "inputs":
+            return f"{config.ipts.dtype} {config.ipts.group_shapes}{', static' * config.ipts.static}"
+        case "smooth":
+            return f"{config.smooth.proj.strategy}, alpha {config.smooth.proj.alpha}, beta {config.smooth.proj.beta}"
+        case "low rank":
+            return f"rank {config.wgts.low_rank.rank}, {config.wgts.low_rank.num_iters} rounds"
+        case "rotation":
+            return "Hadamard" + ", random signs" * config.rotation.random
+        case _:
+            return f"strength {config.wgts.ridge}"
+
+
 def measure(config: Config, model: SAM2, checkpoint, quantized: dict, names: list[str], picture: Path) -> dict:
     """The summary of `compare` over the images; masks before and after of the first few go into `picture`."""
     size = config.quant.calib.batch_size
@@ -284,7 +321,7 @@ def measure(config: Config, model: SAM2, checkpoint, quantized: dict, names: lis
     click = prompt_grid(GRID, 1)[0][CLICK, 0]
     batches = ([read_image(name) for name in names[i : i + size]] for i in range(0, len(names), size))
     results, rows, titles = [], [], []
-    compared = compare(model, checkpoint.params, effective_params(quantized), batches, GRID, config.model.dtype)
+    compared = compare(model, effective_params(checkpoint.params), quantized, batches, GRID, config.model.dtype)
     for name, result in zip(names, tqdm(compared, total=len(names), unit="image", leave=False, disable=None)):
         if len(rows) < SHOWN:
             rows.append(figures.before_and_after(read_image(name), click, [masks[CLICK, 0] for masks in result.masks]))
@@ -296,10 +333,9 @@ def measure(config: Config, model: SAM2, checkpoint, quantized: dict, names: lis
     return summarize(results)
 
 
-def measure_truth(config: Config, model: SAM2, checkpoint, quantized: dict, names: list[str], picture: Path) -> dict:
-    """{"full precision", "quantized": {prompt: mIoU}} over drawn scenes; the first few go into `picture`."""
+def measure_truth(config: Config, model: SAM2, checkpoint, kinds: dict[str, dict], names: list[str], picture: Path):
+    """{kind: {prompt: mIoU}} of params trees over drawn scenes; the first few, by first and last, go into `picture`."""
     note = ", random weights" if checkpoint.random else ""
-    kinds = {"full precision": checkpoint.params, "quantized": effective_params(quantized)}
     scores = {kind: [] for kind in kinds}
     rows, titles = [], []
     for sample in find_samples(config.quant.calib.path, len(names)):
@@ -308,8 +344,9 @@ def measure_truth(config: Config, model: SAM2, checkpoint, quantized: dict, name
         for kind, params in kinds.items():
             found = segment_objects(model, params, image, masks, config.model.dtype)
             scores[kind].append(object_ious(found, masks))
-            row.append(figures.overlay(image, found["1 click"]))
-            title.append(f"{kind}, 1 click: mIoU {scores[kind][-1]['1 click'].mean():.3f}{note}")
+            if kind in ("full precision", [*kinds][-1]):
+                row.append(figures.overlay(image, found["1 click"]))
+                title.append(f"{kind}, 1 click: mIoU {scores[kind][-1]['1 click'].mean():.3f}{note}")
         rows, titles = [*rows, row], [*titles, title]
     figures.side_by_side(rows[:SHOWN], titles[:SHOWN]).save(picture)
     return {kind: mean_ious(of) for kind, of in scores.items()}

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
 import draccus
 import yaml
@@ -12,7 +12,7 @@ from draccus.utils import DraccusException
 
 from sam2jq.tree import suggest
 
-DTYPE = re.compile(r"([su])int(\d+)")
+DTYPE = re.compile(r"[su]int[2-8]|fp4|nvfp4|fp8")
 DEVICES = ("auto", "cpu", "gpu", "cuda", "tpu")
 FLOATS = ("float32", "bfloat16", "float16")
 
@@ -56,37 +56,140 @@ class CalibConfig:
 
 
 @dataclass(frozen=True)
+class GptqConfig:
+    """damp_percentage: of the Gram matrix' mean diagonal, added to it; block_size: inputs that are rounded before the
+    rest is corrected; num_inv_tries: factorizations with growing damping before giving up; search_range: groups may
+    clip their largest weights where that makes the others more exact."""
+
+    damp_percentage: float = 0.01
+    block_size: int = 128
+    num_inv_tries: int = 200
+    search_range: bool = False
+
+    def __post_init__(self):
+        if self.damp_percentage <= 0 or self.block_size < 1 or self.num_inv_tries < 1:
+            raise ValueError("quant.wgts.kernel_gptq: damp_percentage, block_size and num_inv_tries must be over 0")
+
+
+@dataclass(frozen=True)
+class LowRankConfig:
+    """rank: of the branch beside each layer; num_iters: rounds of branch and rounding, the best is kept; early_stop:
+    end at the first that is worse; objective: error of the output or of the weight; compensate: start from the error
+    of plain rounding. exclusive: q, k and v each with a branch of their own; SAM 2 has them in one layer: false."""
+
+    rank: int = 32
+    exclusive: bool = False
+    compensate: bool = False
+    num_iters: int = 1
+    early_stop: bool = False
+    objective: str = "output"
+
+    def __post_init__(self):
+        if self.exclusive:
+            raise ValueError("quant.wgts.low_rank.exclusive: SAM 2's q, k and v are one layer and share its branch")
+        if self.rank < 1 or self.num_iters < 1:
+            raise ValueError("quant.wgts.low_rank: rank and num_iters must be at least 1")
+        one_of("quant.wgts.low_rank.objective", self.objective, ("output", "weight"))
+
+
+@dataclass(frozen=True)
 class WeightsConfig:
-    """dtype: sintN or uintN, N in 2..8; group_shapes: [[1, g]] one scale per output and g inputs, [[1, -1]] per
-    output, [[-1, -1]] per tensor; skips: dotted prefixes left unquantized; bits: {dotted prefix: bits}, longest wins.
+    """dtype: sintN or uintN, N in 2..8, fp4, nvfp4, fp8; group_shapes: [[1, g]] one scale per output and g inputs,
+    [[1, -1]] per output, [[-1, -1]] per tensor; skips: dotted prefixes left unquantized; bits: {dotted prefix: bits},
+    the longest wins;
+    ridge: strength of the recalibration that shrinks what inputs never excite, 0 for none; bias_correction: take the
+    mean error of outputs out of the bias.
     """
 
     dtype: str = "sint8"
     group_shapes: list[list[int]] = field(default_factory=lambda: [[1, -1]])
     skips: list[str] = field(default_factory=list)
     bits: dict[str, int] = field(default_factory=dict)
+    kernel_gptq: GptqConfig | None = None
+    low_rank: LowRankConfig | None = None
+    ridge: float = 0.0
+    bias_correction: bool = False
 
     def __post_init__(self):
-        match = DTYPE.fullmatch(self.dtype)
-        if not match or not 2 <= int(match[2]) <= 8:
-            raise ValueError(f"quant.wgts.dtype {self.dtype!r}: allowed are sintN and uintN with N (bits) in 2..8")
+        check_grid("quant.wgts", self.dtype, self.group_shapes)
         wrong = {prefix: bits for prefix, bits in self.bits.items() if not 2 <= bits <= 8}
         if wrong:
             raise ValueError(f"quant.wgts.bits: bits must be in 2..8, got {wrong}")
-        match self.group_shapes:
-            case [[1, size]] if size == -1 or size > 0:
-                pass
-            case [[-1, -1]]:
-                pass
-            case _:
-                allowed = "[[1, g]], [[1, -1]], [[-1, -1]]"
-                raise ValueError(f"quant.wgts.group_shapes {self.group_shapes}: allowed are {allowed}")
+        if self.ridge < 0:
+            raise ValueError(f"quant.wgts.ridge must not be negative, got {self.ridge}")
+
+
+@dataclass(frozen=True)
+class InputsConfig:
+    """dtype: of what enters the layers whose weights are quantized; null leaves it as it is. group_shapes: [[1, -1]]
+    one scale per token, [[1, g]] per token and g channels, [[-1, -1]] per tensor; static: the range is fixed by
+    calibration, else measured at each call; skips: dotted prefixes whose inputs stay."""
+
+    dtype: str | None = None
+    group_shapes: list[list[int]] = field(default_factory=lambda: [[1, -1]])
+    static: bool = False
+    skips: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        if self.dtype is not None:
+            check_grid("quant.ipts", self.dtype, self.group_shapes)
+        if self.static and self.group_shapes != [[-1, -1]]:
+            raise ValueError(
+                f"quant.ipts.static: a range fixed by calibration is per tensor: set group_shapes to [[-1, -1]], "
+                f"not {self.group_shapes}"
+            )
+
+
+SPANS = ("AbsMax", "RMS")
+
+
+@dataclass(frozen=True)
+class SmoothProjConfig:
+    """scale = activation span^alpha / weight span^beta for each input channel. strategy: Manual takes alpha and beta
+    (1 - alpha where beta is negative); GridSearch tries num_grids steps of the family that their signs select, and no
+    smoothing, and keeps what errs least. granularity: Layer, or ChannelGroup to choose for each weight group."""
+
+    granularity: str = "Layer"
+    strategy: str = "Manual"
+    alpha: float = 0.5
+    beta: float = -1
+    num_grids: int = 20
+    spans: list[list[str]] = field(default_factory=lambda: [["AbsMax", "AbsMax"]])
+
+    def __post_init__(self):
+        one_of("quant.smooth.proj.granularity", self.granularity, ("Layer", "ChannelGroup"))
+        one_of("quant.smooth.proj.strategy", self.strategy, ("Manual", "GridSearch"))
+        for span in [name for pair in self.spans for name in pair]:
+            one_of("quant.smooth.proj.spans", span, SPANS)
+
+
+@dataclass(frozen=True)
+class SmoothConfig:
+    proj: SmoothProjConfig | None = None
+
+
+@dataclass(frozen=True)
+class RotationConfig:
+    """transforms: [hadamard] turns what enters qkv, attn.proj and both MLP layers of the trunk; random: with signs."""
+
+    transforms: list[str] = field(default_factory=list)
+    random: bool = False
+
+    def __post_init__(self):
+        for name in self.transforms:
+            one_of("quant.rotation.transforms", name, ("hadamard",))
 
 
 @dataclass(frozen=True)
 class QuantConfig:
+    """integer: layers whose weight and input are both quantized multiply codes, not what the codes stand for."""
+
     calib: CalibConfig = field(default_factory=CalibConfig)
     wgts: WeightsConfig = field(default_factory=WeightsConfig)
+    ipts: InputsConfig = field(default_factory=InputsConfig)
+    smooth: SmoothConfig = field(default_factory=SmoothConfig)
+    rotation: RotationConfig = field(default_factory=RotationConfig)
+    integer: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,13 +258,32 @@ def keys(schema: type, prefix: str = "") -> list[str]:
     """Every dotted key of a schema with its default: what can follow `--`."""
     found = []
     for entry in dataclasses.fields(schema):
-        kind = get_type_hints(schema)[entry.name]
-        if dataclasses.is_dataclass(kind):
+        if kind := section(get_type_hints(schema)[entry.name]):
             found += keys(kind, f"{prefix}{entry.name}.")
         else:
             made = entry.default_factory is not dataclasses.MISSING
             found.append(f"--{prefix}{entry.name} {entry.default_factory() if made else entry.default!r}")
     return found
+
+
+def check_grid(key: str, dtype: str, group_shapes: list[list[int]]) -> None:
+    """ValueError unless both say how numbers are rounded; `key` is the section they stand in."""
+    if not DTYPE.fullmatch(dtype):
+        raise ValueError(f"{key}.dtype {dtype!r}: allowed are sintN and uintN with N (bits) in 2..8, fp4, nvfp4, fp8")
+    if dtype == "nvfp4" and group_shapes != [[1, 16]]:
+        raise ValueError(f"{key}.group_shapes {group_shapes}: nvfp4 is groups of 16, [[1, 16]]")
+    match group_shapes:
+        case [[1, size]] if size == -1 or size > 0:
+            pass
+        case [[-1, -1]]:
+            pass
+        case _:
+            raise ValueError(f"{key}.group_shapes {group_shapes}: allowed are [[1, g]], [[1, -1]], [[-1, -1]]")
+
+
+def section(kind) -> type | None:
+    """The dataclass in a type such as GptqConfig or GptqConfig | None; None where there is none."""
+    return next((part for part in (kind, *get_args(kind)) if dataclasses.is_dataclass(part)), None)
 
 
 def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -229,10 +351,11 @@ def check_keys(settings: dict, schema: type, prefix: str = "") -> None:
         if key not in known:
             allowed = f"{prefix or 'top level '}allows {', '.join(known)}"
             raise ValueError(f"unknown key {prefix}{key}{suggest(str(key), known)}; {allowed}")
-        if dataclasses.is_dataclass(known[key]):
+        kind = section(known[key])
+        if kind and not (value is None and kind is not known[key]):
             if not isinstance(value, dict):
                 raise ValueError(f"{prefix}{key} must be a section such as {key}: {{...}}, got {value!r}")
-            check_keys(value, known[key], f"{prefix}{key}.")
+            check_keys(value, kind, f"{prefix}{key}.")
 
 
 def to_dict(config) -> dict:

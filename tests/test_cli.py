@@ -197,7 +197,7 @@ def test_random_weights_are_named_in_every_output(tmp_path, capsys):
     assert "RANDOM" in (tmp_path / "r" / "run.log").read_text()
     metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
     assert metrics["random_weights"]
-    assert set(metrics["results"]["miou"]) == {"full precision", "quantized"}  # the masks of scenes are known
+    assert set(metrics["results"]["miou"]) == {"full precision", "weights"}  # the masks of scenes are known
     vanilla = load_checkpoint(str(tmp_path / "r" / "vanilla.pt"), build("nano"))
     assert vanilla.random
     assert main(["inspect", str(tmp_path / "r")]) == 0

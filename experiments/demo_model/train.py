@@ -66,7 +66,7 @@ class Phase(NamedTuple):
 PHASES = {
     "trunk": Phase(128, 1200, 16, 1, 16, 0, 0, 1e-3, 1e-3, 0),
     "decoder": Phase(128, 400, 16, 1, 16, 1, 0, 1e-3, 1e-3, 4),
-    "masks": Phase(128, 6000, 16, 1, 8, 1, 0, 1e-3, 1e-4, 0, focal_dice),
+    "masks": Phase(128, 3600, 16, 1, 8, 1, 0, 1e-3, 2e-4, 0, focal_dice),
 }
 
 

@@ -6,7 +6,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sam2jq.models.layers import MLP, Conv, Dense, LayerNorm, attend, cached_rows, declare, gelu, in_chunks, resize
+from sam2jq.models.layers import (
+    MLP,
+    Conv,
+    Dense,
+    LayerNorm,
+    attend,
+    cached_rows,
+    collecting,
+    declare,
+    gelu,
+    in_chunks,
+    resize,
+)
 
 Array = jax.Array
 EPS = 1e-6
@@ -35,22 +47,28 @@ def from_windows(windows: Array, height: int, width: int) -> Array:
 
 
 class Attention(nn.Module):
-    """Multi-head attention over all tokens of each map; `pool` halves the queries' height and width."""
+    """Multi-head attention over all tokens of each map; `pool` halves the queries' height and width.
+
+    real: bool [B, H, W, 1], the tokens that calibration is to count; all when None.
+    """
 
     features: int
     heads: int
     pool: bool
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, real: Array | None = None) -> Array:
         qkv, proj = Dense(3 * self.features, name="qkv"), Dense(self.features, name="proj")
 
-        def run(x: Array) -> Array:
-            q, k, v = jnp.split(qkv(x), 3, axis=-1)
-            q = max_pool(q) if self.pool else q
+        def run(x: Array, real: Array | None = None) -> Array:
+            q, k, v = jnp.split(qkv(x, real), 3, axis=-1)
+            if self.pool:
+                q, real = max_pool(q), None if real is None else max_pool(real)
             heads = (t.reshape(len(x), -1, self.heads, self.features // self.heads) for t in (q, k, v))
-            return proj(attend(*heads).reshape(q.shape))
+            return proj(attend(*heads).reshape(q.shape), real)
 
+        if collecting(self):
+            return run(x, real)
         return in_chunks(run, x, cached_rows(3 * self.features * x.shape[1] * x.shape[2]))
 
 
@@ -70,8 +88,12 @@ class Block(nn.Module):
         shortcut, x = x, LayerNorm(EPS, name="norm1")(x)
         if pool:  # norm1 feeds the shortcut too
             shortcut = max_pool(Dense(self.features, name="proj")(x))
-        x = to_windows(x, self.window) if self.window else x
-        x = Attention(self.features, self.heads, pool, name="attn")(x)
+        real = None
+        if self.window:
+            if any(side % self.window for side in x.shape[1:3]):  # windows are padded
+                real = to_windows(jnp.ones((*x.shape[:3], 1), bool), self.window)
+            x = to_windows(x, self.window)
+        x = Attention(self.features, self.heads, pool, name="attn")(x, real)
         x = from_windows(x, *shortcut.shape[1:3]) if self.window else x
         x = shortcut + x
         mlp = MLP((4 * self.features, self.features), gelu, name="mlp")

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from sam2jq.quant import ops
+from sam2jq.quant.observe import FOLDS
 
 Array = jax.Array
 HIDDEN = -1e9  # added to the score of a key that is not there
@@ -29,13 +30,36 @@ def declare(module: nn.Module, name: str, *shape: int):
     return module.param(name, nn.initializers.zeros, shape)
 
 
+def collecting(module: nn.Module) -> bool:
+    """Whether calibration wants to see what enters the layers in `module`, which then must not run in chunks."""
+    return not module.is_initializing() and any(map(module.is_mutable_collection, FOLDS))
+
+
+def observe(module: nn.Module, x: Array, real: Array | None = None) -> None:
+    """Folds the inputs x [..., K] of a layer into what is being collected; real: bool [...], tokens that count."""
+    if collecting(module):
+        rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+        real = None if real is None else real.reshape(-1)
+        for name, fold in FOLDS.items():
+            module.sow(name, "input", (rows, real), reduce_fn=fold, init_fn=lambda: None)
+
+
+def patches(x: Array, size: int, stride: int, padding: int) -> Array:
+    """[B, H, W, C] -> [B, H', W', size * size * C]: what lies under a kernel, in the kernel's order."""
+    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    rows, columns = ((length - size) // stride * stride + 1 for length in x.shape[1:3])
+    shifts = [(i, j) for i in range(size) for j in range(size)]
+    return jnp.concatenate([x[:, i : i + rows : stride, j : j + columns : stride] for i, j in shifts], -1)
+
+
 class Dense(nn.Module):
-    """[..., C] -> [..., features]."""
+    """[..., C] -> [..., features]; real: bool [...], the tokens that calibration is to count."""
 
     features: int
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, real: Array | None = None) -> Array:
+        observe(self, x, real)
         kernel = declare(self, "kernel", x.shape[-1], self.features)
         bias = declare(self, "bias", self.features)
         return ops.matmul(kernel, x) + bias.astype(x.dtype)
@@ -55,6 +79,10 @@ class Conv(nn.Module):
         shape = (self.size, self.size, x.shape[-1] // self.groups, self.features)
         kernel = declare(self, "kernel", *shape)
         bias = declare(self, "bias", self.features)
+        if collecting(self):  # patches are large; a grouped kernel sees one group at a time
+            seen = patches(x, self.size, self.stride, self.padding)
+            grouped = seen.reshape(*seen.shape[:-1], self.size**2, self.groups, -1)
+            observe(self, grouped.swapaxes(-2, -3).reshape(-1, math.prod(shape[:-1])))
         y = ops.conv(kernel, x, stride=self.stride, padding=self.padding, groups=self.groups)
         return y + bias.astype(x.dtype)
 
@@ -66,6 +94,7 @@ class ConvTranspose(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        observe(self, x)
         kernel = declare(self, "kernel", 2, 2, x.shape[-1], self.features)
         bias = declare(self, "bias", self.features)
         return ops.conv_transpose(kernel, x, stride=2) + bias.astype(x.dtype)
@@ -102,7 +131,8 @@ class MLP(nn.Module):
                 x = layer(self.act(x))
             return x
 
-        rows = in_chunks(run, x.reshape(-1, x.shape[-1]), cached_rows(max(self.widths)))
+        at_once = sys.maxsize if collecting(self) else cached_rows(max(self.widths))
+        rows = in_chunks(run, x.reshape(-1, x.shape[-1]), at_once)
         return rows.reshape(*x.shape[:-1], self.widths[-1])
 
 

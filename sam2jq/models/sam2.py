@@ -1,6 +1,7 @@
 """SAM 2 and 2.1 whole: image encoder, prompts to masks, and memory (arXiv 2408.00714)."""
 
 import math
+import re
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import NamedTuple
@@ -23,6 +24,7 @@ NO_OBJECT = -1024.0  # the mask logit where the object is not in the frame
 MEMORIES = 7  # places in time that a memory can have: 0 the prompted frame's, 1..6 from six frames ago to the last
 POINTERS = 15  # frames before the current one whose object pointers are kept
 VERSIONS = ("2.0", "2.1")
+TRUNK_LINEAR = re.compile(r"image_encoder\.trunk\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.layers\.[01])")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sam2jq.quant.ops import contract, dense, effective
-from sam2jq.quant.qtensor import QTensor, span_grid
+from sam2jq.quant.qtensor import QTensor, nearest, span_grid
 from sam2jq.quant.spec import QuantSpec
 from sam2jq.quant.transform import Stats, descend
 from sam2jq.tree import pytree
@@ -53,7 +53,7 @@ def encode(x: Array, spec: QuantSpec, scale: Array | None = None, zero: Array | 
     if scale is None:
         axes = None if spec.per_tensor else -1
         scale, zero = span_grid(grouped.min(axes, keepdims=True), grouped.max(axes, keepdims=True), spec)
-    return jnp.clip(jnp.round(grouped / scale + zero), spec.qmin, spec.qmax), scale, zero
+    return nearest(grouped, scale, zero, spec), scale, zero
 
 
 def round_inputs(x: Array, spec: QuantSpec, scale: Array | None = None, zero: Array | None = None) -> Array:
@@ -69,7 +69,7 @@ def _(w: ActQuantized) -> Array:
 
 @contract.register
 def _(w: ActQuantized, x: Array, product) -> Array:
-    if w.integer and product is dense and isinstance(w.inner, QTensor):
+    if w.integer and product is dense and isinstance(w.inner, QTensor) and w.spec.codes == w.inner.spec.codes == "int":
         return integer_matmul(w, x).astype(x.dtype)
     return contract(w.inner, round_inputs(x, w.spec, w.scale, w.zero), product)
 

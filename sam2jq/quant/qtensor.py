@@ -4,8 +4,9 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from sam2jq.quant.spec import QuantSpec
+from sam2jq.quant.spec import E2M1, QuantSpec
 from sam2jq.tree import pytree
 
 Array = jax.Array
@@ -13,7 +14,8 @@ Array = jax.Array
 
 @pytree(static=["spec"])
 class QTensor:
-    """values: int8 or uint8 [*reduce, out]; scale, zero: f32 [groups, out], or [1, 1] per tensor.
+    """values: [*reduce, out], int8 or uint8, float8_e4m3fn where codes are floats; scale, zero: f32 [groups, out], or
+    [1, 1] per tensor.
 
     w = (values - zero) * scale, to the bit; zero is None on symmetric grids.
     """
@@ -57,15 +59,41 @@ def span_grid(low: Array, high: Array, spec: QuantSpec) -> tuple[Array, Array]:
         low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
         scale = (high - low) / spec.qmax
         zero = jnp.clip(jnp.round(-low / jnp.where(scale > 0, scale, 1)), spec.qmin, spec.qmax)
+    if spec.scales == "e4m3":  # the largest group's is the largest such float, times what all have in common
+        common = scale.max() / 448
+        scale = to_e4m3(scale / jnp.where(common > 0, common, 1)) * common
+    elif spec.scales == "bfloat16":
+        scale = lax.reduce_precision(scale, exponent_bits=8, mantissa_bits=7)  # XLA may skip a cast there and back
     return jnp.where(scale > 0, scale, 1), zero
 
 
+def to_e4m3(x: Array) -> Array:
+    """x rounded to an 8-bit float, clipped at 448, as float32."""
+    return jnp.clip(x, -448, 448).astype(jnp.float8_e4m3fn).astype(jnp.float32)
+
+
+def nearest(x: Array, scale: Array, zero: Array, spec: QuantSpec) -> Array:
+    """The codes, as float32, next to x on the grid (code - zero) * scale: half to even, e2m1's half towards 0."""
+    if spec.codes == "int":
+        return jnp.clip(jnp.round(x / scale + zero), spec.qmin, spec.qmax)
+    if spec.bits == 8:
+        return to_e4m3(x / scale)
+    magnitudes = jnp.array(E2M1)
+    middles = (magnitudes[1:] + magnitudes[:-1]) / 2
+    found = magnitudes[jnp.searchsorted(middles, jnp.abs(x / scale), method="compare_all")]
+    return jnp.where(x < 0, -found, found) + 0.0  # no negative zero
+
+
+def storage(spec: QuantSpec):
+    """The dtype of a QTensor's values."""
+    return jnp.float8_e4m3fn if spec.codes == "float" else jnp.int8 if spec.symmetric else jnp.uint8
+
+
 def quantize(w: Array, spec: QuantSpec) -> QTensor:
-    """`w` [*reduce, out] rounded to the nearest point of its grid, half to even."""
+    """`w` [*reduce, out] rounded to the nearest point of its grid."""
     grouped = by_group(w.astype(jnp.float32), spec)
     scale, zero = fit_grid(grouped, spec)
-    codes = jnp.clip(jnp.round(grouped / scale + zero), spec.qmin, spec.qmax)
-    values = from_groups(codes, w.shape).astype(jnp.int8 if spec.symmetric else jnp.uint8)
+    values = from_groups(nearest(grouped, scale, zero, spec), w.shape).astype(storage(spec))
     return QTensor(values, scale[:, 0], None if spec.symmetric else zero[:, 0], spec)
 
 

@@ -1,14 +1,90 @@
-"""The `quant` section of a config as specs by layer, and those applied to a params tree."""
+"""The `quant` section of a config as transforms of a params tree."""
 
-from collections.abc import Iterable
+import re
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 
 import jax
 
-from sam2jq.config import DTYPE, WeightsConfig
+from sam2jq.config import InputsConfig, LowRankConfig, QuantConfig, SmoothProjConfig, WeightsConfig
+from sam2jq.quant.act import quantize_inputs
+from sam2jq.quant.gptq import GptqSpec, gptq
+from sam2jq.quant.lowrank import LowRankSpec, low_rank
+from sam2jq.quant.ops import effective
 from sam2jq.quant.qtensor import quantize
+from sam2jq.quant.recalibrate import bias_shift, ridge
+from sam2jq.quant.rotate import RotationSpec, rotate
+from sam2jq.quant.smooth import SmoothSpec, smooth
 from sam2jq.quant.spec import QuantSpec
+from sam2jq.quant.transform import Stats, Transform, each_layer
 from sam2jq.tree import flatten, kernels, layer_name, suggest, under, unflatten
+
+
+def stages(config: QuantConfig, shapes: Mapping[str, tuple[int, ...]], linear: re.Pattern, seed: int):
+    """{stage: Transform}, in the order they are applied.
+
+    shapes: of all layers' kernels; linear: the names of the layers that may be rotated and have a branch of low rank.
+    """
+    weights = weight_specs(config.wgts, shapes)
+    inputs = input_specs(config.ipts, weights)
+    trunk = [layer for layer in weights if linear.fullmatch(layer)]
+    found = {}
+    if config.rotation.transforms:
+        signs = {
+            layer: RotationSpec(config.rotation.random, (seed + zlib.crc32(layer.encode())) % 2**32) for layer in trunk
+        }
+        found["rotation"] = each_layer(rotate, signs)
+    if config.wgts.ridge:
+        found["ridge"] = each_layer(ridge, dict.fromkeys(weights, config.wgts.ridge), frozenset({"gram"}))
+    if proj := config.smooth.proj:
+        dense = [layer for layer in weights if len(shapes[layer]) == 2]
+        specs = {layer: smooth_spec(proj, weights[layer], inputs.get(layer)) for layer in dense}
+        found["smooth"] = each_layer(smooth, specs, frozenset({"gram", "tokens"}))
+    if branch := config.wgts.low_rank:
+        specs = {layer: low_rank_spec(branch, weights[layer], inputs.get(layer)) for layer in trunk}
+        found["low rank"] = each_layer(low_rank, specs, frozenset({"gram", "tokens"}))
+    found["weights"] = rounding(config.wgts, weights)
+    if inputs:
+        change = partial(quantize_inputs, static=config.ipts.static, integer=config.integer)
+        found["inputs"] = each_layer(change, inputs, frozenset({"tokens"} if config.ipts.static else ()))
+    return found
+
+
+def rounding(config: WeightsConfig, specs: Mapping[str, QuantSpec]) -> Transform:
+    """The transform that brings the weights onto their grids."""
+    if config.kernel_gptq is None:
+        rounded = each_layer(lambda w, _, spec: quantize(w, spec), specs)
+    else:
+        settings = vars(config.kernel_gptq)
+        rounded = each_layer(gptq, {k: GptqSpec(spec, **settings) for k, spec in specs.items()}, frozenset({"gram"}))
+    return corrected(rounded, specs) if config.bias_correction else rounded
+
+
+def corrected(transform: Transform, layers: Iterable[str]) -> Transform:
+    """`transform`, and then what it did to the mean output of each layer taken out of the layer's bias."""
+
+    def apply(params: dict, stats: Mapping[str, Stats]) -> dict:
+        after = transform.apply(params, stats)
+        old, new = flatten(params), flatten(after)
+        for path in kernels(new):
+            bias, layer = path.replace("kernel", "bias"), layer_name(path)
+            if layer in layers and not layer.endswith("dwconv"):  # whose channels share one mean in `stats`
+                new[bias] = new[bias] + bias_shift(effective(old[path]), effective(new[path]), stats[layer])
+        return unflatten(new)
+
+    return Transform(transform.needs, apply)
+
+
+def smooth_spec(config: SmoothProjConfig, weights: QuantSpec, inputs: QuantSpec | None) -> SmoothSpec:
+    spans = tuple(map(tuple, config.spans))
+    return SmoothSpec(**vars(config) | {"spans": spans, "weights": weights, "inputs": inputs})
+
+
+def low_rank_spec(config: LowRankConfig, weights: QuantSpec, inputs: QuantSpec | None) -> LowRankSpec:
+    settings = {name: value for name, value in vars(config).items() if name != "exclusive"}
+    return LowRankSpec(**settings, weights=weights, inputs=inputs)
 
 
 def weight_specs(config: WeightsConfig, layers: Iterable[str]) -> dict[str, QuantSpec]:
@@ -17,26 +93,51 @@ def weight_specs(config: WeightsConfig, layers: Iterable[str]) -> dict[str, Quan
     ValueError: a prefix that names no layer.
     """
     layers = list(layers)
-    idle = [p for p in (*config.skips, *config.bits) if not any(under(layer, p) for layer in layers)]
-    if idle:
-        meant = suggest(idle[0], {".".join(layer.split(".")[: i + 1]) for layer in layers for i in range(9)})
-        raise ValueError(
-            f"quant.wgts.skips and bits: no layer under {', '.join(idle)}{meant}; layers are named as in the "
-            f"checkpoint, e.g. {layers[0]}"
-        )
-    sign, bits = DTYPE.fullmatch(config.dtype).groups()
-    [[outputs, size]] = config.group_shapes
+    check_prefixes("quant.wgts.skips and bits", (*config.skips, *config.bits), layers)
 
     def spec(layer: str) -> QuantSpec:
         prefix = max((p for p in config.bits if under(layer, p)), key=len, default=None)
-        return QuantSpec(
-            bits=int(bits) if prefix is None else config.bits[prefix],
-            symmetric=sign == "s",
-            group_size=size if size > 0 else None,
-            per_tensor=outputs == -1,
-        )
+        return base if prefix is None else replace(base, bits=config.bits[prefix])
 
-    return {layer: spec(layer) for layer in layers if not any(under(layer, p) for p in config.skips)}
+    base = grid(config.dtype, config.group_shapes)
+    return {layer: spec(layer) for layer in kept(layers, config.skips)}
+
+
+def input_specs(config: InputsConfig, layers: Iterable[str]) -> dict[str, QuantSpec]:
+    """{layer: spec} of every layer whose inputs are rounded: of `layers` those not skipped."""
+    layers = list(layers)
+    check_prefixes("quant.ipts.skips", config.skips, layers)
+    return (
+        {}
+        if config.dtype is None
+        else dict.fromkeys(kept(layers, config.skips), grid(config.dtype, config.group_shapes))
+    )
+
+
+def grid(dtype: str, group_shapes: list[list[int]]) -> QuantSpec:
+    """The spec that a config writes as sint4 and [[1, 64]]."""
+    [[rows, size]] = group_shapes
+    layout = {"group_size": size if size > 0 else None, "per_tensor": rows == -1}
+    bits = int(dtype[-1])
+    if dtype == "nvfp4":
+        return QuantSpec(bits, codes="float", scales="e4m3", **layout)
+    if dtype.startswith("fp"):
+        return QuantSpec(bits, codes="float", **layout)
+    return QuantSpec(bits, symmetric=dtype[0] == "s", **layout)
+
+
+def kept(layers: list[str], skips: Iterable[str]) -> list[str]:
+    return [layer for layer in layers if not any(under(layer, prefix) for prefix in skips)]
+
+
+def check_prefixes(key: str, prefixes: Iterable[str], layers: list[str]) -> None:
+    """ValueError if one of the dotted `prefixes` names none of `layers`."""
+    idle = [prefix for prefix in prefixes if not any(under(layer, prefix) for layer in layers)]
+    if idle:
+        meant = suggest(idle[0], {".".join(layer.split(".")[: i + 1]) for layer in layers for i in range(9)})
+        raise ValueError(
+            f"{key}: no layer under {', '.join(idle)}{meant}; layers are named as in the checkpoint, e.g. {layers[0]}"
+        )
 
 
 def layers(params: dict) -> list[str]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sam2jq.quant.ops import effective
 from sam2jq.tree import flatten, layer_name, unflatten
 
 Array = jax.Array
@@ -69,11 +70,13 @@ def each_layer(change: Callable, specs: Mapping[str, object], needs: frozenset[s
         missing = [layer for layer in specs if needs and layer not in stats]
         if missing:
             raise ValueError(f"no statistics of {', '.join(missing)}: calibration never reached them")
-        changed = {
-            paths[layer]: descend(flat[paths[layer]], stats.get(layer), lambda w, s, spec=spec: change(w, s, spec))
-            for layer, spec in specs.items()
-        }
-        return unflatten(flat | changed)
+        for layer, spec in specs.items():
+            change_it = lambda w, stats, spec=spec: change(w, stats, spec)
+            try:
+                flat[paths[layer]] = descend(flat[paths[layer]], stats.get(layer), change_it)
+            except ValueError as error:
+                raise ValueError(f"layer {layer}: {error}") from error
+        return unflatten(flat)
 
     return Transform(frozenset(needs), apply)
 
@@ -85,6 +88,15 @@ def chain(*transforms: Transform) -> Transform:
         return reduce(lambda params, transform: transform.apply(params, stats), transforms, params)
 
     return Transform(frozenset().union(*(t.needs for t in transforms)), apply)
+
+
+def simulated(params: dict) -> dict:
+    """`params` with rounded weights as the plain float32 arrays they stand for, inside the leaves around them.
+
+    It computes the same, and faster where a model runs more than once.
+    """
+    leaf = lambda node: descend(node, None, lambda w, _: effective(w))
+    return jax.tree.map(leaf, params, is_leaf=lambda node: not isinstance(node, dict))
 
 
 def output_error(difference: Array, gram: Array) -> Array:

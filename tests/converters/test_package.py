@@ -44,11 +44,11 @@ def test_a_package_holds_every_tensor_of_the_quantized_model(tmp_path, nano):
     assert all(torch.equal(state_dict[key], vanilla[key]) for key in vanilla)
 
     name = "sam_mask_decoder.output_upscaling.0"
-    assert torch.equal(package.layers[name].tensor.dequantize(), vanilla[f"{name}.weight"])
+    assert torch.equal(package.layers[name].dequantize(), vanilla[f"{name}.weight"])
     for path, leaf in flatten(quantized).items():
         if path.endswith("/kernel"):
             layer = package.layers[path.removesuffix("/kernel").replace("/", ".")]
-            got, expected = jax.tree.leaves(layer.tensor.qtensor()), jax.tree.leaves(leaf)
+            got, expected = jax.tree.leaves(layer.leaf()), jax.tree.leaves(leaf)
             assert all(map(np.array_equal, got, expected))
             assert got[0].dtype == expected[0].dtype
             assert layer.error == 0.25
@@ -109,9 +109,9 @@ def test_a_file_that_is_no_whole_package_is_named(tmp_path, nano):
     save_package(path, round_weights(nano, {name: QuantSpec(4)}), {name: 0.1}, {})
     content = torch.load(path, weights_only=True)
     torch.save(content | {"format_version": 99}, path)
-    with pytest.raises(ValueError, match="package version 99, this sam2jq reads 1"):
+    with pytest.raises(ValueError, match="package version 99, this sam2jq reads 2"):
         load_package(path)
-    content["layers"][name]["codes"] = torch.zeros(3, dtype=torch.uint8)
+    content["layers"][name]["leaf"]["codes"] = torch.zeros(3, dtype=torch.uint8)
     torch.save(content, path)
     with pytest.raises(ValueError, match="memory_encoder.out_proj has 3 bytes of codes, not 512: damaged"):
         load_package(path)
