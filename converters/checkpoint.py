@@ -29,6 +29,7 @@ class Checkpoint(NamedTuple):
     params: dict
     source: str
     random: bool  # weights that nobody trained: every figure made with them says so
+    names: str = "original"  # or "huggingface": how the source calls its tensors
 
 
 def load_checkpoint(source: str, model: SAM2) -> Checkpoint:
@@ -45,7 +46,7 @@ def load_checkpoint(source: str, model: SAM2) -> Checkpoint:
         if not seed.isdigit():
             raise ValueError(f"checkpoint {source!r}: the seed must be a whole number, as in random:0")
         return Checkpoint(init_params(model, int(seed)), source, random=True)
-    state_dict, leaves, random = read_state_dict(find(source))
+    state_dict, leaves, random, names = read_state_dict(find(source))
     if source == "demo":  # in float16 on disk, only to be small
         state_dict = {key: value.float() for key, value in state_dict.items()}
     broken = [key for key, value in state_dict.items() if value.is_floating_point() and not value.isfinite().all()]
@@ -55,7 +56,7 @@ def load_checkpoint(source: str, model: SAM2) -> Checkpoint:
         params = from_torch(state_dict, abstract_params(model))
     except ValueError as error:
         raise ValueError(f"checkpoint {source} does not fit the model{fitting(state_dict)}: {error}") from error
-    return Checkpoint(jax.device_put(unflatten(flatten(params) | leaves)), source, random)
+    return Checkpoint(jax.device_put(unflatten(flatten(params) | leaves)), source, random, names)
 
 
 def save_checkpoint(path: str | Path, params: dict) -> None:
@@ -100,9 +101,9 @@ def download(repository: str) -> Path:
         raise ValueError(f"cannot fetch {repository} from the Hub ({reason}): go online, or give a file") from error
 
 
-def read_state_dict(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, object], bool]:
-    """The state dict in a file, under the original names; the weight leaves of a package, by path; and whether the
-    weights are known to be random."""
+def read_state_dict(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, object], bool, str]:
+    """The state dict in a file, under the original names; the weight leaves of a package, by path; whether the weights
+    are known to be random; and whose names the tensors had."""
     if path.suffix == ".safetensors":
         try:
             content = load_file(path)
@@ -112,13 +113,14 @@ def read_state_dict(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, obje
         content = load_torch(path)
     if is_package(content):
         package = open_package(content, path)
-        return package.state_dict(), package.leaves(), package.metadata["random_weights"]
+        return package.state_dict(), package.leaves(), package.metadata["random_weights"], package.metadata["names"]
     random = isinstance(content, dict) and content.get("random_weights") is True
     content = content.get("model", content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not content or not all(map(torch.is_tensor, content.values())):
         raise ValueError(f"{path} holds no state dict: a SAM 2 checkpoint is {{'model': {{name: tensor}}}}")
     try:
-        return (hf.from_hf(content) if hf.is_hf(content) else content), {}, random
+        theirs = hf.is_hf(content)
+        return hf.from_hf(content) if theirs else content, {}, random, "huggingface" if theirs else "original"
     except ValueError as error:
         raise ValueError(f"checkpoint {path}: {error}") from error
 

@@ -5,7 +5,7 @@ Letters: M tokens, K inputs, N outputs, R rank, G groups of 64 inputs; h16 bfloa
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -139,22 +139,26 @@ def to_layer(leaf, bias) -> Layer:
     return Layer(np.asarray(q.values).T, h16(q.scale).T, np.asarray(bias), h16(smooth), down.T, up.T)
 
 
-def onto_grid(params: dict, layers: Iterable[str]) -> dict:
-    """`params` with these linears, rounded on some other grid, rounded once more, to nearest, onto GRID.
+def onto_grid(params: dict) -> tuple[dict, list[str]]:
+    """`params` with the trunk's linears that stand on another grid rounded once more, to nearest, onto GRID; and which.
 
-    Each is then a LowRank, of the branch that it had, in a Smoothed; how activations are rounded is up to the kernels.
+    Each keeps its smoothing and its branch; how activations are rounded is up to the kernels.
     """
 
     def change(leaf):
         q, around = peel(leaf)
-        w = quantize(jnp.asarray(dequantize(q) if isinstance(q, QTensor) else q), GRID)
+        w = quantize(jnp.asarray(dequantize(q)), GRID)
         if LowRank in around:
             w = LowRank(w, around[LowRank].down, around[LowRank].up)
         return Smoothed(w, around[Smoothed].scale) if Smoothed in around else w
 
     flat = flatten(params)
-    chosen = {path: leaf for path, leaf in kernels(flat).items() if layer_name(path) in layers}
-    return unflatten(flat | {path: change(leaf) for path, leaf in chosen.items() if not on_grid(leaf)})
+    others = {
+        path: leaf
+        for path, leaf in kernels(flat).items()
+        if TRUNK_LINEAR.fullmatch(layer_name(path)) and isinstance(peel(leaf)[0], QTensor) and not on_grid(leaf)
+    }
+    return unflatten(flat | {path: change(leaf) for path, leaf in others.items()}), list(map(layer_name, others))
 
 
 def in_file_precision(leaf):

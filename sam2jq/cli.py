@@ -30,15 +30,21 @@ from sam2jq.eval.segment import mean_ious, object_ious, segment_objects
 from sam2jq.models.sam2 import SAM2, TRUNK_LINEAR, build
 from sam2jq.predict import ImagePredictor
 from sam2jq.quant.ops import effective_params
-from sam2jq.quant.recipe import stages
+from sam2jq.quant.recipe import onto, stages, weight_specs
 from sam2jq.quant.transform import simulated
 from sam2jq.report import figures, text
-from sam2jq.tree import flatten, kernels, layer_name
+from sam2jq.tree import flatten, kernels, layer_name, unflatten
 from sam2jq.video import VideoPredictor
 
 GRID = 4  # clicks per side of an image, for the mask IoU
 CLICK = GRID * GRID // 2 + GRID // 2  # the one that masks.png shows, just off the image's centre
 SHOWN = 4  # images in masks.png
+FORMATS = {
+    "vanilla": "vanilla.pt for build_sam2",
+    "safetensors": "model.safetensors with Hugging Face's names",
+    "deepcompressor": "model.pt, scale.pt, smooth.pt and branch.pt",
+    "nunchaku": "hiera_blocks.safetensors and unquantized_layers.safetensors",
+}
 log = logging.getLogger("sam2jq")
 
 
@@ -62,14 +68,20 @@ def main(argv: list[str] | None = None) -> int:
     measures = "measure how well a checkpoint segments images or follows objects"
     command = add_command(commands, "evaluate", measures, settings.EvaluateConfig)
     command.add_argument("--config", help="YAML file; every key of it is also a flag")
+    command = add_command(commands, "export", "write what is in a package in another format")
+    command.add_argument("--package", required=True, help="package.pt of a run, or the run's folder")
+    command.add_argument(
+        "--to", required=True, choices=FORMATS, help="; ".join(f"{k}: {v}" for k, v in FORMATS.items())
+    )
+    command.add_argument("--out", required=True, help="the folder to write into")
     command = add_command(commands, "inspect", "print what is in a package")
     command.add_argument("package", help="package.pt of a run, or the run's folder")
     args, flags = parser.parse_known_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
     log.setLevel(logging.DEBUG if args.verbose else logging.INFO)
     try:
-        run = {"quantize": quantize, "segment": segment, "track": track, "evaluate": evaluate, "inspect": inspect}
-        run[args.command](args, flags)
+        run = (quantize, segment, track, evaluate, export, inspect)
+        next(one for one in run if one.__name__ == args.command)(args, flags)
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "safetensors"):
             raise
@@ -82,6 +94,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def quantize(args: argparse.Namespace, flags: list[str]) -> None:
     """Checkpoint + images -> <output.root>/<job>/ with package, vanilla checkpoint and figures."""
+    from converters.deepcompressor import save_deepcompressor
     from converters.package import load_package, save_package
     from converters.vanilla import save_vanilla
 
@@ -96,26 +109,32 @@ def quantize(args: argparse.Namespace, flags: list[str]) -> None:
                 read_image(name)
         model, checkpoint = load_model(config, calib.image_size)
 
-        params = effective_params(checkpoint.params)
-        shapes = {layer_name(path): kernel.shape for path, kernel in kernels(flatten(params)).items()}
+        full = effective_params(checkpoint.params)
+        shapes = {layer_name(path): kernel.shape for path, kernel in kernels(flatten(full)).items()}
         steps = stages(config.quant, shapes, TRUNK_LINEAR, config.seed)
-        stats = calibrate(config, model, params, names, frozenset().union(*(step.needs for step in steps.values())))
-        kinds = {"full precision": params}
+        needs = frozenset({"gram"} if config.convert_nunchaku else ()).union(*(step.needs for step in steps.values()))
+        stats = calibrate(config, model, full, names, needs)
+        params, kinds = full, {"full precision": full}
         for name, step in steps.items():
+            if name == "weights" and config.convert_nunchaku:
+                kinds["nunchaku"] = convert_nunchaku(config, model, checkpoint, full, params, stats, folder)
             with stage(name, describe(config.quant, name)):
                 params = step.apply(params, stats)
             if name in ("weights", "inputs"):
                 kinds[name] = simulated(params)
-        quantized, errors = params, weight_errors(kinds["full precision"], params)
+        quantized, errors = params, weight_errors(full, params)
         with stage("compare", f"{len(names)} images x {GRID * GRID} clicks"):
             results = measure(config, model, checkpoint, kinds[name], names, folder / "masks.png")
+            if config.convert_nunchaku:
+                results["nunchaku"] = measure(config, model, checkpoint, kinds["nunchaku"], names)
         if calib.path.startswith("scenes:"):
             with stage("segment", f"{len(names)} scenes, whose masks are known"):
                 results["miou"] = measure_truth(config, model, checkpoint, kinds, names, folder / "masks.png")
 
-        with stage("write", "package.pt" + ", vanilla.pt" * config.save_model):
+        with stage("write", "package.pt" + ", vanilla.pt, cache" * config.save_model):
             metadata = {
                 "model": settings.to_dict(config.model) | {"image_size": model.variant.image_size},
+                "names": checkpoint.names,
                 "random_weights": checkpoint.random,
                 "config": settings.to_dict(config),
                 "results": results,
@@ -124,6 +143,8 @@ def quantize(args: argparse.Namespace, flags: list[str]) -> None:
             save_package(folder / "package.pt", quantized, errors, metadata)
             if config.save_model:
                 save_vanilla(folder / "vanilla.pt", quantized, checkpoint.random)
+                if "rotation" not in steps:  # these files have no place for it
+                    save_deepcompressor(folder / "cache", quantized, checkpoint.names)
             summary = load_package(folder / "package.pt").summary()
             (folder / "metrics.json").write_text(json.dumps(summary, indent=1))
         rows = sorted(summary["layers"], key=lambda row: -row["relative_error"])
@@ -256,6 +277,39 @@ def inspect(args: argparse.Namespace, flags: list[str]) -> None:
     log.info("vanilla.pt  build_sam2(%r, 'vanilla.pt', hydra_overrides_extra=%r)", name, overrides)
 
 
+def export(args: argparse.Namespace, flags: list[str]) -> None:
+    """Writes a package in another format into `args.out`."""
+    from converters import deepcompressor, nunchaku_model, vanilla
+    from converters.checkpoint import load_checkpoint, save_checkpoint
+    from converters.package import load_package
+
+    if flags:
+        raise ValueError(f"export takes no {flags[0]}")
+    path, out = Path(args.package), Path(args.out)
+    path = path / "package.pt" if path.is_dir() else path
+    metadata = load_package(path).metadata
+    about = metadata["model"]
+    model = build(about["name"], about["version"], about["image_size"])
+    params = load_checkpoint(str(path), model).params
+    match args.to:
+        case "vanilla":
+            vanilla.save_vanilla(out / "vanilla.pt", params, metadata["random_weights"])
+        case "safetensors":
+            save_checkpoint(out / "model.safetensors", effective_params(params))
+        case "deepcompressor":
+            deepcompressor.save_deepcompressor(out, params, metadata["names"])
+        case "nunchaku":
+            params, again = nunchaku_model.onto_grid(params)
+            if again:
+                log.warning(
+                    "nunchaku    %d linears stood on another grid and were rounded a second time, to nearest: "
+                    "quantize --convert-nunchaku rounds them once, with GPTQ",
+                    len(again),
+                )
+            nunchaku_model.save_nunchaku(out, params, about, metadata["names"])
+    log.info("written     %s", out)
+
+
 def load_model(config, image_size: int | None = None):
     """The model of a config and its checkpoint, after jax was told where to run it."""
     from converters.checkpoint import load_checkpoint
@@ -296,6 +350,27 @@ def calibrate(config: Config, model: SAM2, params: dict, names: list[str], needs
         return collect(model, params, clips, needs)
 
 
+def convert_nunchaku(config: Config, model: SAM2, checkpoint, full: dict, params: dict, stats: dict, folder: Path):
+    """Writes nunchaku/ of `params`, smoothed but not rounded; the params tree of what its kernels will compute.
+
+    Their grid is signed int4 in groups of 64, whatever that of the config; all but the trunk's linears is as in `full`.
+    """
+    from converters.nunchaku_model import GRID, computed_by_kernels, in_file_precision, save_nunchaku
+
+    flat = flatten(params)
+    layers = [k for k in weight_specs(config.quant.wgts, map(layer_name, kernels(flat))) if TRUNK_LINEAR.fullmatch(k)]
+    with stage(
+        "nunchaku", f"{len(layers)} linears onto {GRID.dtype} [[1, {GRID.group}]] with GPTQ, other than the package"
+    ):
+        chosen = {path: in_file_precision(leaf) for path, leaf in kernels(flat).items() if layer_name(path) in layers}
+        rounded = flatten(onto(GRID, config.quant.wgts, layers).apply(unflatten(flat | chosen), stats))
+        changed = [p for p in rounded if layer_name(p) in layers]
+        tree = unflatten(flatten(full) | {path: rounded[path] for path in changed})
+        about = settings.to_dict(config.model) | {"image_size": model.variant.image_size}
+        save_nunchaku(folder / "nunchaku", tree, about, checkpoint.names)
+        return computed_by_kernels(full, folder / "nunchaku")
+
+
 def describe(config: QuantConfig, name: str) -> str:
     """What a stage does, in a few words."""
     match name:
@@ -314,7 +389,9 @@ def describe(config: QuantConfig, name: str) -> str:
             return f"strength {config.wgts.ridge}"
 
 
-def measure(config: Config, model: SAM2, checkpoint, quantized: dict, names: list[str], picture: Path) -> dict:
+def measure(
+    config: Config, model: SAM2, checkpoint, quantized: dict, names: list[str], picture: Path | None = None
+) -> dict:
     """The summary of `compare` over the images; masks before and after of the first few go into `picture`."""
     size = config.quant.calib.batch_size
     note = ", random weights" if checkpoint.random else ""
@@ -323,13 +400,14 @@ def measure(config: Config, model: SAM2, checkpoint, quantized: dict, names: lis
     results, rows, titles = [], [], []
     compared = compare(model, effective_params(checkpoint.params), quantized, batches, GRID, config.model.dtype)
     for name, result in zip(names, tqdm(compared, total=len(names), unit="image", leave=False, disable=None)):
-        if len(rows) < SHOWN:
+        if picture and len(rows) < SHOWN:
             rows.append(figures.before_and_after(read_image(name), click, [masks[CLICK, 0] for masks in result.masks]))
             titles.append(
                 [Path(name).name, "full precision" + note, f"quantized, IoU {result.ious[CLICK, 0]:.3f}{note}"]
             )
         results.append(result._replace(masks=None))
-    figures.side_by_side(rows, titles).save(picture)
+    if picture:
+        figures.side_by_side(rows, titles).save(picture)
     return summarize(results)
 
 

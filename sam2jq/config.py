@@ -209,14 +209,22 @@ class OutputConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """save_model: write the vanilla checkpoint beside the package."""
+    """save_model: write the vanilla checkpoint, and what deepcompressor keeps in cache/, beside the package;
+    convert_nunchaku: write nunchaku/, which takes the trunk's linears in sint4, groups of 64."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     save_model: bool = True
+    convert_nunchaku: bool = False
     seed: int = 42
+
+    def __post_init__(self):
+        if self.convert_nunchaku and self.quant.rotation.transforms:
+            raise ValueError(
+                "convert_nunchaku: nunchaku's kernels do not rotate what enters a layer: leave quant.rotation out"
+            )
 
 
 @dataclass(frozen=True)

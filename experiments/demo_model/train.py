@@ -2,8 +2,8 @@
 
 A mask decoder trained from nothing first learns one mask for every prompt, and may stay there. So the trunk learns
 first, through a short cut on which no prompt gets lost; then the decoder, on features that tell objects apart by then;
-both on images of half the side, where a step costs a quarter; then corrections at full size. The loss of clips is
-here too, but no phase has `objects` to track yet: such a step takes over 7 seconds on two cores.
+both on images of half the side, where a step costs a quarter; then corrections at full size; then clips, for which the
+trunk stays as it is.
 
 Letters: B scenes or clips, T frames, S the image's side, O objects, P prompts.
 """
@@ -47,7 +47,7 @@ SLIVER = 0.005  # of the image: an object that shows less of itself is not promp
 class Phase(NamedTuple):
     """`prompts` a frame go through `rounds` passes of the decoder, each with one more click; 0: the short cut.
 
-    `objects` of each clip are tracked from its first frame.
+    `objects` of each clip are tracked from its first frame; where there are any, the image encoder rests.
     """
 
     size: int
@@ -67,6 +67,8 @@ PHASES = {
     "trunk": Phase(128, 1200, 16, 1, 16, 0, 0, 1e-3, 1e-3, 0),
     "decoder": Phase(128, 400, 16, 1, 16, 1, 0, 1e-3, 1e-3, 4),
     "masks": Phase(128, 3600, 16, 1, 8, 1, 0, 1e-3, 2e-4, 0, focal_dice),
+    "full": Phase(256, 1400, 6, 1, 8, 3, 0, 6e-4, 0, 0, focal_dice),
+    "clips": Phase(256, 1000, 3, 5, 4, 1, 4, 6e-4, 0, 0, focal_dice),
 }
 
 
@@ -119,6 +121,8 @@ def seen_objects(labels: Array, count: int) -> Targets:
 def loss(model: SAM2, phase: Phase, params: dict, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
     """The mean over prompts, plus the mean over tracked objects; and what to watch."""
     images = normalize(batch.images.astype(jnp.float32) / 255)
+    if phase.objects:
+        params = {name: jax.lax.stop_gradient(part) if resting(name) else part for name, part in params.items()}
     maps = model.apply({"params": params}, images.reshape(-1, *images.shape[2:]), method="encode_image")
     prompt_keys, clip_keys = (
         jax.random.split(k, n) for k, n in zip(jax.random.split(key), (len(maps[0]), phase.clips))
@@ -132,6 +136,11 @@ def loss(model: SAM2, phase: Phase, params: dict, batch: Batch, key: Array) -> t
         followed, more = jax.vmap(functools.partial(clip_loss, model, phase, params))(clips, batch.labels, clip_keys)
         total, metrics = total + followed.mean(), metrics | more
     return total, jax.tree.map(jnp.mean, metrics)
+
+
+def resting(name: str) -> bool:
+    """Whether a part of the params stays as it is while clips are learned."""
+    return name.startswith("image_encoder")
 
 
 def short_cut(sam: SAM2, maps: list[Array], coverage: Array) -> tuple[Array, Array]:
@@ -299,14 +308,16 @@ def start_decoder(model: SAM2, params: dict) -> dict:
     return unflatten(jax.tree.map(jnp.array, flat))
 
 
-def make_optimizer(rate: optax.Schedule) -> optax.GradientTransformation:
+def make_optimizer(phase: Phase) -> optax.GradientTransformation:
     """Muon (arXiv 2502.16982) for the matrices, which learns in half of AdamW's steps here, and Adam for the rest."""
+    rate = optax.warmup_cosine_decay_schedule(0, phase.peak, 50, phase.steps, phase.end)
     matrix = optax.contrib.MuonDimensionNumbers()
     matrices = lambda params: jax.tree.map_with_path(
         lambda path, leaf: matrix if path[-1].key == "kernel" and leaf.ndim == 2 else None, params
     )
     muon = optax.contrib.muon(rate, weight_decay=0.01, consistent_rms=0.2, muon_weight_dimension_numbers=matrices)
-    return optax.chain(optax.clip_by_global_norm(1.0), muon)
+    rest = lambda params: {name: bool(phase.objects) and resting(name) for name in params}
+    return optax.chain(optax.clip_by_global_norm(1.0), muon, optax.masked(optax.set_to_zero(), rest))
 
 
 def train(out: Path, seed: int, phases: dict[str, Phase] = PHASES) -> dict:
@@ -315,8 +326,7 @@ def train(out: Path, seed: int, phases: dict[str, Phase] = PHASES) -> dict:
     for number, (name, phase) in enumerate(phases.items(), 1):
         if name == "decoder":
             params = start_decoder(build("nano"), params)
-        rate = optax.warmup_cosine_decay_schedule(0, phase.peak, 50, phase.steps, phase.end)
-        optimizer = make_optimizer(rate)
+        optimizer = make_optimizer(phase)
         step = make_train_step(functools.partial(loss, build("nano", image_size=phase.size), phase), optimizer)
         first = (seed << 40) + (number << 32)
         batches = lambda n, phase=phase, first=first: drawn(phase, first + n * phase.clips)

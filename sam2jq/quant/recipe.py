@@ -8,7 +8,7 @@ from functools import partial
 
 import jax
 
-from sam2jq.config import InputsConfig, LowRankConfig, QuantConfig, SmoothProjConfig, WeightsConfig
+from sam2jq.config import GptqConfig, InputsConfig, LowRankConfig, QuantConfig, SmoothProjConfig, WeightsConfig
 from sam2jq.quant.act import quantize_inputs
 from sam2jq.quant.gptq import GptqSpec, gptq
 from sam2jq.quant.lowrank import LowRankSpec, low_rank
@@ -62,6 +62,12 @@ def rounding(config: WeightsConfig, specs: Mapping[str, QuantSpec]) -> Transform
     return corrected(rounded, specs) if config.bias_correction else rounded
 
 
+def onto(grid: QuantSpec, config: WeightsConfig, layers: Iterable[str]) -> Transform:
+    """GPTQ of `layers` onto one grid, with the settings of the config or its defaults."""
+    settings = replace(config, kernel_gptq=config.kernel_gptq or GptqConfig())
+    return rounding(settings, dict.fromkeys(layers, grid))
+
+
 def corrected(transform: Transform, layers: Iterable[str]) -> Transform:
     """`transform`, and then what it did to the mean output of each layer taken out of the layer's bias."""
 
@@ -74,7 +80,7 @@ def corrected(transform: Transform, layers: Iterable[str]) -> Transform:
                 new[bias] = new[bias] + bias_shift(effective(old[path]), effective(new[path]), stats[layer])
         return unflatten(new)
 
-    return Transform(transform.needs, apply)
+    return Transform(transform.needs | {"range"}, apply)
 
 
 def smooth_spec(config: SmoothProjConfig, weights: QuantSpec, inputs: QuantSpec | None) -> SmoothSpec:

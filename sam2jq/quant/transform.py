@@ -43,7 +43,8 @@ class Stats(NamedTuple):
 
 
 class Transform(NamedTuple):
-    """apply(params, {layer: Stats}) -> params; needs: which of "gram" and "tokens" the Stats must hold."""
+    """apply(params, {layer: Stats}) -> params; needs: which of "gram" and "tokens" the Stats must hold beside the
+    range, and "range" where that is all."""
 
     needs: frozenset[str]
     apply: Callable[[dict, Mapping[str, Stats]], dict]

@@ -47,6 +47,8 @@ def totals(summary: dict) -> str:
             ("mask IoU", f"{results['mask_iou']:.4f} against full precision ({sample})"),
             ("worst image", f"mask IoU {results['mask_iou_worst_image']:.4f}"),
         ]
+        if "nunchaku" in results:
+            lines.append(("nunchaku", f"mask IoU {results['nunchaku']['mask_iou']:.4f} as its kernels compute it"))
         for kind, miou in results.get("miou", {}).items():
             lines.append(("mIoU", ", ".join(f"{name} {value:.4f}" for name, value in miou.items()) + f" ({kind})"))
     if summary["random_weights"]:
