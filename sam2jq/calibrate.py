@@ -1,8 +1,11 @@
 """Calibration: what enters every layer of SAM 2 while it segments and tracks, as sums of fixed size."""
 
+import hashlib
 import math
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +20,7 @@ from sam2jq.tree import flatten, layer_name
 
 Array = jax.Array
 CLICKS = 4  # per side of a frame
+KEEP = 16  # clips after which the sums of so far are kept
 FOLLOWED = 4  # of the objects that the clicks found
 
 
@@ -48,20 +52,26 @@ def rehearse(sam: SAM2, frames: Array) -> None:
     sam.decode_object([*details, now], None, multimask=True)
 
 
-def collect(model: SAM2, params: dict, clips: Iterable[np.ndarray], needs: Iterable[str]) -> dict[str, Stats]:
+def collect(
+    model: SAM2,
+    params: dict,
+    clips: Callable[[int], Iterable[np.ndarray]],
+    needs: Iterable[str],
+    kept: Path | None = None,
+) -> dict[str, Stats]:
     """{layer: Stats} of all layers over clips [T, S, S, 3] of one length T, preprocessed, in one pass.
 
-    needs: any of "gram" and "tokens". Memory does not grow with the number of clips.
+    clips(n): an iterator over the clips after the first n. needs: any of "gram" and "tokens". Memory does not grow
+    with the number of clips. kept: a file in which the sums of so far are kept, and from which a later call goes on,
+    be it of another process; what it holds must be of the same model, params, clips and needs (see `fingerprint`).
     """
     mutable = tuple(sorted({"range", *needs}))
-    folded = None
-    for clip in clips:
-        if folded is None:
-            shapes = jax.eval_shape(partial(_fold, model, mutable), params, {}, clip)
-            folded = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        folded = _fold(model, mutable, params, folded, clip)
-    if folded is None:
+    clip = next(iter(clips(0)), None)
+    if clip is None:
         raise ValueError("nothing to calibrate on: no clip was given")
+    shapes = jax.eval_shape(partial(_fold, model, mutable), params, {}, clip)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    folded = accumulate(partial(_fold, model, mutable, params), zeros, clips, kept)
     folded, stats = flatten(folded), {}
     for path, kernel in flatten(params).items():
         if path.endswith("/kernel"):
@@ -69,6 +79,45 @@ def collect(model: SAM2, params: dict, clips: Iterable[np.ndarray], needs: Itera
             parts = [folded.get(f"{fold}/{name}") for fold in ("range", "gram", "tokens")]
             stats[layer_name(path)] = to_stats(*parts, inputs=math.prod(kernel.shape[:-1]))
     return stats
+
+
+def accumulate(fold: Callable, sums, clips: Callable[[int], Iterable[np.ndarray]], kept: Path | None):
+    """`sums` after sums = fold(sums, clip) of every clip, or of those after the ones whose sums are in `kept`."""
+    done, (leaves, treedef) = 0, jax.tree.flatten(sums)
+    if kept is not None and kept.is_file():
+        with np.load(kept) as file:
+            done, leaves = int(file["done"]), [file[str(i)] for i in range(len(leaves))]
+        sums = treedef.unflatten(map(jnp.asarray, leaves))
+    begin = done
+    for done, clip in enumerate(clips(begin), begin + 1):
+        sums = fold(sums, clip)
+        if kept is not None and done % KEEP == 0:
+            keep(kept, done, jax.tree.leaves(sums))
+    if kept is not None and done > begin and done % KEEP:
+        keep(kept, done, jax.tree.leaves(sums))
+    return sums
+
+
+def keep(path: Path, done: int, sums: list[Array]) -> None:
+    """Writes the sums over the first `done` clips, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, done=done, **{str(i): x for i, x in enumerate(sums)})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def fingerprint(params: dict, *parts: object) -> str:
+    """A hexadecimal number that two runs share only where all of these are equal to the bit; bytes, or with a repr."""
+    digest = hashlib.sha256()
+    for path, leaf in flatten(params).items():
+        digest.update(path.encode() + np.asarray(leaf).tobytes())
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else repr(part).encode())
+    return digest.hexdigest()[:32]
 
 
 @partial(jax.jit, static_argnames=("model", "mutable"), donate_argnames="folded")

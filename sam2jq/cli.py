@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from sam2jq import __version__
 from sam2jq import config as settings
-from sam2jq.calibrate import collect
+from sam2jq.calibrate import collect, fingerprint
 from sam2jq.config import Config, QuantConfig
 from sam2jq.data import find_images, preprocess, read_image
 from sam2jq.data.sav import write_mask
@@ -30,7 +31,7 @@ from sam2jq.eval.segment import mean_ious, object_ious, segment_objects
 from sam2jq.models.sam2 import SAM2, TRUNK_LINEAR, build
 from sam2jq.predict import ImagePredictor
 from sam2jq.quant.ops import effective_params
-from sam2jq.quant.recipe import onto, stages, weight_specs
+from sam2jq.quant.recipe import choose_bits, onto, stages, weight_specs
 from sam2jq.quant.transform import simulated
 from sam2jq.report import figures, text
 from sam2jq.tree import flatten, kernels, layer_name, unflatten
@@ -112,8 +113,14 @@ def quantize(args: argparse.Namespace, flags: list[str]) -> None:
         full = effective_params(checkpoint.params)
         shapes = {layer_name(path): kernel.shape for path, kernel in kernels(flatten(full)).items()}
         steps = stages(config.quant, shapes, TRUNK_LINEAR, config.seed)
-        needs = frozenset({"gram"} if config.convert_nunchaku else ()).union(*(step.needs for step in steps.values()))
-        stats = calibrate(config, model, full, names, needs)
+        needs = {"gram"} if config.convert_nunchaku or config.quant.wgts.mixed else set()
+        stats = calibrate(config, model, full, names, frozenset(needs.union(*(step.needs for step in steps.values()))))
+        if config.quant.wgts.mixed:
+            with stage("bits", describe(config.quant, "bits")):
+                wgts = choose_bits(config.quant.wgts, flatten(full), stats)
+                config = replace(config, quant=replace(config.quant, wgts=wgts))
+            (folder / "config.yaml").write_text(settings.dump(config))  # with these bits it can be run again
+            steps = stages(config.quant, shapes, TRUNK_LINEAR, config.seed)
         params, kinds = full, {"full precision": full}
         for name, step in steps.items():
             if name == "weights" and config.convert_nunchaku:
@@ -341,13 +348,16 @@ def weight_errors(params: dict, quantized: dict) -> dict[str, float]:
 
 
 def calibrate(config: Config, model: SAM2, params: dict, names: list[str], needs: frozenset[str]) -> dict:
-    """{layer: Stats} over the images, when any stage needs them."""
+    """{layer: Stats} over the images, when any stage needs them; from cache.root where they are known."""
     if not needs:
         return {}
     size = model.variant.image_size
-    clips = (preprocess(read_image(name), size)[None] for name in tqdm(names, leave=False, disable=None))
+    images = [name.encode() if name.startswith("scenes:") else Path(name).read_bytes() for name in names]
+    mark = fingerprint(params, __version__, model, sorted(needs), *images)
+    kept = Path(config.cache.root) / "calibration" / f"{mark}.npz"
+    clips = lambda n: (preprocess(read_image(k), size)[None] for k in tqdm(names[n:], leave=False, disable=None))
     with stage("calibrate", f"{len(names)} images: what enters each layer"):
-        return collect(model, params, clips, needs)
+        return collect(model, params, clips, needs, kept)
 
 
 def convert_nunchaku(config: Config, model: SAM2, checkpoint, full: dict, params: dict, stats: dict, folder: Path):
@@ -374,6 +384,10 @@ def convert_nunchaku(config: Config, model: SAM2, checkpoint, full: dict, params
 def describe(config: QuantConfig, name: str) -> str:
     """What a stage does, in a few words."""
     match name:
+        case "bits":
+            target = config.wgts.target_bits
+            goal = f"{config.wgts.target_mb} MB" if target is None else f"{target} bits a weight"
+            return f"{goal}, for each layer by what its outputs lose"
         case "weights":
             method = "GPTQ" if config.wgts.kernel_gptq else "to nearest"
             return f"{config.wgts.dtype} {config.wgts.group_shapes}, {method}"

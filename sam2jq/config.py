@@ -96,7 +96,8 @@ class LowRankConfig:
 class WeightsConfig:
     """dtype: sintN or uintN, N in 2..8, fp4, nvfp4, fp8; group_shapes: [[1, g]] one scale per output and g inputs,
     [[1, -1]] per output, [[-1, -1]] per tensor; skips: dotted prefixes left unquantized; bits: {dotted prefix: bits},
-    the longest wins;
+    the longest wins; target_bits: bits a weight on average, target_mb: megabytes of the package, either of which makes
+    each layer without `bits` take the width that its measured output error asks for;
     ridge: strength of the recalibration that shrinks what inputs never excite, 0 for none; bias_correction: take the
     mean error of outputs out of the bias.
     """
@@ -105,6 +106,8 @@ class WeightsConfig:
     group_shapes: list[list[int]] = field(default_factory=lambda: [[1, -1]])
     skips: list[str] = field(default_factory=list)
     bits: dict[str, int] = field(default_factory=dict)
+    target_bits: float | None = None
+    target_mb: float | None = None
     kernel_gptq: GptqConfig | None = None
     low_rank: LowRankConfig | None = None
     ridge: float = 0.0
@@ -115,8 +118,17 @@ class WeightsConfig:
         wrong = {prefix: bits for prefix, bits in self.bits.items() if not 2 <= bits <= 8}
         if wrong:
             raise ValueError(f"quant.wgts.bits: bits must be in 2..8, got {wrong}")
+        if self.target_bits is not None and not 2 <= self.target_bits <= 8:
+            raise ValueError(f"quant.wgts.target_bits: layers have 2 to 8 bits, so {self.target_bits} is out of reach")
+        if self.mixed and ("int" not in self.dtype or (self.target_bits is not None and self.target_mb is not None)):
+            raise ValueError("quant.wgts: give one of target_bits and target_mb, and an integer dtype")
         if self.ridge < 0:
             raise ValueError(f"quant.wgts.ridge must not be negative, got {self.ridge}")
+
+    @property
+    def mixed(self) -> bool:
+        """Whether bits are to be assigned layer by layer."""
+        return self.target_bits is not None or self.target_mb is not None
 
 
 @dataclass(frozen=True)
@@ -194,7 +206,7 @@ class QuantConfig:
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """root: where compiled programs are kept for the next run."""
+    """root: where compiled programs and the statistics of calibration are kept for the next run."""
 
     root: str = "./cache/sam2"
 

@@ -1,8 +1,27 @@
 """How many bits each layer gets, so that all of them together err least within a budget."""
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+from sam2jq.quant.qtensor import dequantize, quantize
+from sam2jq.quant.spec import QuantSpec
+from sam2jq.quant.transform import output_error
+
+Array = jax.Array
+WIDTHS = tuple(range(2, 9))
+
+
+@partial(jax.jit, static_argnames="spec")
+def error_by_width(w: Array, gram: Array, spec: QuantSpec) -> Array:
+    """[7]: the square error of the outputs of `w` [*reduce, out] with 2..8 bits, relative to that of the outputs."""
+    lost = lambda bits: dequantize(quantize(w, replace(spec, bits=bits))) - w
+    energy = lambda m: output_error(m.reshape(len(gram), -1), gram).sum()
+    return jnp.stack([energy(lost(bits)) for bits in WIDTHS]) / energy(w)
 
 
 def assign_bits(errors: Mapping[str, Mapping[int, float]], weights: Mapping[str, int], budget: float) -> dict[str, int]:

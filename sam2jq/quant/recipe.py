@@ -1,5 +1,6 @@
 """The `quant` section of a config as transforms of a params tree."""
 
+import math
 import re
 import zlib
 from collections.abc import Iterable, Mapping
@@ -7,9 +8,11 @@ from dataclasses import replace
 from functools import partial
 
 import jax
+import numpy as np
 
 from sam2jq.config import GptqConfig, InputsConfig, LowRankConfig, QuantConfig, SmoothProjConfig, WeightsConfig
 from sam2jq.quant.act import quantize_inputs
+from sam2jq.quant.bits import WIDTHS, assign_bits, error_by_width
 from sam2jq.quant.gptq import GptqSpec, gptq
 from sam2jq.quant.lowrank import LowRankSpec, low_rank
 from sam2jq.quant.ops import effective
@@ -50,6 +53,39 @@ def stages(config: QuantConfig, shapes: Mapping[str, tuple[int, ...]], linear: r
         change = partial(quantize_inputs, static=config.ipts.static, integer=config.integer)
         found["inputs"] = each_layer(change, inputs, frozenset({"tokens"} if config.ipts.static else ()))
     return found
+
+
+def choose_bits(config: WeightsConfig, flat: Mapping[str, object], stats: Mapping[str, Stats]) -> WeightsConfig:
+    """`config` with the bits of every layer instead of a target; flat: path -> array.
+
+    ValueError: the target is out of reach.
+    """
+    paths = {layer_name(path): path for path in kernels(flat)}
+    specs = weight_specs(config, paths)
+    fixed = {layer for layer in specs if any(under(layer, prefix) for prefix in config.bits)}
+    free = {layer: spec for layer, spec in specs.items() if layer not in fixed}
+    sizes = {layer: flat[paths[layer]].size for layer in specs}
+    errors = {
+        layer: dict(zip(WIDTHS, np.asarray(error_by_width(flat[paths[layer]], stats[layer].gram, spec)).tolist()))
+        for layer, spec in free.items()
+    }
+    if config.target_bits is not None:
+        budget = config.target_bits * sum(sizes.values())
+    else:
+        plain = 32 * sum(leaf.size for path, leaf in flat.items() if path not in {paths[layer] for layer in specs})
+        budget = (
+            8e6 * config.target_mb - plain - sum(grid_bits(flat[paths[k]].shape, spec) for k, spec in specs.items())
+        )
+    budget -= sum(specs[layer].bits * sizes[layer] for layer in fixed)
+    chosen = assign_bits(errors, {layer: sizes[layer] for layer in free}, budget)
+    return replace(config, bits=config.bits | chosen, target_bits=None, target_mb=None)
+
+
+def grid_bits(shape: tuple[int, ...], spec: QuantSpec) -> int:
+    """What the scales, 32 bits each, and zero points, 8, of a kernel take in a package."""
+    inputs, outputs = math.prod(shape[:-1]), shape[-1]
+    groups = 1 if spec.per_tensor else outputs * math.ceil(inputs / (spec.group_size or inputs))
+    return groups * (32 if spec.symmetric else 40)
 
 
 def rounding(config: WeightsConfig, specs: Mapping[str, QuantSpec]) -> Transform:

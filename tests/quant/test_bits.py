@@ -3,7 +3,12 @@ import itertools
 import numpy as np
 import pytest
 
-from sam2jq.quant.bits import assign_bits
+from sam2jq.config import WeightsConfig
+from sam2jq.quant.bits import WIDTHS, assign_bits, error_by_width
+from sam2jq.quant.qtensor import dequantize, quantize
+from sam2jq.quant.recipe import choose_bits
+from sam2jq.quant.spec import QuantSpec
+from sam2jq.quant.transform import Stats
 
 
 def problem(seed: int, layers: int = 5):
@@ -39,3 +44,30 @@ def test_a_budget_below_two_bits_is_out_of_reach():
     errors, sizes = problem(0)
     with pytest.raises(ValueError, match=r"out of reach: 2.00 bits per weight are the least"):
         assign_bits(errors, sizes, 1.9 * sum(sizes.values()))
+
+
+def test_the_error_of_each_width_is_that_of_rounded_outputs():
+    rng = np.random.default_rng(0)
+    w, x = rng.standard_normal((24, 6)).astype(np.float32), rng.standard_normal((100, 24)).astype(np.float32)
+    got = error_by_width(w, x.T @ x / len(x), QuantSpec(4, group_size=8))
+    for bits, error in zip(WIDTHS, got):
+        lost = x @ np.asarray(dequantize(quantize(w, QuantSpec(bits, group_size=8)))) - x @ w
+        np.testing.assert_allclose(error, np.square(lost).sum() / np.square(x @ w).sum(), rtol=1e-3)
+
+
+def test_a_target_becomes_bits_of_layers_that_keep_it():
+    """Fixed bits stay; those of the others are what is left of 4.5 bits a weight, or of a package's megabytes."""
+    rng = np.random.default_rng(0)
+    flat = {f"{name}/kernel": rng.standard_normal((64, 32)).astype(np.float32) * 10**i for i, name in enumerate("abcd")}
+    flat["a/bias"] = np.zeros(32, np.float32)
+    stats = {name: Stats(None, None, None, np.eye(64, dtype=np.float32)) for name in "abcd"}
+    got = choose_bits(WeightsConfig(dtype="sint4", bits={"b": 8}, target_bits=4.5), flat, stats)
+    assert got.bits["b"] == 8
+    assert not got.mixed
+    assert 4.2 < np.mean(list(got.bits.values())) <= 4.5
+    size = lambda bits: (sum(bits.values()) * 64 * 32 + 4 * 32 * 32 + 32 * 32) / 8e6
+    for target in (0.005, 0.006):
+        got = choose_bits(WeightsConfig(dtype="sint4", target_mb=target), flat, stats)
+        assert target - 3e-4 < size(got.bits) <= target
+    with pytest.raises(ValueError, match="out of reach"):
+        choose_bits(WeightsConfig(dtype="sint4", target_mb=0.001), flat, stats)
