@@ -57,4 +57,5 @@ lint: setup
 	$(VENV)/bin/ruff format --check .
 
 bench: setup
-	$(VENV)/bin/python experiments/bench/encoder.py $(ARGS)
+	$(VENV)/bin/python experiments/bench/encoder.py
+	$(VENV)/bin/python experiments/bench/ptq.py

@@ -147,7 +147,7 @@ def onto_grid(params: dict) -> tuple[dict, list[str]]:
 
     def change(leaf):
         q, around = peel(leaf)
-        w = quantize(jnp.asarray(dequantize(q)), GRID)
+        w = jax.jit(quantize, static_argnums=1)(jnp.asarray(dequantize(q)), GRID)
         if LowRank in around:
             w = LowRank(w, around[LowRank].down, around[LowRank].up)
         return Smoothed(w, around[Smoothed].scale) if Smoothed in around else w

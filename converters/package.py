@@ -173,7 +173,7 @@ def pack(leaf) -> dict:
                 "shape": list(values.shape),
                 "spec": dataclasses.asdict(spec),
                 "codes": torch.from_numpy(pack_bits(to_bits(np.asarray(values), spec), spec.bits)),
-                "scale": tensor(scale),
+                "scale": compact(scale),
                 "zero": None if zero is None else tensor(np.asarray(zero).astype(np.uint8)),
             }
         case QuantSpec():
@@ -184,7 +184,14 @@ def pack(leaf) -> dict:
                 name: part if isinstance(part, bool | None) else pack(part) for name, part in parts.items()
             }
         case _:
-            return {"kind": "array", "shape": list(leaf.shape), "values": tensor(leaf)}
+            return {"kind": "array", "shape": list(leaf.shape), "values": compact(leaf)}
+
+
+def compact(array) -> torch.Tensor:
+    """A tensor of `array`, in bfloat16 where that loses nothing, as scales and branches are often made to be."""
+    array = np.asarray(array)
+    half = array.astype(ml_dtypes.bfloat16)
+    return tensor(half if np.array_equal(half.astype(array.dtype), array) else array)
 
 
 def unpack(stored: dict):
@@ -193,9 +200,11 @@ def unpack(stored: dict):
         case {"kind": "QTensor", "shape": shape, "spec": spec, "codes": codes, "scale": scale, "zero": zero}:
             spec = QuantSpec(**spec)
             values = from_bits(unpack_bits(codes.numpy(), spec.bits, math.prod(shape)), spec).reshape(shape)
-            return QTensor(values, scale.numpy(), None if zero is None else zero.numpy().astype(np.float32), spec)
+            return QTensor(
+                values, scale.float().numpy(), None if zero is None else zero.numpy().astype(np.float32), spec
+            )
         case {"kind": "array", "values": values}:
-            return values.numpy()
+            return values.float().numpy()
         case {"kind": kind, **parts}:
             return LEAVES[kind](**{k: unpack(part) if isinstance(part, dict) else part for k, part in parts.items()})
 

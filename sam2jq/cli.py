@@ -19,8 +19,7 @@ from tqdm import tqdm
 
 from sam2jq import __version__
 from sam2jq import config as settings
-from sam2jq.calibrate import collect, fingerprint
-from sam2jq.config import Config, QuantConfig
+from sam2jq.config import Config
 from sam2jq.data import find_images, preprocess, read_image
 from sam2jq.data.sav import write_mask
 from sam2jq.data.video import open_video
@@ -30,8 +29,9 @@ from sam2jq.eval.metrics import relative_error
 from sam2jq.eval.segment import mean_ious, object_ious, segment_objects
 from sam2jq.models.sam2 import SAM2, TRUNK_LINEAR, build
 from sam2jq.predict import ImagePredictor
+from sam2jq.ptq import UNROUNDED, Quantized, quantize_params
 from sam2jq.quant.ops import effective_params
-from sam2jq.quant.recipe import choose_bits, onto, stages, weight_specs
+from sam2jq.quant.recipe import onto, weight_specs
 from sam2jq.quant.transform import simulated
 from sam2jq.report import figures, text
 from sam2jq.tree import flatten, kernels, layer_name, unflatten
@@ -106,37 +106,43 @@ def quantize(args: argparse.Namespace, flags: list[str]) -> None:
         calib = config.quant.calib
         with stage("images", calib.path):  # all are read once, so that a broken one is found before the work
             names = find_images(calib.path, calib.num_samples, config.seed)
+            if len(names) < calib.num_samples:
+                raise ValueError(
+                    f"{calib.path} holds {len(names)} images, fewer than quant.calib.num_samples {calib.num_samples}: "
+                    f"add some, or give --quant.calib.num_samples {len(names)}"
+                )
             for name in names:
                 read_image(name)
         model, checkpoint = load_model(config, calib.image_size)
 
         full = effective_params(checkpoint.params)
-        shapes = {layer_name(path): kernel.shape for path, kernel in kernels(flatten(full)).items()}
-        steps = stages(config.quant, shapes, TRUNK_LINEAR, config.seed)
-        needs = {"gram"} if config.convert_nunchaku or config.quant.wgts.mixed else set()
-        stats = calibrate(config, model, full, names, frozenset(needs.union(*(step.needs for step in steps.values()))))
-        if config.quant.wgts.mixed:
-            with stage("bits", describe(config.quant, "bits")):
-                wgts = choose_bits(config.quant.wgts, flatten(full), stats)
-                config = replace(config, quant=replace(config.quant, wgts=wgts))
-            (folder / "config.yaml").write_text(settings.dump(config))  # with these bits it can be run again
-            steps = stages(config.quant, shapes, TRUNK_LINEAR, config.seed)
-        params, kinds = full, {"full precision": full}
-        for name, step in steps.items():
-            if name == "weights" and config.convert_nunchaku:
-                kinds["nunchaku"] = convert_nunchaku(config, model, checkpoint, full, params, stats, folder)
-            with stage(name, describe(config.quant, name)):
-                params = step.apply(params, stats)
-            if name in ("weights", "inputs"):
-                kinds[name] = simulated(params)
-        quantized, errors = params, weight_errors(full, params)
+        images = [name.encode() if name.startswith("scenes:") else Path(name).read_bytes() for name in names]
+        size = model.variant.image_size
+        done = quantize_params(
+            model,
+            full,
+            config.quant,
+            lambda n: (preprocess(read_image(k), size)[None] for k in tqdm(names[n:], leave=False, disable=None)),
+            seed=config.seed,
+            needs={"gram"} if config.convert_nunchaku else (),
+            cache=(Path(config.cache.root) / "calibration", (__version__, images)),
+            watch=stage,
+        )
+        config = replace(config, quant=done.config)
+        (folder / "config.yaml").write_text(settings.dump(config))  # with the bits that were chosen for a target
+        kinds = {"full precision": full}
+        kinds |= {name: simulated(tree) for name, tree in done.reached.items() if name in ("weights", "inputs")}
+        *_, (last, quantized) = done.reached.items()
+        errors = weight_errors(full, quantized)
+        if config.convert_nunchaku:
+            kinds["nunchaku"] = convert_nunchaku(config, model, checkpoint, full, done, folder)
         with stage("compare", f"{len(names)} images x {GRID * GRID} clicks"):
-            results = measure(config, model, checkpoint, kinds[name], names, folder / "masks.png")
+            results = measure(config, model, checkpoint, kinds[last], names, folder / "masks.png")
             if config.convert_nunchaku:
                 results["nunchaku"] = measure(config, model, checkpoint, kinds["nunchaku"], names)
         if calib.path.startswith("scenes:"):
             with stage("segment", f"{len(names)} scenes, whose masks are known"):
-                results["miou"] = measure_truth(config, model, checkpoint, kinds, names, folder / "masks.png")
+                results["miou"] = measure_truth(config, model, checkpoint, kinds, last, names, folder / "masks.png")
 
         with stage("write", "package.pt" + ", vanilla.pt, cache" * config.save_model):
             metadata = {
@@ -150,7 +156,7 @@ def quantize(args: argparse.Namespace, flags: list[str]) -> None:
             save_package(folder / "package.pt", quantized, errors, metadata)
             if config.save_model:
                 save_vanilla(folder / "vanilla.pt", quantized, checkpoint.random)
-                if "rotation" not in steps:  # these files have no place for it
+                if "rotation" not in done.reached:  # these files have no place for it
                     save_deepcompressor(folder / "cache", quantized, checkpoint.names)
             summary = load_package(folder / "package.pt").summary()
             (folder / "metrics.json").write_text(json.dumps(summary, indent=1))
@@ -347,60 +353,22 @@ def weight_errors(params: dict, quantized: dict) -> dict[str, float]:
     }
 
 
-def calibrate(config: Config, model: SAM2, params: dict, names: list[str], needs: frozenset[str]) -> dict:
-    """{layer: Stats} over the images, when any stage needs them; from cache.root where they are known."""
-    if not needs:
-        return {}
-    size = model.variant.image_size
-    images = [name.encode() if name.startswith("scenes:") else Path(name).read_bytes() for name in names]
-    mark = fingerprint(params, __version__, model, sorted(needs), *images)
-    kept = Path(config.cache.root) / "calibration" / f"{mark}.npz"
-    clips = lambda n: (preprocess(read_image(k), size)[None] for k in tqdm(names[n:], leave=False, disable=None))
-    with stage("calibrate", f"{len(names)} images: what enters each layer"):
-        return collect(model, params, clips, needs, kept)
-
-
-def convert_nunchaku(config: Config, model: SAM2, checkpoint, full: dict, params: dict, stats: dict, folder: Path):
-    """Writes nunchaku/ of `params`, smoothed but not rounded; the params tree of what its kernels will compute.
+def convert_nunchaku(config: Config, model: SAM2, checkpoint, full: dict, done: Quantized, folder: Path) -> dict:
+    """Writes nunchaku/ of what was smoothed but not rounded; the params tree of what its kernels will compute.
 
     Their grid is signed int4 in groups of 64, whatever that of the config; all but the trunk's linears is as in `full`.
     """
     from converters.nunchaku_model import GRID, computed_by_kernels, in_file_precision, save_nunchaku
 
-    flat = flatten(params)
+    flat = flatten(done.reached[UNROUNDED])
     layers = [k for k in weight_specs(config.quant.wgts, map(layer_name, kernels(flat))) if TRUNK_LINEAR.fullmatch(k)]
-    with stage(
-        "nunchaku", f"{len(layers)} linears onto {GRID.dtype} [[1, {GRID.group}]] with GPTQ, other than the package"
-    ):
+    with stage("nunchaku", f"{len(layers)} linears onto {GRID.dtype} [[1, {GRID.group}]] with GPTQ"):
         chosen = {path: in_file_precision(leaf) for path, leaf in kernels(flat).items() if layer_name(path) in layers}
-        rounded = flatten(onto(GRID, config.quant.wgts, layers).apply(unflatten(flat | chosen), stats))
-        changed = [p for p in rounded if layer_name(p) in layers]
-        tree = unflatten(flatten(full) | {path: rounded[path] for path in changed})
+        rounded = flatten(onto(GRID, config.quant.wgts, layers).apply(unflatten(flat | chosen), done.stats))
+        tree = flatten(full) | {path: leaf for path, leaf in rounded.items() if layer_name(path) in layers}
         about = settings.to_dict(config.model) | {"image_size": model.variant.image_size}
-        save_nunchaku(folder / "nunchaku", tree, about, checkpoint.names)
+        save_nunchaku(folder / "nunchaku", unflatten(tree), about, checkpoint.names)
         return computed_by_kernels(full, folder / "nunchaku")
-
-
-def describe(config: QuantConfig, name: str) -> str:
-    """What a stage does, in a few words."""
-    match name:
-        case "bits":
-            target = config.wgts.target_bits
-            goal = f"{config.wgts.target_mb} MB" if target is None else f"{target} bits a weight"
-            return f"{goal}, for each layer by what its outputs lose"
-        case "weights":
-            method = "GPTQ" if config.wgts.kernel_gptq else "to nearest"
-            return f"{config.wgts.dtype} {config.wgts.group_shapes}, {method}"
-        case "inputs":
-            return f"{config.ipts.dtype} {config.ipts.group_shapes}{', static' * config.ipts.static}"
-        case "smooth":
-            return f"{config.smooth.proj.strategy}, alpha {config.smooth.proj.alpha}, beta {config.smooth.proj.beta}"
-        case "low rank":
-            return f"rank {config.wgts.low_rank.rank}, {config.wgts.low_rank.num_iters} rounds"
-        case "rotation":
-            return "Hadamard" + ", random signs" * config.rotation.random
-        case _:
-            return f"strength {config.wgts.ridge}"
 
 
 def measure(
@@ -425,8 +393,10 @@ def measure(
     return summarize(results)
 
 
-def measure_truth(config: Config, model: SAM2, checkpoint, kinds: dict[str, dict], names: list[str], picture: Path):
-    """{kind: {prompt: mIoU}} of params trees over drawn scenes; the first few, by first and last, go into `picture`."""
+def measure_truth(
+    config: Config, model: SAM2, checkpoint, kinds: dict[str, dict], last: str, names: list[str], picture: Path
+) -> dict:
+    """{kind: {prompt: mIoU}} of params trees over drawn scenes; some, in full precision and as `last`, in `picture`."""
     note = ", random weights" if checkpoint.random else ""
     scores = {kind: [] for kind in kinds}
     rows, titles = [], []
@@ -436,7 +406,7 @@ def measure_truth(config: Config, model: SAM2, checkpoint, kinds: dict[str, dict
         for kind, params in kinds.items():
             found = segment_objects(model, params, image, masks, config.model.dtype)
             scores[kind].append(object_ious(found, masks))
-            if kind in ("full precision", [*kinds][-1]):
+            if kind in ("full precision", last):
                 row.append(figures.overlay(image, found["1 click"]))
                 title.append(f"{kind}, 1 click: mIoU {scores[kind][-1]['1 click'].mean():.3f}{note}")
         rows, titles = [*rows, row], [*titles, title]

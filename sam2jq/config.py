@@ -40,12 +40,14 @@ class ModelConfig:
 @dataclass(frozen=True)
 class CalibConfig:
     """path: a folder of images (plain, COCO, SA-1B or SA-V), one image, or scenes:<seed>; image_size in pixels,
-    the model's own when null."""
+    the model's own when null; sequential: part after part, each told of inputs that the parts before it, quantized,
+    make, which takes a pass over the images for every part."""
 
     path: str = ""
     num_samples: int = 128
     batch_size: int = 1
     image_size: int | None = None
+    sequential: bool = False
 
     def __post_init__(self):
         if not self.path:
@@ -95,15 +97,16 @@ class LowRankConfig:
 @dataclass(frozen=True)
 class WeightsConfig:
     """dtype: sintN or uintN, N in 2..8, fp4, nvfp4, fp8; group_shapes: [[1, g]] one scale per output and g inputs,
-    [[1, -1]] per output, [[-1, -1]] per tensor; skips: dotted prefixes left unquantized; bits: {dotted prefix: bits},
-    the longest wins; target_bits: bits a weight on average, target_mb: megabytes of the package, either of which makes
-    each layer without `bits` take the width that its measured output error asks for;
-    ridge: strength of the recalibration that shrinks what inputs never excite, 0 for none; bias_correction: take the
-    mean error of outputs out of the bias.
+    [[1, -1]] per output, [[-1, -1]] per tensor; scale_dtype: float32 or bfloat16, of scales; skips: dotted prefixes
+    left unquantized; bits: {dotted prefix: bits}, the longest wins; target_bits: bits a weight on average, target_mb:
+    megabytes of the package, either of which makes each layer without `bits` take the width that its measured output
+    error asks for; ridge: strength of the recalibration that shrinks what inputs never excite, 0 for none;
+    bias_correction: take the mean error of outputs out of the bias.
     """
 
     dtype: str = "sint8"
     group_shapes: list[list[int]] = field(default_factory=lambda: [[1, -1]])
+    scale_dtype: str = "float32"
     skips: list[str] = field(default_factory=list)
     bits: dict[str, int] = field(default_factory=dict)
     target_bits: float | None = None
@@ -115,6 +118,7 @@ class WeightsConfig:
 
     def __post_init__(self):
         check_grid("quant.wgts", self.dtype, self.group_shapes)
+        one_of("quant.wgts.scale_dtype", self.scale_dtype, ("float32", "bfloat16"))
         wrong = {prefix: bits for prefix, bits in self.bits.items() if not 2 <= bits <= 8}
         if wrong:
             raise ValueError(f"quant.wgts.bits: bits must be in 2..8, got {wrong}")
@@ -202,6 +206,11 @@ class QuantConfig:
     smooth: SmoothConfig = field(default_factory=SmoothConfig)
     rotation: RotationConfig = field(default_factory=RotationConfig)
     integer: bool = False
+
+    def __post_init__(self):
+        if self.calib.sequential and self.wgts.mixed:
+            raise ValueError("quant.calib.sequential: bits for a target are chosen in one pass: run that first, and "
+                             "this with the bits in its config.yaml")  # fmt: skip
 
 
 @dataclass(frozen=True)

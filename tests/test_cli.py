@@ -2,21 +2,24 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from converters.checkpoint import load_checkpoint, save_checkpoint
+from converters.nunchaku_model import load_nunchaku
 from converters.package import load_package
 from converters.vanilla import build_original
 from sam2jq import build, config, init_params
 from sam2jq.cli import main
 from sam2jq.data import draw_clip, draw_scene
 
-FILES = {"config.yaml", "masks.png", "metrics.json", "package.pt", "run.log", "vanilla.pt"}
+FILES = {"cache", "config.yaml", "masks.png", "metrics.json", "package.pt", "run.log", "vanilla.pt"}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +32,8 @@ def flags(tmp_path_factory) -> list[str]:
         Image.fromarray(draw_scene(i, 200).image[: 150 + 50 * i]).save(folder / "images" / f"{i}.png")
     return [
         *("--model.name", "nano", "--model.checkpoint", str(folder / "nano.pt")),
-        *("--quant.calib.path", str(folder / "images"), "--quant.wgts.dtype", "sint4"),
+        *("--quant.calib.path", str(folder / "images"), "--quant.calib.num-samples", "2"),
+        *("--quant.wgts.dtype", "sint4"),
         *("--output.root", str(folder / "out"), "--cache.root", str(folder / "cache")),
     ]
 
@@ -99,9 +103,85 @@ def test_a_run_repeats_to_the_bit(job, flags, capsys):
     assert not leftover.exists()
     one, other = (json.loads((folder / "metrics.json").read_text()) for folder in (job, again))
     assert (one["results"], one["layers"]) == (other["results"], other["layers"])
-    for path in again.iterdir():
-        path.unlink()
-    again.rmdir()
+    shutil.rmtree(again)
+
+
+@pytest.fixture(scope="module")
+def thorough(flags) -> Path:
+    """The folder of a run with every stage but rotation, of one block, and of nothing else, to be quick."""
+    others = ["memory_attention", "memory_encoder", "obj_ptr_proj", "obj_ptr_tpos_proj", "sam_mask_decoder"]
+    others += ["sam_prompt_encoder", "mask_downsample", "image_encoder.neck", "image_encoder.trunk.patch_embed"]
+    others += [f"image_encoder.trunk.blocks.{i}" for i in range(1, 7)]
+    settings = {
+        "wgts.skips": f"[{', '.join(others)}]",
+        "wgts.dtype": "uint4",
+        "wgts.group_shapes": "[[1, 32]]",
+        "wgts.kernel_gptq": "{}",
+        "wgts.low_rank": "{rank: 4}",
+        "wgts.ridge": "0.001",
+        "wgts.bias_correction": "true",
+        "smooth.proj": "{strategy: GridSearch, num_grids: 4}",
+        "ipts.dtype": "uint8",
+    }
+    more = [part for key, value in settings.items() for part in (f"--quant.{key}", value)]
+    assert main(["quantize", *flags, *more, "--convert-nunchaku", "--output.job", "thorough"]) == 0
+    return Path(flags[flags.index("--output.root") + 1]) / "thorough"
+
+
+def test_every_stage_is_named_with_its_seconds_and_what_it_left_is_measured(thorough):
+    log = (thorough / "run.log").read_text()
+    stages = ["calibrate", "ridge", "smooth", "low rank", "weights", "inputs", "nunchaku", "compare", "write"]
+    found = [re.search(rf"^{stage}  .* s$", log, re.MULTILINE) for stage in stages]
+    assert all(found)
+    assert [match.start() for match in found] == sorted(match.start() for match in found)
+    metrics = json.loads((thorough / "metrics.json").read_text())
+    assert [row["around"] for row in metrics["layers"]] == [["Smoothed", "LowRank", "ActQuantized"]] * 4
+    assert metrics["results"]["mask_iou"] > 0.5
+    assert metrics["results"]["nunchaku"]["mask_iou"] > 0.3  # its kernels round activations to 4 bits
+
+
+def test_a_run_leaves_nunchakus_files_and_deepcompressors(thorough):
+    assert {path.name for path in (thorough / "cache").iterdir()} == {"model.pt", "scale.pt", "smooth.pt", "branch.pt"}
+    linears, _, config = load_nunchaku(thorough / "nunchaku")
+    assert len(linears) == 4
+    assert config["name"] == "nano"
+    branch, smooth, scale, model = (
+        torch.load(thorough / "cache" / f"{name}.pt", weights_only=True)
+        for name in ("branch", "smooth", "scale", "model")
+    )
+    layer = "image_encoder.trunk.blocks.0.mlp.layers.1"
+    assert (branch[layer]["a.weight"].shape, branch[layer]["b.weight"].shape) == ((4, 128), (32, 4))
+    assert scale[f"{layer}.weight.scale.0"].shape == scale[f"{layer}.weight.zero"].shape == (32, 1, 4, 1)
+    left = model[f"{layer}.weight"] + branch[layer]["b.weight"] @ branch[layer]["a.weight"]
+    vanilla = torch.load(thorough / "vanilla.pt", weights_only=True)["model"]
+    torch.testing.assert_close(left / smooth[layer], vanilla[f"{layer}.weight"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("to", "files"),
+    [
+        ("vanilla", {"vanilla.pt"}),
+        ("safetensors", {"model.safetensors"}),
+        ("deepcompressor", {"model.pt", "scale.pt", "smooth.pt", "branch.pt"}),
+        ("nunchaku", {"hiera_blocks.safetensors", "unquantized_layers.safetensors"}),
+    ],
+)
+def test_a_package_is_exported_to_other_formats(job, tmp_path, capsys, to, files):
+    assert main(["export", "--package", str(job), "--to", to, "--out", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == files
+    if to in ("vanilla", "safetensors"):
+        made, own = (
+            load_checkpoint(str(path), build("nano")).params for path in (tmp_path / files.pop(), job / "vanilla.pt")
+        )
+        assert jax.tree.all(jax.tree.map(np.array_equal, made, own))
+    if to == "nunchaku":
+        assert "28 linears stood on another grid and were rounded a second time" in capsys.readouterr().out
+
+
+def test_an_export_of_nothing_is_an_error(tmp_path, capsys):
+    error = failure(capsys, "export", "--package", str(tmp_path), "--to", "vanilla", "--out", str(tmp_path / "out"))
+    assert "no package at" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_eight_bits_cost_less_than_four(job, flags):
@@ -121,6 +201,12 @@ def test_eight_bits_cost_less_than_four(job, flags):
         (["--model.name", "tinny"], "unknown model 'tinny'.*did you mean 'tiny'"),
         (["--model.name", "tiny"], r"does not fit the model; it is nano 2\.1: give --model.name nano"),
         (["--model.version", "2.0"], r"it is nano 2\.1: give --model.name nano --model.version 2\.1"),
+        (["--quant.calib.num-samples", "3"], "holds 2 images, fewer than quant.calib.num_samples 3"),
+        (["--convert-nunchaku", "--quant.rotation.transforms", "[hadamard]"], "kernels do not rotate"),
+        (["--quant.wgts.target_bits", "1.5"], "layers have 2 to 8 bits, so 1.5 is out of reach"),
+        (["--quant.ipts.dtype", "uint8", "--quant.ipts.static", "true"], r"set group_shapes to \[\[-1, -1\]\]"),
+        (["--quant.wgts.group_shapes", "[[1, 0]]"], r"group_shapes \[\[1, 0\]\]: allowed are"),
+        (["--quant.wgts.low_rank", "{rank: 999}"], "rank 999"),
         (["--quant.calib.path", "nowhere"], "nowhere: no such file or folder"),
         (["--quant.wgts.dtype", "sint1"], "sint1.*2..8"),
         (["--quant.wgts.skips", "[image_encoder.trunk.blok]"], "no layer under image_encoder.trunk.blok; did you mean"),
@@ -138,7 +224,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(flags, capsys, wrong, message)
 
 
 def test_images_that_cannot_be_used_are_named(flags, capsys, tmp_path):
-    replace = lambda path: [*flags, "--quant.calib.path", str(path), "--output.job", "bad"]
+    replace = lambda path: [*flags, "--quant.calib.path", str(path), "--quant.calib.num-samples", "1"]
     assert "holds no image" in failure(capsys, "quantize", *replace(tmp_path))
     (tmp_path / "broken.jpg").write_bytes(b"not a picture")
     assert "broken.jpg: not a readable image" in failure(capsys, "quantize", *replace(tmp_path))

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # each part may import those after it, and what stands beside: config, data, tree
 ORDER = ["cli", "converters", "middle", "models", "quant", "tree"]
-MIDDLE = {"calibrate", "distill", "eval", "losses", "report", "train"}
+MIDDLE = {"calibrate", "distill", "eval", "losses", "ptq", "report", "train"}
 BESIDE = {"config", "data"}
 FILES = sorted([*(ROOT / "sam2jq").rglob("*.py"), *(ROOT / "converters").rglob("*.py")])
 

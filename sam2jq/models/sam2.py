@@ -24,6 +24,19 @@ NO_OBJECT = -1024.0  # the mask logit where the object is not in the frame
 MEMORIES = 7  # places in time that a memory can have: 0 the prompted frame's, 1..6 from six frames ago to the last
 POINTERS = 15  # frames before the current one whose object pointers are kept
 VERSIONS = ("2.0", "2.1")
+# the parts of the model in the order in which a frame runs through them
+FLOW = [
+    re.compile(part)
+    for part in (
+        r"image_encoder\.trunk\.patch_embed",
+        r"image_encoder\.trunk\.blocks",
+        r"image_encoder\.neck",
+        r"sam_prompt_encoder|mask_downsample",
+        r"sam_mask_decoder|obj_ptr_proj",
+        r"memory_encoder",
+        r"memory_attention|obj_ptr_tpos_proj",
+    )
+]
 TRUNK_LINEAR = re.compile(r"image_encoder\.trunk\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.layers\.[01])")
 
 

@@ -183,7 +183,8 @@ def weighing(gram: Array, noise: Array | None) -> Callable[[Array], Array]:
 
 
 def approximate(target: Array, weigh: Callable[[Array], Array], rank: int) -> tuple[Array, Array]:
-    """down [K, r] and up [r, N], columns and rows of equal length: the L with the least |C^T (target - L)|, H = C C^T.
+    """down [K, r] and up [r, N], columns and rows of equal length: the L with the least |C^T (target - L)|, H = C C^T,
+    in bfloat16, which what is left to round makes up for.
 
     With b = C^T target = U S V^T it is C^-T U_r U_r^T b, which is target V_r V_r^T. U and V are the eigenvectors of
     b b^T [K, K] and b^T b [N, N]; those of the smaller are several times cheaper than all of b's decomposition.
@@ -199,4 +200,5 @@ def approximate(target: Array, weigh: Callable[[Array], Array], rank: int) -> tu
         down, up = target @ v, v.T
     lengths = jnp.linalg.norm(down, axis=0), jnp.linalg.norm(up, axis=1)
     down_to, up_to = (jnp.sqrt(lengths[0] * lengths[1]) / jnp.where(one > 0, one, 1) for one in lengths)
-    return down * down_to, up * up_to[:, None]
+    half = partial(lax.reduce_precision, exponent_bits=8, mantissa_bits=7)
+    return half(down * down_to), half(up * up_to[:, None])

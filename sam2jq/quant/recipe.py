@@ -25,13 +25,22 @@ from sam2jq.quant.transform import Stats, Transform, each_layer
 from sam2jq.tree import flatten, kernels, layer_name, suggest, under, unflatten
 
 
-def stages(config: QuantConfig, shapes: Mapping[str, tuple[int, ...]], linear: re.Pattern, seed: int):
-    """{stage: Transform}, in the order they are applied.
+def stages(
+    config: QuantConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    linear: re.Pattern,
+    seed: int,
+    group: Iterable[str] | None = None,
+) -> dict[str, Transform]:
+    """{stage: Transform}, in the order they are applied, of all layers or of those in `group`.
 
     shapes: of all layers' kernels; linear: the names of the layers that may be rotated and have a branch of low rank.
+    ValueError: a prefix that names no layer, or a rank above a layer's size.
     """
     weights = weight_specs(config.wgts, shapes)
     inputs = input_specs(config.ipts, weights)
+    if group is not None:
+        weights, inputs = ({k: spec for k, spec in specs.items() if k in group} for specs in (weights, inputs))
     trunk = [layer for layer in weights if linear.fullmatch(layer)]
     found = {}
     if config.rotation.transforms:
@@ -46,6 +55,12 @@ def stages(config: QuantConfig, shapes: Mapping[str, tuple[int, ...]], linear: r
         specs = {layer: smooth_spec(proj, weights[layer], inputs.get(layer)) for layer in dense}
         found["smooth"] = each_layer(smooth, specs, frozenset({"gram", "tokens"}))
     if branch := config.wgts.low_rank:
+        for layer in trunk:
+            if branch.rank > min(shapes[layer]):
+                raise ValueError(
+                    f"quant.wgts.low_rank: rank {branch.rank} is over what {layer} {list(shapes[layer])} allows, "
+                    f"{min(shapes[layer])}: lower it, or skip the layer"
+                )
         specs = {layer: low_rank_spec(branch, weights[layer], inputs.get(layer)) for layer in trunk}
         found["low rank"] = each_layer(low_rank, specs, frozenset({"gram", "tokens"}))
     found["weights"] = rounding(config.wgts, weights)
@@ -82,10 +97,10 @@ def choose_bits(config: WeightsConfig, flat: Mapping[str, object], stats: Mappin
 
 
 def grid_bits(shape: tuple[int, ...], spec: QuantSpec) -> int:
-    """What the scales, 32 bits each, and zero points, 8, of a kernel take in a package."""
+    """What the scales, 16 or 32 bits each, and zero points, 8, of a kernel take in a package."""
     inputs, outputs = math.prod(shape[:-1]), shape[-1]
     groups = 1 if spec.per_tensor else outputs * math.ceil(inputs / (spec.group_size or inputs))
-    return groups * (32 if spec.symmetric else 40)
+    return groups * ((16 if spec.scales == "bfloat16" else 32) + (0 if spec.symmetric else 8))
 
 
 def rounding(config: WeightsConfig, specs: Mapping[str, QuantSpec]) -> Transform:
@@ -141,7 +156,7 @@ def weight_specs(config: WeightsConfig, layers: Iterable[str]) -> dict[str, Quan
         prefix = max((p for p in config.bits if under(layer, p)), key=len, default=None)
         return base if prefix is None else replace(base, bits=config.bits[prefix])
 
-    base = grid(config.dtype, config.group_shapes)
+    base = grid(config.dtype, config.group_shapes, config.scale_dtype)
     return {layer: spec(layer) for layer in kept(layers, config.skips)}
 
 
@@ -156,13 +171,13 @@ def input_specs(config: InputsConfig, layers: Iterable[str]) -> dict[str, QuantS
     )
 
 
-def grid(dtype: str, group_shapes: list[list[int]]) -> QuantSpec:
+def grid(dtype: str, group_shapes: list[list[int]], scales: str = "float32") -> QuantSpec:
     """The spec that a config writes as sint4 and [[1, 64]]."""
     [[rows, size]] = group_shapes
-    layout = {"group_size": size if size > 0 else None, "per_tensor": rows == -1}
+    layout = {"group_size": size if size > 0 else None, "per_tensor": rows == -1, "scales": scales}
     bits = int(dtype[-1])
     if dtype == "nvfp4":
-        return QuantSpec(bits, codes="float", scales="e4m3", **layout)
+        return QuantSpec(bits, codes="float", **layout | {"scales": "e4m3"})
     if dtype.startswith("fp"):
         return QuantSpec(bits, codes="float", **layout)
     return QuantSpec(bits, symmetric=dtype[0] == "s", **layout)

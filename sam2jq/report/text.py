@@ -4,12 +4,12 @@ MB = 1e6
 
 
 def layer_table(rows: list[dict]) -> str:
-    """One line per layer: bits, group, bytes and relative weight error."""
+    """One line per layer: bits, group, bytes, relative weight error, and the leaves around the rounded weight."""
     width = max([len(row["name"]) for row in rows], default=0)
     head = f"{'layer':{width}}  {'dtype':>6} {'group':>8} {'weights':>10} {'bytes':>9} {'rel. error':>10}"
     lines = [
         f"{row['name']:{width}}  {row['dtype']:>6} {row['group']:>8} {row['weights']:>10} {row['bytes']:>9} "
-        f"{row['relative_error']:>10.5f}"
+        f"{row['relative_error']:>10.5f}  {' > '.join(row['around'])}".rstrip()
         for row in rows
     ]
     return "\n".join([head, *lines])

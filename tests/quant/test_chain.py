@@ -75,8 +75,8 @@ def test_before_rounding_a_pair_changes_no_output(params, stats, x, pair):
 
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)
 def test_a_pair_computes_what_it_stands_for(params, stats, x, pair):
-    """Its effective weight to 1e-5, or to what 8 bits leave of the inputs: on one static grid, which the outlier widens,
-    worse than on one for each token."""
+    """Its effective weight to 1e-5, or to what 8 bits leave of the inputs: on one static grid,
+    which the outlier widens, worse than on one for each token."""
     leaf, limit = made(params, stats, *pair), {"inputs": 0.02, "static inputs": 0.08}
     assert relative_error(matmul(leaf, x), x @ effective(leaf)) <= limit.get(pair[1], 1e-5)
     again = simulated({"a": {"kernel": leaf}})["a"]["kernel"]

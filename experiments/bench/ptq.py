@@ -1,0 +1,155 @@
+"""Times the slow transforms on a whole Hiera against plain torch, in turn, and what calibration takes; writes a table.
+
+python experiments/bench/ptq.py [--model tiny] [--runs 5] [--out experiments/bench/ptq.md]
+
+All linears of the trunk, calibrated on two drawn images, random weights; W4 in groups of 32, which divide every width,
+A8. Both frameworks live in one process and run A B A B. Peak memory of calibration is that of a fresh process each.
+"""
+
+import argparse
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import numpy as np
+import torch
+
+from converters.files import whole
+from sam2jq import QuantSpec, build, init_params
+from sam2jq.calibrate import collect
+from sam2jq.data import preprocess
+from sam2jq.data.scenes import draw_scene
+from sam2jq.models.sam2 import TRUNK_LINEAR
+from sam2jq.quant.gptq import GptqSpec, gptq
+from sam2jq.quant.lowrank import LowRankSpec, low_rank
+from sam2jq.quant.smooth import SmoothSpec, smooth
+from sam2jq.tree import flatten, kernels, layer_name
+
+W4, A8 = QuantSpec(4, group_size=32), QuantSpec(8)
+RANK, BLOCK, DAMP = 32, 128, 0.01
+
+
+def calibrated(name: str, images: int, size: int | None, needs: tuple[str, ...]) -> tuple[dict, dict]:
+    """Kernels and Stats of the trunk's linears, by layer."""
+    model = build(name, image_size=size)
+    params, side = init_params(model, 0), model.variant.image_size
+    clips = lambda n: (preprocess(draw_scene(seed, side).image, side)[None] for seed in range(n, images))
+    stats = collect(model, params, clips, needs)
+    weights = {layer_name(path): w for path, w in kernels(flatten(params)).items()}
+    chosen = [layer for layer in weights if TRUNK_LINEAR.fullmatch(layer)]
+    return {layer: weights[layer] for layer in chosen}, {layer: stats[layer] for layer in chosen}
+
+
+def torch_gptq(w: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """[N, K] w rounded as in the paper (arXiv 2210.17323, algorithm 1): act-order, static groups, blocks of BLOCK."""
+    w, h = w.clone(), gram.clone()
+    order = torch.argsort(torch.diag(h), descending=True)
+    scales = w.reshape(len(w), -1, W4.group_size).abs().amax(-1) / W4.qmax
+    scales = scales.repeat_interleave(W4.group_size, 1)[:, order]
+    w, h = w[:, order], h[order][:, order]
+    h += DAMP * torch.diag(h).mean() * torch.eye(len(h))
+    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    out = torch.zeros_like(w)
+    for begin in range(0, w.shape[1], BLOCK):
+        end = min(begin + BLOCK, w.shape[1])
+        errors = torch.zeros(len(w), end - begin)
+        for k in range(begin, end):
+            out[:, k] = torch.clamp(torch.round(w[:, k] / scales[:, k]), W4.qmin, W4.qmax) * scales[:, k]
+            errors[:, k - begin] = (w[:, k] - out[:, k]) / inverse[k, k]
+            w[:, k:end] -= errors[:, k - begin, None] * inverse[k, k:end]
+        w[:, end:] -= errors @ inverse[begin:end, end:]
+    return out[:, torch.argsort(order)]
+
+
+def torch_svd(w: torch.Tensor) -> torch.Tensor:
+    """[N, K] w without its RANK strongest parts, by a full decomposition."""
+    u, s, v = torch.linalg.svd(w, full_matrices=False)
+    return w - (u[:, :RANK] * s[:RANK]) @ v[:RANK]
+
+
+def seconds(run) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def row(name: str, ours, theirs, runs: int) -> str:
+    """One line: first call, medians of `runs` calls of both in turn, and their ratio."""
+    first = seconds(ours)
+    if theirs is None:
+        times = [seconds(ours) for _ in range(runs)]
+        return f"| {name} | {first:.1f} | {statistics.median(times):.1f} | | |"
+    theirs()
+    pairs = [(seconds(ours), seconds(theirs)) for _ in range(runs)]
+    ratios = [a / b for a, b in pairs]
+    medians = [statistics.median(column) for column in zip(*pairs)]
+    spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+    return f"| {name} | {first:.1f} | {medians[0]:.2f} | {medians[1]:.2f} | {spread} |"
+
+
+def peak_gigabytes(name: str, images: int) -> float:
+    """Of a fresh process that calibrates on so many images."""
+    command = [sys.executable, __file__, "--alone", str(images), "--model", name]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]) / 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--size", type=int, help="side of the images, the model's own when not given")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("experiments/bench/ptq.md"))
+    parser.add_argument("--memory", type=int, nargs="*", default=[8, 128], help="numbers of images")
+    parser.add_argument("--alone", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.alone:
+        calibrated(args.model, args.alone, args.size, ("gram",))
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        return
+
+    begin = time.perf_counter()
+    weights, stats = calibrated(args.model, 2, args.size, ("gram", "tokens"))
+    taken = time.perf_counter() - begin
+    ws = {k: torch.from_numpy(np.array(w).T.copy()) for k, w in weights.items()}
+    grams = {k: torch.from_numpy(np.array(stats[k].gram)) for k in weights}
+    over = lambda change, spec: lambda: jax.block_until_ready([change(weights[k], stats[k], spec) for k in weights])
+    searched = SmoothSpec(strategy="GridSearch", num_grids=20, weights=W4, inputs=A8)
+    branch = partial(LowRankSpec, rank=RANK, weights=W4, inputs=A8)
+    lines = [
+        row("GPTQ, first pass only", over(gptq, GptqSpec(W4, sweeps=0)),
+            lambda: [torch_gptq(ws[k], grams[k]) for k in ws], args.runs),
+        row("GPTQ with two sweeps", over(gptq, GptqSpec(W4)), None, args.runs),
+        row("smoothing, 20 candidates", over(smooth, searched), None, args.runs),
+        row("low rank 32, against one full SVD", over(low_rank, branch()),
+            lambda: [torch_svd(w) for w in ws.values()], args.runs),
+        row("low rank 32, ten rounds", over(low_rank, branch(num_iters=10)), None, args.runs),
+    ]  # fmt: skip
+    memory = [f"{n} images {peak_gigabytes(args.model, n):.2f} GB" for n in args.memory]
+    text = "\n".join(
+        [
+            "| of all trunk linears | first call, s | JAX, s | torch, s | JAX / torch |",
+            "|---|---|---|---|---|",
+            *lines,
+            "",
+            f"{args.model}, {len(weights)} linears, 2 images at {args.size or 'its own size'}, {os.cpu_count()} cores; "
+            f"medians of {args.runs} alternating runs. "
+            f"jax {version('jax')}, torch {version('torch')}. Calibration: {taken:.0f} s, of which most is compiling; "
+            f"peak memory of a whole process: {', '.join(memory)}.",
+            "`python experiments/bench/ptq.py`",
+            "",
+        ]
+    )
+    with whole(args.out) as temporary:
+        temporary.write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

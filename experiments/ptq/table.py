@@ -1,0 +1,111 @@
+"""What each technique saves of the demo model's masks: one row for each that is added to those before it.
+
+python experiments/ptq/table.py > experiments/ptq/table.md     goes on where it was stopped
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+
+from converters.checkpoint import load_checkpoint
+from converters.package import load_package, save_package
+from sam2jq import build
+from sam2jq import config as settings
+from sam2jq.config import GptqConfig, LowRankConfig, QuantConfig, RotationConfig, SmoothConfig, SmoothProjConfig
+from sam2jq.data import find_images, preprocess, read_image
+from sam2jq.eval.evaluate import evaluate_clips, evaluate_images, find_clips, find_samples
+from sam2jq.ptq import quantize_params
+from sam2jq.quant.ops import effective_params
+from sam2jq.quant.transform import simulated
+from sam2jq.tree import flatten, kernels, layer_name
+from sam2jq.video import VideoPredictor
+
+GRIDS = ("w8a8", "w4a16", "w4a8", "w4a4", "w3a16")  # weights and inputs as in experiments/nano_*.yaml
+SEEDS = (7, 8, 9)  # of the scenes to calibrate on; figures are medians over these
+CALIBRATED, IMAGES, CLIPS = 32, ("scenes:1001", 48), ("scenes:2002", 4)  # held out
+KEPT = Path("outputs/ptq_table.json")
+
+
+def rows(quant: QuantConfig) -> dict[str, QuantConfig]:
+    """{name: config}, each with one technique more than the one before."""
+    bare = replace(quant.wgts, kernel_gptq=None, low_rank=None, ridge=0.0, bias_correction=False)
+    at = replace(quant, wgts=bare, smooth=SmoothConfig(), rotation=RotationConfig())
+    found = {"RTN": at}
+    for name, change in {
+        "+ GPTQ": lambda q: replace(q, wgts=replace(q.wgts, kernel_gptq=GptqConfig())),
+        "+ bias correction": lambda q: replace(q, wgts=replace(q.wgts, bias_correction=True)),
+        "+ smoothing": lambda q: replace(q, smooth=SmoothConfig(SmoothProjConfig(strategy="GridSearch"))),
+        "+ rotation": lambda q: replace(q, rotation=RotationConfig(["hadamard"])),
+        "+ low rank 8": lambda q: replace(q, wgts=replace(q.wgts, low_rank=LowRankConfig(rank=8, num_iters=10))),
+    }.items():
+        found[name] = at = change(at)
+    return found
+
+
+def effective_bits(params: dict) -> float:
+    """Bits a weight that a package takes for the quantized layers, with scales, zeros and branches."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "package.pt"
+        errors = dict.fromkeys(map(layer_name, kernels(flatten(params))), 0.0)
+        save_package(path, params, errors, {})
+        return load_package(path).summary()["effective_bits"]
+
+
+def measure(model, params: dict, clips: bool) -> dict[str, float]:
+    """mIoU of each prompt, and J&F of clips if asked for, in percent."""
+    found = evaluate_images(model, params, find_samples(*IMAGES))["miou"]
+    found = {name: 100 * value for name, value in found.items()}
+    if clips:
+        found["J&F"] = evaluate_clips(VideoPredictor(model, params), find_clips(CLIPS[0], "", CLIPS[1]), None)["j&f"]
+    return found
+
+
+def main() -> None:
+    begin, model = time.time(), build("nano")
+    jax.config.update("jax_compilation_cache_dir", str(Path("cache/sam2/compiled").absolute()))
+    full = effective_params(load_checkpoint("demo", model).params)
+    kept = json.loads(KEPT.read_text()) if KEPT.is_file() else {}
+
+    def known(name: str, make) -> dict[str, float]:
+        if name not in kept:
+            kept[name] = make()
+            KEPT.parent.mkdir(exist_ok=True)
+            KEPT.write_text(json.dumps(kept, indent=1))
+        return kept[name]
+
+    reference = known("full", lambda: measure(model, full, clips=True))
+
+    def quantized(config: QuantConfig, seed: int) -> dict[str, float]:
+        size, names = model.variant.image_size, find_images(f"scenes:{seed}", CALIBRATED, 0)
+        clips = lambda n: (preprocess(read_image(name), size)[None] for name in names[n:])
+        cache = Path("cache/sam2/calibration"), names
+        needs = ("gram", "tokens")  # of all rows, so that one calibration serves them
+        *_, params = quantize_params(model, full, config, clips, seed=seed, needs=needs, cache=cache).reached.values()
+        scores = measure(model, simulated(params), clips=seed == SEEDS[0])
+        return scores | {"bits": effective_bits(params)}
+
+    columns = ["box", "1 click", "3 clicks", "J&F"]
+    cells = " | ".join(f"{reference[c]:.1f}" for c in columns)
+    print(f"| weights, inputs | | bits a weight | box mIoU | 1 click | 3 clicks | J&F |\n|{'---|' * 7}")
+    print(f"| float32 | | 32 | {cells} |", flush=True)
+    for grid in GRIDS:
+        for name, config in rows(settings.load(f"experiments/nano_{grid}.yaml", []).quant).items():
+            runs = [known(f"{grid} {name} {seed}", lambda c=config, s=seed: quantized(c, s)) for seed in SEEDS]
+            change = [statistics.median(run[c] for run in runs if c in run) - reference[c] for c in columns]
+            text = " | ".join(f"{x:+.1f}" for x in change)
+            print(f"| {grid.upper()} | {name} | {runs[0]['bits']:.2f} | {text} |", flush=True)
+    print(
+        f"\nnano: the first row in percent, the others the change in points. mIoU of {IMAGES[1]} held-out images of "
+        f"{IMAGES[0]}, medians over calibrations on {CALIBRATED} images of each of scenes:{SEEDS}; J&F of {CLIPS[1]} "
+        f"clips of {CLIPS[0]}, for the first. `python experiments/ptq/table.py > experiments/ptq/table.md`, "
+        f"{time.time() - begin:.0f} s."
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Post-training quantization of a params tree: calibrate, then apply the recipe's transforms one after the other."""
+
+import re
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from sam2jq.calibrate import collect, fingerprint
+from sam2jq.config import QuantConfig
+from sam2jq.models.sam2 import FLOW, SAM2, TRUNK_LINEAR
+from sam2jq.quant.ops import effective_params
+from sam2jq.quant.recipe import choose_bits, stages
+from sam2jq.quant.transform import Stats
+from sam2jq.tree import flatten, kernels, layer_name, unflatten
+
+Clips = Callable[[int], Iterable[np.ndarray]]
+UNROUNDED = "unrounded"
+
+
+class Quantized(NamedTuple):
+    """reached: {stage: the params tree after it}, UNROUNDED before any weight is; the last is the quantized model.
+
+    stats: {layer: Stats}, empty where nothing needed them. config: with the bits that were chosen for a target.
+    """
+
+    reached: dict[str, dict]
+    stats: dict[str, Stats]
+    config: QuantConfig
+
+
+def quantize_params(
+    model: SAM2,
+    params: dict,
+    config: QuantConfig,
+    clips: Clips,
+    *,
+    seed: int = 0,
+    needs: Iterable[str] = (),
+    cache: tuple[Path, object] | None = None,
+    watch: Callable = lambda name, what: nullcontext(),
+) -> Quantized:
+    """`params`, plain arrays, through every stage of `config`.
+
+    clips, needs: as `collect` takes them; needs beside those of the stages. cache: a folder for statistics, and what
+    tells these clips from others. watch(stage, what it does): a context in which each stage runs.
+    ValueError: names the key or the layer.
+    """
+    weights = {layer_name(path): kernel for path, kernel in kernels(flatten(params)).items()}
+    shapes = {layer: w.shape for layer, w in weights.items()}
+    wanted = set(needs) | ({"gram"} if config.wgts.mixed else set())
+    stages(config, shapes, TRUNK_LINEAR, seed)  # what cannot be is an error before any work
+    at, stats, reached = params, {}, {}
+    groups = in_order(weights) if config.calib.sequential else [list(weights)]
+    for number, group in enumerate(groups):
+        part = f", {number + 1} of {len(groups)}" if len(groups) > 1 else ""
+        steps = stages(config, shapes, TRUNK_LINEAR, seed, group)
+        if demands := frozenset(wanted.union(*(step.needs for step in steps.values()))):
+            with watch("calibrate", f"what enters each layer{part}"):
+                seen = calibrated(model, effective_params(at), clips, demands, cache)
+            stats |= {layer: seen[layer] for layer in group}
+        if config.wgts.mixed:
+            with watch("bits", describe(config, "bits")):
+                config = replace(config, wgts=choose_bits(config.wgts, flatten(params), seen))
+            steps = stages(config, shapes, TRUNK_LINEAR, seed, group)
+        for name, step in steps.items():
+            if name == "weights":
+                merge(reached, UNROUNDED, params, at, group)
+            with watch(name, describe(config, name) + part):
+                at = step.apply(at, stats)
+            merge(reached, name, params, at, group)
+    return Quantized(reached, stats, config)
+
+
+def merge(reached: dict[str, dict], name: str, params: dict, at: dict, group: list[str]) -> None:
+    """Brings the layers of `group` in reached[name], where all start as in `params`, to where they are now."""
+    now = {path: leaf for path, leaf in flatten(at).items() if layer_name(path) in group}
+    reached[name] = unflatten(flatten(reached.get(name, params)) | now)
+
+
+def calibrated(model: SAM2, params: dict, clips: Clips, needs: frozenset[str], cache) -> dict[str, Stats]:
+    """What `collect` finds, kept in the cache's folder, where a killed run goes on."""
+    if cache is None:
+        return collect(model, params, clips, needs)
+    folder, mark = cache
+    return collect(model, params, clips, needs, folder / f"{fingerprint(params, model, sorted(needs), mark)}.npz")
+
+
+def in_order(layers: Iterable[str]) -> list[list[str]]:
+    """`layers` in groups as the data runs through them: each block of the trunk, then each component after it."""
+    rank = lambda layer: next(i for i, pattern in enumerate(FLOW) if pattern.match(layer))
+    blocks = lambda layer: [int(n) for n in re.findall(r"trunk\.blocks\.(\d+)", layer)]
+    groups: dict[tuple, list[str]] = {}
+    for layer in layers:
+        groups.setdefault((rank(layer), *blocks(layer)), []).append(layer)
+    return [groups[key] for key in sorted(groups)]
+
+
+def describe(config: QuantConfig, name: str) -> str:
+    """What a stage does, in a few words."""
+    match name:
+        case "bits":
+            target = config.wgts.target_bits
+            goal = f"{config.wgts.target_mb} MB" if target is None else f"{target} bits a weight"
+            return f"{goal}, for each layer by what its outputs lose"
+        case "weights":
+            method = "GPTQ" if config.wgts.kernel_gptq else "to nearest"
+            return f"{config.wgts.dtype} {config.wgts.group_shapes}, {method}"
+        case "inputs":
+            return f"{config.ipts.dtype} {config.ipts.group_shapes}{', static' * config.ipts.static}"
+        case "smooth":
+            return f"{config.smooth.proj.strategy}, alpha {config.smooth.proj.alpha}, beta {config.smooth.proj.beta}"
+        case "low rank":
+            return f"rank {config.wgts.low_rank.rank}, {config.wgts.low_rank.num_iters} rounds"
+        case "rotation":
+            return "Hadamard" + ", random signs" * config.rotation.random
+        case _:
+            return f"strength {config.wgts.ridge}"
