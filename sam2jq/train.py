@@ -46,7 +46,8 @@ def make_train_step(loss: Loss, optimizer: optax.GradientTransformation) -> Call
         metrics = metrics | {"loss": value, "gradient": optax.global_norm(grads)}
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
-    return step
+    # a state that lies elsewhere, as a new one does, would have the step compiled twice
+    return lambda state, batch: step(jax.device_put(state, whole), batch)
 
 
 def fit(

@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -27,8 +28,11 @@ from sam2jq.calibrate import collect
 from sam2jq.data import preprocess
 from sam2jq.data.scenes import draw_scene
 from sam2jq.models.sam2 import TRUNK_LINEAR
+from sam2jq.quant.act import quantize_inputs
 from sam2jq.quant.gptq import GptqSpec, gptq
 from sam2jq.quant.lowrank import LowRankSpec, low_rank
+from sam2jq.quant.ops import matmul
+from sam2jq.quant.qtensor import quantize
 from sam2jq.quant.smooth import SmoothSpec, smooth
 from sam2jq.tree import flatten, kernels, layer_name
 
@@ -94,6 +98,26 @@ def row(name: str, ours, theirs, runs: int) -> str:
     return f"| {name} | {first:.1f} | {medians[0]:.2f} | {medians[1]:.2f} | {spread} |"
 
 
+def products(runs: int) -> list[str]:
+    """Lines on one linear of tiny, 384 -> 1536 for 4096 tokens: in float32, rounded, and in integers."""
+    rng = np.random.default_rng(0)
+    x, w = (jax.numpy.asarray(rng.standard_normal(shape), jax.numpy.float32) for shape in ((4096, 384), (384, 1536)))
+    lines = []
+    for name, spec in {"W8A8": QuantSpec(8), "W4A8, groups of 32": W4}.items():
+        rounded = quantize_inputs(quantize(w, spec), None, A8)
+        run = {"float32": w, "simulated": rounded, "integer": replace(rounded, integer=True)}
+        calls = {kind: partial(jax.jit(matmul), leaf, x) for kind, leaf in run.items()}
+        for call in calls.values():
+            jax.block_until_ready(call())
+        times = {kind: [] for kind in calls}
+        for _ in range(runs):
+            for kind, call in calls.items():
+                times[kind].append(seconds(lambda call=call: jax.block_until_ready(call())))
+        medians = {kind: 1000 * statistics.median(of) for kind, of in times.items()}
+        lines.append(f"| {name} | " + " | ".join(f"{medians[kind]:.1f}" for kind in run) + " |")
+    return lines
+
+
 def peak_gigabytes(name: str, images: int) -> float:
     """Of a fresh process that calibrates on so many images."""
     command = [sys.executable, __file__, "--alone", str(images), "--model", name]
@@ -142,7 +166,12 @@ def main() -> None:
             f"medians of {args.runs} alternating runs. "
             f"jax {version('jax')}, torch {version('torch')}. Calibration: {taken:.0f} s, of which most is compiling; "
             f"peak memory of a whole process: {', '.join(memory)}.",
-            "`python experiments/bench/ptq.py`",
+            "",
+            "| one linear, ms | float32 | codes multiplied in float32 | in int8 with int32 sums |",
+            "|---|---|---|---|",
+            *products(4 * args.runs),
+            "",
+            "384 -> 1536 for 4096 tokens; the last two round activations first. `python experiments/bench/ptq.py`",
             "",
         ]
     )

@@ -1,10 +1,13 @@
 """What each technique saves of the demo model's masks: one row for each that is added to those before it.
 
-python experiments/ptq/table.py > experiments/ptq/table.md     goes on where it was stopped
+python experiments/ptq/table.py > experiments/ptq/table.md
+
+Goes on where it was stopped; the names of some grids make only their rows, so that two processes can share the work.
 """
 
 import json
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -28,18 +31,19 @@ from sam2jq.video import VideoPredictor
 GRIDS = ("w8a8", "w4a16", "w4a8", "w4a4", "w3a16")  # weights and inputs as in experiments/nano_*.yaml
 SEEDS = (7, 8, 9)  # of the scenes to calibrate on; figures are medians over these
 CALIBRATED, IMAGES, CLIPS = 32, ("scenes:1001", 48), ("scenes:2002", 4)  # held out
-KEPT = Path("outputs/ptq_table.json")
+KEPT = Path("outputs/ptq_table")
 
 
 def rows(quant: QuantConfig) -> dict[str, QuantConfig]:
     """{name: config}, each with one technique more than the one before."""
-    bare = replace(quant.wgts, kernel_gptq=None, low_rank=None, ridge=0.0, bias_correction=False)
+    bare = replace(quant.wgts, target_bits=None, kernel_gptq=None, low_rank=None, ridge=0.0, bias_correction=False)
     at = replace(quant, wgts=bare, smooth=SmoothConfig(), rotation=RotationConfig())
     found = {"RTN": at}
     for name, change in {
         "+ GPTQ": lambda q: replace(q, wgts=replace(q.wgts, kernel_gptq=GptqConfig())),
         "+ bias correction": lambda q: replace(q, wgts=replace(q.wgts, bias_correction=True)),
         "+ smoothing": lambda q: replace(q, smooth=SmoothConfig(SmoothProjConfig(strategy="GridSearch"))),
+        "+ bits by layer": lambda q: replace(q, wgts=replace(q.wgts, target_bits=float(q.wgts.dtype[-1]))),
         "+ rotation": lambda q: replace(q, rotation=RotationConfig(["hadamard"])),
         "+ low rank 8": lambda q: replace(q, wgts=replace(q.wgts, low_rank=LowRankConfig(rank=8, num_iters=10))),
     }.items():
@@ -69,14 +73,13 @@ def main() -> None:
     begin, model = time.time(), build("nano")
     jax.config.update("jax_compilation_cache_dir", str(Path("cache/sam2/compiled").absolute()))
     full = effective_params(load_checkpoint("demo", model).params)
-    kept = json.loads(KEPT.read_text()) if KEPT.is_file() else {}
+    KEPT.mkdir(parents=True, exist_ok=True)
 
     def known(name: str, make) -> dict[str, float]:
-        if name not in kept:
-            kept[name] = make()
-            KEPT.parent.mkdir(exist_ok=True)
-            KEPT.write_text(json.dumps(kept, indent=1))
-        return kept[name]
+        path = KEPT / f"{name}.json"
+        if not path.is_file():
+            path.write_text(json.dumps(make()))
+        return json.loads(path.read_text())
 
     reference = known("full", lambda: measure(model, full, clips=True))
 
@@ -93,7 +96,7 @@ def main() -> None:
     cells = " | ".join(f"{reference[c]:.1f}" for c in columns)
     print(f"| weights, inputs | | bits a weight | box mIoU | 1 click | 3 clicks | J&F |\n|{'---|' * 7}")
     print(f"| float32 | | 32 | {cells} |", flush=True)
-    for grid in GRIDS:
+    for grid in sys.argv[1:] or GRIDS:
         for name, config in rows(settings.load(f"experiments/nano_{grid}.yaml", []).quant).items():
             runs = [known(f"{grid} {name} {seed}", lambda c=config, s=seed: quantized(c, s)) for seed in SEEDS]
             change = [statistics.median(run[c] for run in runs if c in run) - reference[c] for c in columns]
