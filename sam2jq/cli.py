@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from sam2jq import __version__
 from sam2jq import config as settings
+from sam2jq.calibrate import fingerprint
 from sam2jq.config import Config
 from sam2jq.data import find_images, preprocess, read_image
 from sam2jq.data.sav import write_mask
@@ -116,7 +117,7 @@ def quantize(args: argparse.Namespace, flags: list[str]) -> None:
         model, checkpoint = load_model(config, calib.image_size)
 
         full = effective_params(checkpoint.params)
-        images = [name.encode() if name.startswith("scenes:") else Path(name).read_bytes() for name in names]
+        images = [name if name.startswith("scenes:") else fingerprint({}, Path(name).read_bytes()) for name in names]
         size = model.variant.image_size
         done = quantize_params(
             model,
@@ -148,6 +149,8 @@ def quantize(args: argparse.Namespace, flags: list[str]) -> None:
             metadata = {
                 "model": settings.to_dict(config.model) | {"image_size": model.variant.image_size},
                 "names": checkpoint.names,
+                "checkpoint": fingerprint(full),
+                "input_ranges": {k: [float(s.low.min()), float(s.high.max())] for k, s in done.stats.items()},
                 "random_weights": checkpoint.random,
                 "config": settings.to_dict(config),
                 "results": results,
@@ -335,6 +338,7 @@ def load_model(config, image_size: int | None = None):
             raise ValueError(f"model.device {wanted.device}: no such device here; use auto") from error
     jax.config.update("jax_default_matmul_precision", "highest")  # float32 means float32 on GPU and TPU too
     jax.config.update("jax_compilation_cache_dir", str(Path(config.cache.root).absolute() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a layer's programs are small but many
     model = build(wanted.name, wanted.version, image_size)
     with stage("load", f"{wanted.name} {wanted.version} from {wanted.checkpoint}"):
         checkpoint = load_checkpoint(wanted.checkpoint, model)
