@@ -7,7 +7,7 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint 
 CONFIG ?= experiments/demo_w8.yaml experiments/demo_w4.yaml
 ARGS ?=
 
-.PHONY: setup quantize segment track evaluate inspect demo-model test lint bench
+.PHONY: setup quantize segment track evaluate inspect export demo-model test lint bench
 setup: $(READY)
 
 # sam2 comes as source and is built against the torch that is there: in its own build environment it would fetch
@@ -24,14 +24,14 @@ quantize: setup
 	$(foreach config,$(CONFIG),$(SAM2JQ) quantize --config $(config) $(ARGS) &&) true
 
 # make segment IMAGE=photo.jpg ARGS="--points 500,375 --model.name tiny --model.checkpoint sam2.1_hiera_tiny.pt"
-IMAGE ?= scenes:0/0000
-segment: ARGS := $(or $(ARGS),--points 128,128 --model.name nano)
+IMAGE ?= scenes:2002/0002
+segment: ARGS := $(or $(ARGS),--points 75,60 --model.name nano)
 segment: setup
 	$(SAM2JQ) segment $(IMAGE) $(ARGS)
 
 # make track CLIP=clip.mp4 ARGS="--box 100,80,300,400 --model.name tiny --model.checkpoint sam2.1_hiera_tiny.pt"
-CLIP ?= scenes:0/0000
-track: ARGS := $(or $(ARGS),--points 128,128 --model.name nano)
+CLIP ?= scenes:2002/0002
+track: ARGS := $(or $(ARGS),--points 75,60 --model.name nano)
 track: setup
 	$(SAM2JQ) track $(CLIP) $(ARGS)
 
@@ -48,6 +48,11 @@ demo-model: setup
 PACKAGE ?= outputs/demo_w4/package.pt
 inspect: setup
 	$(SAM2JQ) inspect $(PACKAGE)
+
+# make export PACKAGE=outputs/sam2/hiera_tiny_w4a4/package.pt ARGS="--to nunchaku --out files"
+export: ARGS := $(or $(ARGS),--to vanilla --out outputs/exported)
+export: setup
+	$(SAM2JQ) export --package $(PACKAGE) $(ARGS)
 
 test: setup
 	$(VENV)/bin/pytest $(ARGS)

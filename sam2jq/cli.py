@@ -259,7 +259,9 @@ def add_command(commands, name: str, what: str, schema: type | None = None) -> a
     """The parser of one command, whose help lists the settings in `schema`."""
     listed = schema and "settings and their defaults:\n  " + "\n  ".join(settings.keys(schema))
     raw = argparse.RawDescriptionHelpFormatter
-    return commands.add_parser(name, help=what, epilog=listed, allow_abbrev=False, formatter_class=raw)
+    command = commands.add_parser(name, help=what, epilog=listed, allow_abbrev=False, formatter_class=raw)
+    command.add_argument("-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    return command
 
 
 def add_prompts(command: argparse.ArgumentParser) -> None:

@@ -49,8 +49,8 @@ def rows(quant: QuantConfig) -> dict[str, QuantConfig]:
         "+ low rank 8": lambda q: replace(q, wgts=replace(q.wgts, low_rank=LowRankConfig(rank=8, num_iters=10))),
     }.items():
         found[name] = at = change(at)
-    if quant.wgts.dtype[-1] == "8":
-        del found["+ bits by layer"]  # no layer can have more than 8
+    if quant.wgts.dtype[-1] == "8":  # no layer can have more, and there is nothing left for the others to save
+        return dict(list(found.items())[:4])
     if quant not in found.values():
         found["as configured"] = quant
     return found

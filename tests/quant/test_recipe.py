@@ -1,11 +1,17 @@
+from functools import cache
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from sam2jq.config import WeightsConfig
+from sam2jq import abstract_params, build
+from sam2jq.config import CalibConfig, LowRankConfig, QuantConfig, WeightsConfig, load
+from sam2jq.models.sam2 import TRUNK_LINEAR
+from sam2jq.ptq import in_order
 from sam2jq.quant.qtensor import QTensor, dequantize, quantize
-from sam2jq.quant.recipe import layers, round_weights, weight_specs
+from sam2jq.quant.recipe import layers, round_weights, stages, weight_specs
 from sam2jq.quant.spec import QuantSpec
-from sam2jq.tree import flatten
+from sam2jq.tree import flatten, kernels, layer_name, unflatten
 
 LAYERS = ["t.blocks.1.attn", "t.blocks.1.mlp", "t.blocks.10.attn", "neck.conv"]
 
@@ -47,3 +53,59 @@ def test_only_chosen_kernels_are_rounded():
     assert flat["b/bias"] is params["b"]["bias"]
     assert isinstance(flat["b/kernel"], QTensor)
     np.testing.assert_array_equal(dequantize(flat["b/kernel"]), dequantize(quantize(kernel, QuantSpec(4))))
+
+
+KNOWN = """
+model:  {name: tiny, version: "2.1", checkpoint: checkpoints/sam2.1_hiera_tiny.pt, device: auto, dtype: float32}
+cache:  {root: ./cache/sam2}
+quant:
+  calib:  {path: /path/to/images, num_samples: 128, batch_size: 1, image_size: 1024}
+  wgts:   {dtype: uint4, group_shapes: [[1, 128]], skips: [], bits: {},
+           kernel_gptq: {damp_percentage: 0.01, block_size: 128, num_inv_tries: 250},
+           low_rank: {rank: 32, exclusive: false, num_iters: 1}}
+  ipts:   {dtype: uint8, group_shapes: [[1, -1]], static: false}
+  smooth: {proj: {granularity: Layer, strategy: GridSearch, num_grids: 20, alpha: 0.5}}
+  rotation: {transforms: [hadamard], random: false}
+output: {root: ./outputs/sam2, job: hiera_tiny_w4a8}
+save_model: true
+seed: 42
+"""
+CONFIGS = sorted(path for path in (Path(__file__).parents[2] / "experiments").glob("*_w*.yaml"))
+
+
+@cache
+def shapes(name: str) -> dict[str, tuple[int, ...]]:
+    return {layer_name(path): leaf.shape for path, leaf in kernels(flatten(abstract_params(build(name)))).items()}
+
+
+def test_the_config_that_users_of_the_original_know_has_every_stage(tmp_path):
+    (tmp_path / "known.yaml").write_text(KNOWN)
+    config = load(str(tmp_path / "known.yaml"), [])
+    names = list(stages(config.quant, shapes("tiny"), TRUNK_LINEAR, config.seed))
+    assert names == ["rotation", "smooth", "low rank", "weights", "inputs"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_that_comes_along_can_be_carried_out(path):
+    """Its layers have the sizes that its branches and rotations need, and its prefixes name layers."""
+    config = load(str(path), ["--model.checkpoint", "random:0", "--quant.calib.path", "photos"])
+    assert "weights" in stages(config.quant, shapes(config.model.name), TRUNK_LINEAR, config.seed)
+
+
+def test_a_rank_above_a_layers_size_is_an_error():
+    config = QuantConfig(calib=CalibConfig("photos"), wgts=WeightsConfig(low_rank=LowRankConfig(rank=97)))
+    with pytest.raises(ValueError, match=r"rank 97 is over what image_encoder.trunk.blocks.0.attn.* allows, 96"):
+        stages(config, shapes("tiny"), TRUNK_LINEAR, 0)
+
+
+def test_one_group_at_a_time_covers_every_layer_once_and_in_the_order_of_the_data():
+    groups = in_order(shapes("tiny"))
+    assert sorted(layer for group in groups for layer in group) == sorted(shapes("tiny"))
+    assert groups[0] == ["image_encoder.trunk.patch_embed.proj"]
+    assert [group[0].split(".")[3] for group in groups[1:13]] == [str(i) for i in range(12)]
+    config = QuantConfig(calib=CalibConfig("photos"))
+    rounded = stages(config, shapes("tiny"), TRUNK_LINEAR, 0, groups[3])["weights"]
+    kernel = np.ones((4, 4), np.float32)
+    params = unflatten({f"{layer.replace('.', '/')}/kernel": kernel for layer in shapes("tiny")})
+    flat = flatten(rounded.apply(params, {}))
+    assert {layer_name(path) for path, leaf in flat.items() if isinstance(leaf, QTensor)} == set(groups[3])
