@@ -17,13 +17,14 @@ from sam2jq.tree import flatten, kernels, layer_name, pytree, unflatten
 
 Array = jax.Array
 LEAST = 0.05  # of a group's range that a grid spans at least
+BUFFER = "positional_encoding_gaussian_matrix"  # drawn once, never learned
 
 
 @pytree(static=["spec"])
 class FakeQuant:
-    """kernel: float32 [*reduce, out], which learns; clip: [groups, out], or [1, 1] per tensor, the share of each group's
-    range that its grid spans, which learns too (LSQ, arXiv 1902.08153, in units in which it outlasts a change of bits);
-    bits: float32 [], in place of the spec's. It stands for dequantize(freeze(self)), to the bit.
+    """kernel: float32 [*reduce, out], which learns; clip: [groups, out], or [1, 1] per tensor, the share of each
+    group's range that its grid spans, which learns too (LSQ, arXiv 1902.08153, in units in which it outlasts a change
+    of bits); bits: float32 [], in place of the spec's. It stands for dequantize(freeze(self)).
     """
 
     kernel: Array
@@ -92,7 +93,7 @@ def innermost(node) -> object:
 
 
 def student(params: dict, specs: Mapping[str, QuantSpec]) -> dict:
-    """`params` whose kernels of the layers in `specs` learn under rounding; those that are QTensors keep their grids."""
+    """`params` whose layers in `specs` learn under rounding; kernels that are QTensors keep their grids."""
     return each_layer(lambda w, _, spec: learnable(w, spec), specs).apply(params, {})
 
 
@@ -126,18 +127,18 @@ def with_bits(params: dict, bits: Array) -> dict:
 
 
 def learns(params: dict, clipping: bool = True) -> dict:
-    """A tree like `params` with True for what training changes: plain arrays, weights, the share of their range unless
-    `clipping` is off, and the scales of inputs that calibration fixed. Bits are the schedule's, all else stays."""
-    fields = {FakeQuant: ("kernel", "clip")[: 1 + clipping], ActQuantized: ("scale",)}
+    """A tree like `params` with True for what training changes: plain arrays, weights, with `clipping` the share of
+    their range, and the scales of inputs that calibration fixed. Bits are the schedule's; all else stays."""
 
-    def mark(node, name: str = ""):
-        if not dataclasses.is_dataclass(node):
-            return name != "pe_layer.positional_encoding_gaussian_matrix"
-        inside = {
-            f.name: mark(value) if f.name == "inner" else jax.tree.map(lambda _: f.name in fields.get(type(node), ()), value)
-            for f in dataclasses.fields(node)
-            if (value := getattr(node, f.name)) is not None and not isinstance(value, (QuantSpec, bool, int, str))
-        }
-        return replace(node, **inside)
+    def mark(node):
+        nothing = jax.tree.map(lambda _: False, node)
+        match node:
+            case FakeQuant():
+                return replace(nothing, kernel=True, clip=clipping)
+            case ActQuantized():
+                return replace(nothing, inner=mark(node.inner), scale=None if node.scale is None else True)
+            case _ if dataclasses.is_dataclass(node):
+                return replace(nothing, inner=mark(node.inner))
+        return True
 
-    return unflatten({path: mark(node, path.rpartition("/")[2]) for path, node in flatten(params).items()})
+    return unflatten({path: not path.endswith(BUFFER) and mark(node) for path, node in flatten(params).items()})

@@ -90,7 +90,9 @@ def nearest(x: Array, scale: Array, zero: Array, spec: QuantSpec) -> Array:
     1902.08153): the rounding error within the grid, its end outside.
     """
     if spec.codes == "int":
-        return jnp.clip(rounded(x / scale + zero), spec.qmin, spec.qmax)
+        codes = rounded(x / scale + zero)
+        codes = jnp.where(codes > spec.qmax, spec.qmax, codes)  # jnp.clip halves gradients at the ends of its range
+        return jnp.where(codes < spec.qmin, spec.qmin, codes)
     if spec.bits == 8:
         return to_e4m3(x / scale)
     magnitudes = jnp.array(E2M1)
