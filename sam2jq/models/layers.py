@@ -174,18 +174,52 @@ def attend(q: Array, k: Array, v: Array, seen: Array | None = None) -> Array:
     """softmax(q kT / sqrt(C)) v for q [B, N, heads, C] and k, v [B, M, heads, C], the softmax in float32.
 
     seen: bool [B, M], which keys there are; all when None. Long queries go through in chunks of QUERY_CHUNK rows, so
-    that a head's [N, M] scores are never whole in memory.
+    that a head's [N, M] scores are never whole in memory, nor kept for the gradient.
     """
     batch, length, heads, channels = q.shape
     q, k, v = (x.swapaxes(1, 2) for x in (q * channels**-0.5, k, v))  # batched products want the heads in front
     hidden = None if seen is None else jnp.where(seen, 0.0, HIDDEN)[:, None, None]
     if length <= QUERY_CHUNK:
         return weigh(q, k, v, hidden).swapaxes(1, 2)
-    head = lambda each: in_chunks(lambda rows: weigh(rows, *each[1:]), each[0], QUERY_CHUNK)
+    head = lambda each: weigh_in_chunks(*each)
     at_once = min(batch * heads, cached_rows(QUERY_CHUNK * k.shape[2]))  # heads whose scores stay in the caches
     flat = tuple(x.reshape(batch * heads, -1, channels) for x in (q, k, v))
     flat += (None if seen is None else jnp.repeat(hidden[:, 0], heads, axis=0),)
     return jax.lax.map(head, flat, batch_size=at_once).reshape(batch, heads, length, channels).swapaxes(1, 2)
+
+
+@jax.custom_vjp
+def weigh_in_chunks(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
+    """`weigh` of one head, QUERY_CHUNK rows of q at a time."""
+    return in_chunks(lambda rows: weigh(rows, k, v, bias), q, QUERY_CHUNK)
+
+
+def _weigh_forward(q: Array, k: Array, v: Array, bias: Array | None):
+    y = weigh_in_chunks(q, k, v, bias)
+    return y, (q, k, v, bias, y)
+
+
+def _weigh_backward(kept, dy: Array):
+    """Scores are computed once more, chunk by chunk (as in FlashAttention, arXiv 2205.14135)."""
+    q, k, v, bias, y = kept
+    rows = next(size for size in range(min(QUERY_CHUNK, len(q)), 0, -1) if len(q) % size == 0)
+    chunked = lambda x: x.reshape(-1, rows, x.shape[-1])
+
+    def chunk(sums, part):
+        (dk, dv), (q, y, dy) = sums, part
+        scores = (q @ k.T).astype(jnp.float32)
+        scores = scores if bias is None else scores + bias
+        scores = jnp.exp(scores - scores.max(-1, keepdims=True))
+        shares = (scores / scores.sum(-1, keepdims=True)).astype(v.dtype)
+        grow = (dy @ v.T - (dy * y).sum(-1, keepdims=True)) * shares
+        return (dk + grow.T @ q, dv + shares.T @ dy), grow @ k
+
+    zeros = jnp.zeros_like(k), jnp.zeros_like(v)
+    (dk, dv), dq = jax.lax.scan(chunk, zeros, tuple(map(chunked, (q, y, dy))))
+    return dq.reshape(q.shape), dk, dv, None if bias is None else jnp.zeros_like(bias)
+
+
+weigh_in_chunks.defvjp(_weigh_forward, _weigh_backward)
 
 
 def weigh(q: Array, k: Array, v: Array, bias: Array | None = None) -> Array:

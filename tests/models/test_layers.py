@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,6 +19,19 @@ def test_attention_in_chunks_equals_torchs(queries):
     heads_first = [torch.from_numpy(x).transpose(1, 2) for x in (q, k, v)]
     expected = torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2)
     np.testing.assert_allclose(attend(q, k, v), expected.numpy(), atol=3e-6)  # some roundings of values up to 3
+
+
+@pytest.mark.parametrize("queries", [QUERY_CHUNK + 1, 2 * QUERY_CHUNK])
+def test_attention_in_chunks_has_torchs_gradients(queries):
+    arrays = normal(1, queries, 2, 8), normal(1, 50, 2, 8), normal(1, 50, 2, 8)
+    aim, seen = normal(1, queries, 2, 8), np.arange(50)[None] % 3 > 0
+    tensors = [torch.from_numpy(x).requires_grad_() for x in arrays]
+    heads_first, mask = [x.transpose(1, 2) for x in tensors], torch.from_numpy(seen)[:, None, None]
+    expected = torch.nn.functional.scaled_dot_product_attention(*heads_first, mask).transpose(1, 2)
+    (expected * torch.from_numpy(aim)).sum().backward()
+    grads = jax.grad(lambda qkv: (attend(*qkv, jnp.asarray(seen)) * aim).sum())(arrays)
+    for got, tensor in zip(grads, tensors):
+        np.testing.assert_allclose(got, tensor.grad.numpy(), atol=1e-4)  # sums of a thousand terms near 1
 
 
 @pytest.mark.parametrize(("height", "width", "size"), [(8, 8, 4), (10, 13, 4), (3, 5, 7)])

@@ -1,0 +1,166 @@
+"""Times one distillation step of the image encoder against the same step in plain torch, in turn, and writes a table.
+
+python experiments/bench/distill.py [--student tiny] [--teacher small] [--runs 8] [--out experiments/bench/distill.md]
+
+1024 x 1024, batch 1, float32, random weights: the teacher's features, the student's under 4-bit weights with straight-
+through gradients (one scale an output channel, fixed to the range of now), the relative square error of the three maps,
+and AdamW on all of the encoder. Both frameworks live in one process and run A B A B; their losses are compared step by
+step. Peak memory is each one's own, measured in a process that runs only it.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import torch
+from encoder import proc, seconds
+
+from converters.names import to_torch
+from converters.vanilla import build_original
+from sam2jq import build, init_params
+from sam2jq.distill import relative
+from sam2jq.quant.fake_quant import learns, student
+from sam2jq.quant.spec import QuantSpec
+from sam2jq.quant.transform import simulated
+from sam2jq.train import init_state, make_train_step
+from sam2jq.tree import flatten, kernels, layer_name, unflatten
+
+SIDE, BITS, RATE = 1024, 4, 1e-4
+ENCODER = ("image_encoder", "sam_mask_decoder/conv_s")
+
+
+def encoder_of(params: dict) -> dict:
+    return unflatten({path: leaf for path, leaf in flatten(params).items() if path.startswith(ENCODER)})
+
+
+def jax_step(student_name: str, teacher_name: str, image: np.ndarray):
+    """A function that takes one step and returns its loss."""
+    teacher, model = build(teacher_name), build(student_name)
+    known, params = init_params(teacher, 0), encoder_of(init_params(model, 1))
+    layers = [layer_name(path) for path in kernels(flatten(params))]
+    begin = student(params, dict.fromkeys(layers, QuantSpec(BITS)))
+    encode = lambda model, params, x: model.apply({"params": params}, x, method="encode_image")
+
+    def loss(params, batch, key):
+        wanted = encode(teacher, known, batch)
+        got = encode(model, simulated(params), batch)
+        return sum(relative(a, b) for a, b in zip(got, wanted)) / 3, {}
+
+    stays = jax.tree.map(lambda mark: not mark, learns(begin, clipping=False))
+    optimizer = optax.chain(optax.adamw(RATE, weight_decay=0), optax.masked(optax.set_to_zero(), stays))
+    step, state = make_train_step(loss, optimizer), init_state(begin, optimizer, 0)
+
+    def run() -> float:
+        nonlocal state
+        state, metrics = step(state, image)
+        return float(metrics["loss"])
+
+    return run
+
+
+class Rounded(torch.nn.Module):
+    """Weights to 4 bits, one scale an output channel, straight through."""
+
+    def __init__(self, axis: int):
+        super().__init__()
+        self.axis = axis
+
+    def forward(self, w):
+        with torch.no_grad():
+            other = [i for i in range(w.ndim) if i != self.axis]
+            scale = w.abs().amax(other, keepdim=True) / (2 ** (BITS - 1) - 1)
+            rounded = torch.round(w / scale) * scale
+        return w + (rounded - w).detach()
+
+
+def torch_step(student_name: str, teacher_name: str, image: np.ndarray):
+    """The same in torch, with its own layers."""
+    teacher, model = build_original(teacher_name), build_original(student_name)
+    teacher.load_state_dict(to_torch(init_params(build(teacher_name), 0)))
+    model.load_state_dict(to_torch(init_params(build(student_name), 1)))
+    parts = [*model.image_encoder.modules(), model.sam_mask_decoder.conv_s0, model.sam_mask_decoder.conv_s1]
+    for part in parts:
+        if isinstance(part, torch.nn.Conv2d | torch.nn.Linear):
+            torch.nn.utils.parametrize.register_parametrization(part, "weight", Rounded(0))
+    learned = [p for part in (model.image_encoder, *parts[-2:]) for p in part.parameters()]
+    optimizer = torch.optim.AdamW(learned, lr=RATE, weight_decay=0)
+    batch = torch.from_numpy(image).permute(0, 3, 1, 2)
+
+    def run() -> float:
+        optimizer.zero_grad()
+        with torch.no_grad():
+            wanted = teacher.forward_image(batch)["backbone_fpn"]
+        got = model.forward_image(batch)["backbone_fpn"]
+        loss = sum(torch.square(a - b).sum() / (torch.square(b).sum() + 1e-12) for a, b in zip(got, wanted)) / 3
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach())
+
+    return run
+
+
+STEPS = {"jax": jax_step, "torch": torch_step}
+
+
+def peak_gigabytes(args: argparse.Namespace, framework: str) -> float:
+    """Of a fresh process that takes two steps in one framework."""
+    command = [sys.executable, __file__, "--alone", framework, "--student", args.student, "--teacher", args.teacher]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]) / 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--student", default="tiny")
+    parser.add_argument("--teacher", default="small")
+    parser.add_argument("--runs", type=int, default=8)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--alone", choices=list(STEPS), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    image = np.random.default_rng(0).standard_normal((1, SIDE, SIDE, 3)).astype(np.float32)
+    if args.alone:
+        run = STEPS[args.alone](args.student, args.teacher, image)
+        run(), run()
+        print(proc("self/status", "VmHWM").split()[0])
+        return
+    steps = {name: make(args.student, args.teacher, image) for name, make in STEPS.items()}
+    begin = time.perf_counter()
+    losses = {name: [run()] for name, run in steps.items()}
+    compiled = time.perf_counter() - begin
+    pairs = []
+    for _ in range(args.runs):
+        pairs.append([])
+        for name, run in steps.items():
+            pairs[-1].append(seconds(lambda name=name, run=run: losses[name].append(run())))
+    ratios = [a / b for a, b in pairs]
+    ours, theirs = (statistics.median(column) for column in zip(*pairs))
+    apart = max(abs(a / b - 1) for a, b in zip(losses["jax"], losses["torch"]))
+    memory = [peak_gigabytes(args, name) for name in STEPS]
+    lines = [
+        "# A distillation step: sam2jq against torch",
+        "",
+        f"`python experiments/bench/distill.py --student {args.student} --teacher {args.teacher} --runs {args.runs}`",
+        f"on {os.cpu_count()} cores of {proc('cpuinfo', 'model name')}, jax {version('jax')}, torch {version('torch')};",
+        f"1024 x 1024, batch 1, float32, encoders only. Medians of {args.runs} steps in turn; ratio: median (range) of "
+        f"the pairs' ratios. Losses of the {args.runs + 1} steps differ by {apart:.1e} at most, relative "
+        f"({losses['jax'][0]:.4f} at the first, {losses['jax'][-1]:.4f} at the last).",
+        "",
+        "| student, teacher | sam2jq s | torch s | ratio | first step s, both | peak GB sam2jq | peak GB torch |",
+        "|---|---|---|---|---|---|---|",
+        f"| {args.student}, {args.teacher} | {ours:.2f} | {theirs:.2f} | {statistics.median(ratios):.3f} "
+        f"({min(ratios):.2f}-{max(ratios):.2f}) | {compiled:.0f} | {memory[0]:.2f} | {memory[1]:.2f} |",
+    ]
+    print("\n".join(lines))
+    if args.out:
+        args.out.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
