@@ -147,7 +147,8 @@ def main() -> None:
         "# A distillation step: sam2jq against torch",
         "",
         f"`python experiments/bench/distill.py --student {args.student} --teacher {args.teacher} --runs {args.runs}`",
-        f"on {os.cpu_count()} cores of {proc('cpuinfo', 'model name')}, jax {version('jax')}, torch {version('torch')};",
+        f"on {os.cpu_count()} cores of {proc('cpuinfo', 'model name')}, jax {version('jax')}, "
+        f"torch {version('torch')};",
         f"1024 x 1024, batch 1, float32, encoders only. Medians of {args.runs} steps in turn; ratio: median (range) of "
         f"the pairs' ratios. Losses of the {args.runs + 1} steps differ by {apart:.1e} at most, relative "
         f"({losses['jax'][0]:.4f} at the first, {losses['jax'][-1]:.4f} at the last).",
