@@ -13,7 +13,7 @@ from sam2jq.calibrate import collect, fingerprint
 from sam2jq.config import QuantConfig
 from sam2jq.models.sam2 import FLOW, SAM2, TRUNK_LINEAR
 from sam2jq.quant.ops import effective_params
-from sam2jq.quant.recipe import choose_bits, stages
+from sam2jq.quant.recipe import choose_bits, stages, weight_specs
 from sam2jq.quant.transform import Stats
 from sam2jq.tree import flatten, kernels, layer_name, unflatten
 
@@ -54,14 +54,16 @@ def quantize_params(
     wanted = set(needs) | ({"gram"} if config.wgts.mixed else set())
     stages(config, shapes, TRUNK_LINEAR, seed)  # what cannot be is an error before any work
     at, stats, reached = params, {}, {}
+    # sequentially one program, compiled once, looks at all layers; else only at those that are quantized
+    looked_at = None if config.calib.sequential else frozenset(weight_specs(config.wgts, shapes))
     groups = in_order(weights) if config.calib.sequential else [list(weights)]
     for number, group in enumerate(groups):
         part = f", {number + 1} of {len(groups)}" if len(groups) > 1 else ""
         steps = stages(config, shapes, TRUNK_LINEAR, seed, group)
         if demands := frozenset(wanted.union(*(step.needs for step in steps.values()))):
             with watch("calibrate", f"what enters each layer{part}"):
-                seen = calibrated(model, effective_params(at), clips, demands, cache)
-            stats |= {layer: seen[layer] for layer in group}
+                seen = calibrated(model, effective_params(at), clips, demands, cache, looked_at)
+            stats |= {layer: seen[layer] for layer in group if layer in seen}
         if config.wgts.mixed:
             with watch("bits", describe(config, "bits")):
                 config = replace(config, wgts=choose_bits(config.wgts, flatten(params), seen))
@@ -81,12 +83,15 @@ def merge(reached: dict[str, dict], name: str, params: dict, at: dict, group: li
     reached[name] = unflatten(flatten(reached.get(name, params)) | now)
 
 
-def calibrated(model: SAM2, params: dict, clips: Clips, needs: frozenset[str], cache) -> dict[str, Stats]:
+def calibrated(
+    model: SAM2, params: dict, clips: Clips, needs: frozenset[str], cache, layers: frozenset[str] | None
+) -> dict[str, Stats]:
     """What `collect` finds, kept in the cache's folder, where a killed run goes on."""
     if cache is None:
-        return collect(model, params, clips, needs)
+        return collect(model, params, clips, needs, layers=layers)
     folder, mark = cache
-    return collect(model, params, clips, needs, folder / f"{fingerprint(params, model, sorted(needs), mark)}.npz")
+    name = fingerprint(params, model, sorted(needs), layers and sorted(layers), mark)
+    return collect(model, params, clips, needs, folder / f"{name}.npz", layers)
 
 
 def in_order(layers: Iterable[str]) -> list[list[str]]:

@@ -1,3 +1,5 @@
+import os
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +13,25 @@ from converters.names import from_torch
 from converters.vanilla import build_original
 from sam2jq import SAM2, abstract_params, build
 
+COMPILED = "JAX_COMPILATION_CACHE_DIR"
 SHARED = Path(__file__).parents[2] / "shared"
+
+
+def pytest_configure(config):
+    """Programs that one test process compiled serve the other, and this one after `forget_programs`."""
+    if not hasattr(config, "workerinput"):  # the first process, whose environment the others inherit
+        folder = tempfile.TemporaryDirectory(prefix="compiled")
+        config.add_cleanup(folder.cleanup)
+        os.environ[COMPILED] = folder.name
+    jax.config.update("jax_compilation_cache_dir", os.environ[COMPILED])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Else a process that ran most files holds 7 GB, nearly all of it programs."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from sam2jq.quant.recalibrate import bias_shift, ridge
 from sam2jq.quant.rotate import RotationSpec, rotate
 from sam2jq.quant.smooth import SmoothSpec, smooth
 from sam2jq.quant.spec import QuantSpec
-from sam2jq.quant.transform import Stats, Transform, each_layer
+from sam2jq.quant.transform import Stats, Transform, descend, each_layer
 from sam2jq.tree import flatten, kernels, layer_name, suggest, under, unflatten
 
 
@@ -106,7 +106,7 @@ def grid_bits(shape: tuple[int, ...], spec: QuantSpec) -> int:
 def rounding(config: WeightsConfig, specs: Mapping[str, QuantSpec]) -> Transform:
     """The transform that brings the weights onto their grids."""
     if config.kernel_gptq is None:
-        rounded = each_layer(lambda w, _, spec: quantize(w, spec), specs)
+        rounded = Transform(frozenset(), lambda params, _: round_weights(params, specs))
     else:
         settings = vars(config.kernel_gptq)
         rounded = each_layer(gptq, {k: GptqSpec(spec, **settings) for k, spec in specs.items()}, frozenset({"gram"}))
@@ -202,8 +202,8 @@ def layers(params: dict) -> list[str]:
     return [layer_name(path) for path in kernels(flatten(params))]
 
 
-def round_weights(params: dict, specs: dict[str, QuantSpec]) -> dict:
-    """`params` with the kernel of each layer in `specs` rounded to nearest."""
+def round_weights(params: dict, specs: Mapping[str, QuantSpec]) -> dict:
+    """`params` with the kernel of each layer in `specs`, or what is innermost in its leaf, rounded to nearest."""
     flat = flatten(params)
     chosen = {path: kernel for path, kernel in kernels(flat).items() if layer_name(path) in specs}
     rounded = _quantize_all(list(chosen.values()), tuple(specs[layer_name(path)] for path in chosen))
@@ -213,4 +213,4 @@ def round_weights(params: dict, specs: dict[str, QuantSpec]) -> dict:
 @partial(jax.jit, static_argnames="specs")
 def _quantize_all(weights: list, specs: tuple[QuantSpec, ...]) -> list:
     """One program for all layers: compiling a hundred small ones takes ten times as long."""
-    return [quantize(w, spec) for w, spec in zip(weights, specs)]
+    return [descend(w, None, lambda w, _, spec=spec: quantize(w, spec)) for w, spec in zip(weights, specs)]

@@ -103,6 +103,6 @@ def test_collecting_changes_no_output():
 def test_calibration_reaches_every_layer_of_the_model(version):
     model = build("nano", version)
     params, clip = abstract_params(model), jax.ShapeDtypeStruct((1, 256, 256, 3), jnp.float32)
-    folded = flatten(jax.eval_shape(partial(_fold, model, ("range",)), params, {}, clip))
+    folded = flatten(jax.eval_shape(partial(_fold, model, ("range",), None), params, {}, clip))
     wanted = {f"range/{path.removesuffix('kernel')}input" for path in flatten(params) if path.endswith("/kernel")}
     assert wanted == folded.keys()
