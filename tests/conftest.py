@@ -8,10 +8,13 @@ import jax
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from converters.checkpoint import save_checkpoint
 from converters.names import from_torch
 from converters.vanilla import build_original
-from sam2jq import SAM2, abstract_params, build
+from sam2jq import SAM2, abstract_params, build, init_params
+from sam2jq.data import draw_scene
 
 COMPILED = "JAX_COMPILATION_CACHE_DIR"
 SHARED = Path(__file__).parents[2] / "shared"
@@ -40,6 +43,22 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no {SHARED.name} folder beside the repository")
     return SHARED
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory) -> list[str]:
+    """A checkpoint, a folder of images, and where the output goes."""
+    folder = tmp_path_factory.mktemp("run")
+    save_checkpoint(folder / "nano.pt", init_params(build("nano"), 0))
+    (folder / "images").mkdir()
+    for i in range(2):
+        Image.fromarray(draw_scene(i, 200).image[: 150 + 50 * i]).save(folder / "images" / f"{i}.png")
+    return [
+        *("--model.name", "nano", "--model.checkpoint", str(folder / "nano.pt")),
+        *("--quant.calib.path", str(folder / "images"), "--quant.calib.num-samples", "2"),
+        *("--quant.wgts.dtype", "sint4"),
+        *("--output.root", str(folder / "out"), "--cache.root", str(folder / "cache")),
+    ]
 
 
 class Twin(NamedTuple):
