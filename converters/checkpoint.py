@@ -128,7 +128,8 @@ def read_state_dict(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, obje
 def fitting(state_dict: dict) -> str:
     """Which other size or version `state_dict` fits exactly, as the tail of an error; "" when none does."""
     got = {key: tuple(np.shape(array(value))) for key, value in state_dict.items()}
-    for name in VARIANTS:
+    width = got.get("image_encoder.trunk.patch_embed.proj.weight", (0,))[0]
+    for name in (name for name, variant in VARIANTS.items() if variant.embed_dim == width):
         for version in VERSIONS:
             if not mismatches(got, shapes(abstract_params(build(name, version)))):
                 return f"; it is {name} {version}: give --model.name {name} --model.version {version}"

@@ -12,7 +12,7 @@ import torch
 
 from converters.files import load_torch, save_torch
 from converters.names import tensor, to_layout, torch_key
-from sam2jq.quant.act import ActQuantized
+from sam2jq.quant.act import ActQuantized, OutQuantized
 from sam2jq.quant.lowrank import LowRank
 from sam2jq.quant.ops import effective
 from sam2jq.quant.qtensor import QTensor
@@ -22,7 +22,7 @@ from sam2jq.quant.spec import E2M1, QuantSpec
 from sam2jq.tree import flatten, layer_name
 
 FORMAT, FORMAT_VERSION = "sam2jq", 2
-LEAVES = {cls.__name__: cls for cls in (QuantSpec, Smoothed, Rotated, LowRank, ActQuantized)}
+LEAVES = {cls.__name__: cls for cls in (QuantSpec, Smoothed, Rotated, LowRank, ActQuantized, OutQuantized)}
 
 
 def pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:

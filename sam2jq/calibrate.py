@@ -16,7 +16,7 @@ from sam2jq.models.layers import resize
 from sam2jq.models.sam2 import MEMORIES, SAM2
 from sam2jq.quant.observe import Range, Sample
 from sam2jq.quant.transform import Stats
-from sam2jq.tree import flatten, layer_name
+from sam2jq.tree import flatten, layer_name, unflatten
 
 Array = jax.Array
 CLICKS = 4  # per side of a frame
@@ -58,23 +58,26 @@ def collect(
     clips: Callable[[int], Iterable[np.ndarray]],
     needs: Iterable[str],
     kept: Path | None = None,
+    layers: Iterable[str] | None = None,
 ) -> dict[str, Stats]:
-    """{layer: Stats} of all layers over clips [T, S, S, 3] of one length T, preprocessed, in one pass.
+    """{layer: Stats} of `layers`, or of all, over clips [T, S, S, 3] of one length T, preprocessed, in one pass.
 
     clips(n): an iterator over the clips after the first n. needs: any of "gram" and "tokens". Memory does not grow
     with the number of clips. kept: a file in which the sums of so far are kept, and from which a later call goes on,
     be it of another process; what it holds must be of the same model, params, clips and needs (see `fingerprint`).
     """
     mutable = tuple(sorted({"range", *needs}))
+    seen = None if layers is None else frozenset(layers)
+    step = partial(_fold, model, mutable, seen)
     clip = next(iter(clips(0)), None)
     if clip is None:
         raise ValueError("nothing to calibrate on: no clip was given")
-    shapes = jax.eval_shape(partial(_fold, model, mutable), params, {}, clip)
+    shapes = jax.eval_shape(step, params, {}, clip)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    folded = accumulate(partial(_fold, model, mutable, params), zeros, clips, kept)
+    folded = accumulate(partial(step, params), zeros, clips, kept)
     folded, stats = flatten(folded), {}
     for path, kernel in flatten(params).items():
-        if path.endswith("/kernel"):
+        if path.endswith("/kernel") and (seen is None or layer_name(path) in seen):
             name = path.replace("kernel", "input")
             parts = [folded.get(f"{fold}/{name}") for fold in ("range", "gram", "tokens")]
             stats[layer_name(path)] = to_stats(*parts, inputs=math.prod(kernel.shape[:-1]))
@@ -120,10 +123,14 @@ def fingerprint(params: dict, *parts: object) -> str:
     return digest.hexdigest()[:32]
 
 
-@partial(jax.jit, static_argnames=("model", "mutable"), donate_argnames="folded")
-def _fold(model: SAM2, mutable: tuple[str, ...], params: dict, folded: dict, clip: Array) -> dict:
+@partial(jax.jit, static_argnames=("model", "mutable", "layers"), donate_argnames="folded")
+def _fold(
+    model: SAM2, mutable: tuple[str, ...], layers: frozenset | None, params: dict, folded: dict, clip: Array
+) -> dict:
+    """What nobody asked for is not returned, and so neither compiled nor computed."""
     _, folded = model.apply({"params": params, **folded}, clip, method=rehearse, mutable=mutable)
-    return folded
+    wanted = lambda path: layers is None or layer_name(path.partition("/")[2]) in layers
+    return unflatten({path: leaf for path, leaf in flatten(folded).items() if wanted(path)})
 
 
 def to_stats(seen: Range, gram: Array | None, sample: Sample | None, inputs: int) -> Stats:

@@ -134,7 +134,9 @@ def quantize(args: argparse.Namespace, flags: list[str]) -> None:
         config = replace(config, quant=done.config)
         (folder / "config.yaml").write_text(settings.dump(config))  # with the bits that were chosen for a target
         kinds = {"full precision": full}
-        kinds |= {name: simulated(tree) for name, tree in done.reached.items() if name in ("weights", "inputs")}
+        kinds |= {
+            name: simulated(tree) for name, tree in done.reached.items() if name in ("weights", "inputs", "outputs")
+        }
         *_, (last, quantized) = done.reached.items()
         errors = weight_errors(full, quantized)
         if config.convert_nunchaku:

@@ -30,7 +30,7 @@ from sam2jq.quant.bits import error_by_width
 from sam2jq.quant.fake_quant import frozen, innermost, learning, student
 from sam2jq.quant.ops import effective, effective_params
 from sam2jq.quant.qtensor import QTensor
-from sam2jq.quant.recipe import check_prefixes, input_specs, weight_specs
+from sam2jq.quant.recipe import check_prefixes, activation_specs, weight_specs
 from sam2jq.quant.transform import each_layer, simulated
 from sam2jq.report import curves, text
 from sam2jq.track import tracker
@@ -178,7 +178,7 @@ def start(params: dict, config: DistillConfig) -> dict:
     if quant.ipts.dtype is None:
         return made
     bare = [layer for path, layer in zip(flat, layers) if not isinstance(innermost(flat[path]), QTensor)]
-    inputs = {layer: spec for layer, spec in input_specs(quant.ipts, specs).items() if layer in bare}
+    inputs = {layer: spec for layer, spec in activation_specs(quant.ipts, specs).items() if layer in bare}
     return each_layer(partial(quantize_inputs, static=quant.ipts.static), inputs).apply(made, {})
 
 

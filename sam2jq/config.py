@@ -139,21 +139,42 @@ class WeightsConfig:
 class InputsConfig:
     """dtype: of what enters the layers whose weights are quantized; null leaves it as it is. group_shapes: [[1, -1]]
     one scale per token, [[1, g]] per token and g channels, [[-1, -1]] per tensor; static: the range is fixed by
-    calibration, else measured at each call; skips: dotted prefixes whose inputs stay."""
+    calibration, else measured at each call; skips: dotted prefixes whose inputs stay. allow_unsigned: where a sintN
+    would spend half its codes on what hardly comes, as after ReLU and GELU, take uintN; unsigned: dotted prefixes of
+    layers where that is so, found by calibration and written here."""
 
     dtype: str | None = None
     group_shapes: list[list[int]] = field(default_factory=lambda: [[1, -1]])
     static: bool = False
     skips: list[str] = field(default_factory=list)
+    allow_unsigned: bool = False
+    unsigned: list[str] = field(default_factory=list)
+
+    key = "quant.ipts"
 
     def __post_init__(self):
         if self.dtype is not None:
-            check_grid("quant.ipts", self.dtype, self.group_shapes)
+            check_grid(self.key, self.dtype, self.group_shapes)
+        if (self.allow_unsigned or self.unsigned) and "int" not in (self.dtype or ""):
+            raise ValueError(f"{self.key}.allow_unsigned: dtype {self.dtype} has no unsigned twin; sint8 and others do")
         if self.static and self.group_shapes != [[-1, -1]]:
             raise ValueError(
-                f"quant.ipts.static: a range fixed by calibration is per tensor: set group_shapes to [[-1, -1]], "
+                f"{self.key}.static: a range fixed by calibration is per tensor: set group_shapes to [[-1, -1]], "
                 f"not {self.group_shapes}"
             )
+
+
+@dataclass(frozen=True)
+class OutputsConfig(InputsConfig):
+    """As for inputs, of what leaves these layers, their bias added; but calibration sees no outputs, so that ranges are
+    measured at each call."""
+
+    key = "quant.opts"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.static or self.allow_unsigned:
+            raise ValueError(f"{self.key}: static and allow_unsigned need ranges, and calibration sees inputs only")
 
 
 SPANS = ("AbsMax", "RMS")
@@ -203,6 +224,7 @@ class QuantConfig:
     calib: CalibConfig = field(default_factory=CalibConfig)
     wgts: WeightsConfig = field(default_factory=WeightsConfig)
     ipts: InputsConfig = field(default_factory=InputsConfig)
+    opts: OutputsConfig = field(default_factory=OutputsConfig)
     smooth: SmoothConfig = field(default_factory=SmoothConfig)
     rotation: RotationConfig = field(default_factory=RotationConfig)
     integer: bool = False

@@ -22,9 +22,17 @@ def encode(model: SAM2, params: dict, images: Array) -> list[Array]:
     return model.apply({"params": params}, features, method="without_memory")
 
 
-@partial(jax.jit, static_argnames=("model", "multimask"))
 def decode(model: SAM2, params: dict, features: list[Array], points, masks=None, *, multimask: bool) -> Decoded:
-    """Masks of P prompts on one image's features; see SAM2.decode_masks."""
+    """Masks of P prompts on one image's features; see SAM2.decode_masks.
+
+    What `encode` reads is left out, so that models which differ there only share one program.
+    """
+    read = {name: part for name, part in params.items() if name != "image_encoder"}
+    return _decode(model, read, features, points, masks, multimask=multimask)
+
+
+@partial(jax.jit, static_argnames=("model", "multimask"))
+def _decode(model: SAM2, params: dict, features: list[Array], points, masks, *, multimask: bool) -> Decoded:
     return model.apply({"params": params}, features, points, masks, multimask=multimask, method="decode_masks")
 
 

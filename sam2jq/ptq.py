@@ -13,7 +13,7 @@ from sam2jq.calibrate import collect, fingerprint
 from sam2jq.config import QuantConfig
 from sam2jq.models.sam2 import FLOW, SAM2, TRUNK_LINEAR
 from sam2jq.quant.ops import effective_params
-from sam2jq.quant.recipe import choose_bits, stages
+from sam2jq.quant.recipe import activation_specs, choose_bits, choose_unsigned, stages, weight_specs
 from sam2jq.quant.transform import Stats
 from sam2jq.tree import flatten, kernels, layer_name, unflatten
 
@@ -51,20 +51,27 @@ def quantize_params(
     """
     weights = {layer_name(path): kernel for path, kernel in kernels(flatten(params)).items()}
     shapes = {layer: w.shape for layer, w in weights.items()}
-    wanted = set(needs) | ({"gram"} if config.wgts.mixed else set())
+    allowed = config.ipts.allow_unsigned
+    wanted = set(needs) | ({"gram"} if config.wgts.mixed else set()) | ({"range"} if allowed else set())
     stages(config, shapes, TRUNK_LINEAR, seed)  # what cannot be is an error before any work
     at, stats, reached = params, {}, {}
+    # sequentially one program, compiled once, looks at all layers; else only at those that are quantized
+    looked_at = None if config.calib.sequential else frozenset(weight_specs(config.wgts, shapes))
     groups = in_order(weights) if config.calib.sequential else [list(weights)]
     for number, group in enumerate(groups):
         part = f", {number + 1} of {len(groups)}" if len(groups) > 1 else ""
-        steps = stages(config, shapes, TRUNK_LINEAR, seed, group)
+        asked, steps = config, stages(config, shapes, TRUNK_LINEAR, seed, group)
         if demands := frozenset(wanted.union(*(step.needs for step in steps.values()))):
             with watch("calibrate", f"what enters each layer{part}"):
-                seen = calibrated(model, effective_params(at), clips, demands, cache)
-            stats |= {layer: seen[layer] for layer in group}
+                seen = calibrated(model, effective_params(at), clips, demands, cache, looked_at)
+            stats |= {layer: seen[layer] for layer in group if layer in seen}
         if config.wgts.mixed:
             with watch("bits", describe(config, "bits")):
                 config = replace(config, wgts=choose_bits(config.wgts, flatten(params), seen))
+        if allowed:
+            rounded = activation_specs(config.ipts, weight_specs(config.wgts, shapes))
+            config = choose_unsigned(config, {k: seen[k] for k in group if k in rounded}, TRUNK_LINEAR)
+        if config != asked:
             steps = stages(config, shapes, TRUNK_LINEAR, seed, group)
         for name, step in steps.items():
             if name == "weights":
@@ -81,12 +88,15 @@ def merge(reached: dict[str, dict], name: str, params: dict, at: dict, group: li
     reached[name] = unflatten(flatten(reached.get(name, params)) | now)
 
 
-def calibrated(model: SAM2, params: dict, clips: Clips, needs: frozenset[str], cache) -> dict[str, Stats]:
+def calibrated(
+    model: SAM2, params: dict, clips: Clips, needs: frozenset[str], cache, layers: frozenset[str] | None
+) -> dict[str, Stats]:
     """What `collect` finds, kept in the cache's folder, where a killed run goes on."""
     if cache is None:
-        return collect(model, params, clips, needs)
+        return collect(model, params, clips, needs, layers=layers)
     folder, mark = cache
-    return collect(model, params, clips, needs, folder / f"{fingerprint(params, model, sorted(needs), mark)}.npz")
+    name = fingerprint(params, model, sorted(needs), layers and sorted(layers), mark)
+    return collect(model, params, clips, needs, folder / f"{name}.npz", layers)
 
 
 def in_order(layers: Iterable[str]) -> list[list[str]]:
@@ -110,7 +120,10 @@ def describe(config: QuantConfig, name: str) -> str:
             method = "GPTQ" if config.wgts.kernel_gptq else "to nearest"
             return f"{config.wgts.dtype} {config.wgts.group_shapes}, {method}"
         case "inputs":
-            return f"{config.ipts.dtype} {config.ipts.group_shapes}{', static' * config.ipts.static}"
+            unsigned = f", {len(config.ipts.unsigned)} unsigned" if config.ipts.unsigned else ""
+            return f"{config.ipts.dtype} {config.ipts.group_shapes}{', static' * config.ipts.static}{unsigned}"
+        case "outputs":
+            return f"{config.opts.dtype} {config.opts.group_shapes}"
         case "smooth":
             return f"{config.smooth.proj.strategy}, alpha {config.smooth.proj.alpha}, beta {config.smooth.proj.beta}"
         case "low rank":

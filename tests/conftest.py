@@ -1,3 +1,5 @@
+import os
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -6,12 +8,33 @@ import jax
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from converters.checkpoint import save_checkpoint
 from converters.names import from_torch
 from converters.vanilla import build_original
-from sam2jq import SAM2, abstract_params, build
+from sam2jq import SAM2, abstract_params, build, init_params
+from sam2jq.data import draw_scene
 
+COMPILED = "JAX_COMPILATION_CACHE_DIR"
 SHARED = Path(__file__).parents[2] / "shared"
+
+
+def pytest_configure(config):
+    """Programs that one test process compiled serve the other, and this one after `forget_programs`."""
+    if not hasattr(config, "workerinput"):  # the first process, whose environment the others inherit
+        folder = tempfile.TemporaryDirectory(prefix="compiled")
+        config.add_cleanup(folder.cleanup)
+        os.environ[COMPILED] = folder.name
+    jax.config.update("jax_compilation_cache_dir", os.environ[COMPILED])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Else a process that ran most files holds 7 GB, nearly all of it programs."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture
@@ -20,6 +43,22 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no {SHARED.name} folder beside the repository")
     return SHARED
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory) -> list[str]:
+    """A checkpoint, a folder of images, and where the output goes."""
+    folder = tmp_path_factory.mktemp("run")
+    save_checkpoint(folder / "nano.pt", init_params(build("nano"), 0))
+    (folder / "images").mkdir()
+    for i in range(2):
+        Image.fromarray(draw_scene(i, 200).image[: 150 + 50 * i]).save(folder / "images" / f"{i}.png")
+    return [
+        *("--model.name", "nano", "--model.checkpoint", str(folder / "nano.pt")),
+        *("--quant.calib.path", str(folder / "images"), "--quant.calib.num-samples", "2"),
+        *("--quant.wgts.dtype", "sint4"),
+        *("--output.root", str(folder / "out"), "--cache.root", str(folder / "cache")),
+    ]
 
 
 class Twin(NamedTuple):

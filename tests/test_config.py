@@ -44,6 +44,15 @@ def test_a_version_may_be_written_as_a_number_and_a_switch_without_a_value():
         (["--quant.wgts.bits", "{a: 9}"], "quant.wgts.bits: bits must be in 2..8, got {'a': 9}"),
         (["--quant.wgts.group_shapes", "[[2, 8]]"], r"group_shapes \[\[2, 8\]\]: allowed are"),
         (["--quant.calib.num_samples", "0"], "quant.calib.num_samples must be at least 1, got 0"),
+        (
+            ["--quant.ipts", "{dtype: fp8, allow_unsigned: true}"],
+            "quant.ipts.allow_unsigned: dtype fp8 has no",
+        ),
+        (["--quant.opts", "{dtype: sint9}"], "quant.opts.dtype 'sint9'"),
+        (
+            ["--quant.opts", "{dtype: uint8, group_shapes: [[-1, -1]], static: true}"],
+            "quant.opts: static",
+        ),
         (["--seed", "soon"], "seed.*'soon'"),
         (["--model", "tiny"], "model must be a section"),
         (["--seed", "1", "--seed.size", "2"], "--seed.size: seed is not a section"),

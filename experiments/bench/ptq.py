@@ -87,6 +87,7 @@ def seconds(run) -> float:
 def row(name: str, ours, theirs, runs: int) -> str:
     """One line: first call, medians of `runs` calls of both in turn, and their ratio."""
     first = seconds(ours)
+    print(f"{name}: first call {first:.1f} s", flush=True)  # a run that is cut leaves some figures
     if theirs is None:
         times = [seconds(ours) for _ in range(runs)]
         return f"| {name} | {first:.1f} | {statistics.median(times):.1f} | | |"

@@ -76,7 +76,7 @@ class Dense(nn.Module):
         observe(self, x, real)
         kernel = declare(self, "kernel", x.shape[-1], self.features)
         bias = declare(self, "bias", self.features)
-        return tell(self, ops.matmul(kernel, x) + bias.astype(x.dtype))
+        return tell(self, ops.finish(kernel, ops.matmul(kernel, x) + bias.astype(x.dtype)))
 
 
 class Conv(nn.Module):
@@ -98,7 +98,7 @@ class Conv(nn.Module):
             grouped = seen.reshape(*seen.shape[:-1], self.size**2, self.groups, -1)
             observe(self, grouped.swapaxes(-2, -3).reshape(-1, math.prod(shape[:-1])))
         y = ops.conv(kernel, x, stride=self.stride, padding=self.padding, groups=self.groups)
-        return tell(self, y + bias.astype(x.dtype))
+        return tell(self, ops.finish(kernel, y + bias.astype(x.dtype)))
 
 
 class ConvTranspose(nn.Module):
@@ -111,7 +111,7 @@ class ConvTranspose(nn.Module):
         observe(self, x)
         kernel = declare(self, "kernel", 2, 2, x.shape[-1], self.features)
         bias = declare(self, "bias", self.features)
-        return tell(self, ops.conv_transpose(kernel, x, stride=2) + bias.astype(x.dtype))
+        return tell(self, ops.finish(kernel, ops.conv_transpose(kernel, x, stride=2) + bias.astype(x.dtype)))
 
 
 class LayerNorm(nn.Module):

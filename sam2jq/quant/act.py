@@ -1,4 +1,4 @@
-"""Activations rounded on their way into a layer, and the layer computed in integers where its weight is too.
+"""Activations rounded on their way into a layer or out of it, and layers computed in integers where weights are too.
 
 Letters: K inputs, N outputs, G groups of them that share a scale.
 """
@@ -8,13 +8,14 @@ import math
 import jax
 import jax.numpy as jnp
 
-from sam2jq.quant.ops import contract, dense, effective
+from sam2jq.quant.ops import contract, dense, effective, finish
 from sam2jq.quant.qtensor import QTensor, nearest, span_grid
 from sam2jq.quant.spec import QuantSpec
 from sam2jq.quant.transform import Stats, descend
 from sam2jq.tree import pytree
 
 Array = jax.Array
+ONE_SIDED = 1 / 8
 
 
 @pytree(static=["spec", "integer"])
@@ -32,6 +33,14 @@ class ActQuantized:
     integer: bool = False
 
 
+@pytree(static=["spec"])
+class OutQuantized:
+    """What leaves the layer is rounded by spec, each call measuring its range; the outermost of leaves."""
+
+    inner: object
+    spec: QuantSpec
+
+
 def quantize_inputs(
     w, stats: Stats | None, spec: QuantSpec, *, static: bool = False, integer: bool = False
 ) -> ActQuantized:
@@ -40,6 +49,11 @@ def quantize_inputs(
     if static:
         scale, zero = span_grid(stats.low.min(), stats.high.max(), spec)
     return ActQuantized(w, scale, zero, spec, integer)
+
+
+def one_sided(stats: Stats) -> bool:
+    """Whether inputs lie between 0 and their largest, or hardly below: GELU never comes under -0.17."""
+    return bool(-stats.low.min() <= ONE_SIDED * stats.high.max())
 
 
 def encode(x: Array, spec: QuantSpec, scale: Array | None = None, zero: Array | None = None):
@@ -77,6 +91,26 @@ def _(w: ActQuantized, x: Array, product) -> Array:
 @descend.register
 def _(w: ActQuantized, stats, change):
     return ActQuantized(descend(w.inner, stats, change), w.scale, w.zero, w.spec, w.integer)
+
+
+@effective.register
+def _(w: OutQuantized) -> Array:
+    return effective(w.inner)
+
+
+@contract.register
+def _(w: OutQuantized, x: Array, product) -> Array:
+    return contract(w.inner, x, product)
+
+
+@finish.register
+def _(w: OutQuantized, y: Array) -> Array:
+    return round_inputs(y, w.spec)
+
+
+@descend.register
+def _(w: OutQuantized, stats, change):
+    return OutQuantized(descend(w.inner, stats, change), w.spec)
 
 
 def integer_matmul(w: ActQuantized, x: Array) -> Array:

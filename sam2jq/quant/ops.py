@@ -1,6 +1,7 @@
 """What a layer does with its kernel, whatever leaf the kernel is: the one dispatch point of quantization.
 
-A weight leaf registers `effective`, and `contract` where what it does to x is not a product with its effective array.
+A weight leaf registers `effective`, and `contract` where what it does to x is not a product with its effective array;
+`finish` where it changes what leaves the layer.
 """
 
 from collections.abc import Callable
@@ -33,6 +34,12 @@ def contract(w, x: Array, product: Callable[[Array, Array], Array]) -> Array:
     x and keeps the kernel's last axis last; so a leaf can change x, or split the kernel, whatever the layer is.
     """
     return product(effective(w).astype(x.dtype), x)
+
+
+@singledispatch
+def finish(w, y: Array) -> Array:
+    """What leaves a layer with kernel `w`, of its outputs y [..., out] with their bias."""
+    return y
 
 
 def dense(kernel: Array, x: Array) -> Array:

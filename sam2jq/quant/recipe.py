@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from sam2jq.config import GptqConfig, InputsConfig, LowRankConfig, QuantConfig, SmoothProjConfig, WeightsConfig
-from sam2jq.quant.act import quantize_inputs
+from sam2jq.quant.act import OutQuantized, one_sided, quantize_inputs
 from sam2jq.quant.bits import WIDTHS, assign_bits, error_by_width
 from sam2jq.quant.gptq import GptqSpec, gptq
 from sam2jq.quant.lowrank import LowRankSpec, low_rank
@@ -21,7 +21,7 @@ from sam2jq.quant.recalibrate import bias_shift, ridge
 from sam2jq.quant.rotate import RotationSpec, rotate
 from sam2jq.quant.smooth import SmoothSpec, smooth
 from sam2jq.quant.spec import QuantSpec
-from sam2jq.quant.transform import Stats, Transform, each_layer
+from sam2jq.quant.transform import Stats, Transform, descend, each_layer
 from sam2jq.tree import flatten, kernels, layer_name, suggest, under, unflatten
 
 
@@ -38,9 +38,10 @@ def stages(
     ValueError: a prefix that names no layer, or a rank above a layer's size.
     """
     weights = weight_specs(config.wgts, shapes)
-    inputs = input_specs(config.ipts, weights)
+    inputs, outputs = (activation_specs(of, weights) for of in (config.ipts, config.opts))
     if group is not None:
-        weights, inputs = ({k: spec for k, spec in specs.items() if k in group} for specs in (weights, inputs))
+        chosen = lambda specs: {layer: spec for layer, spec in specs.items() if layer in group}
+        weights, inputs, outputs = map(chosen, (weights, inputs, outputs))
     trunk = [layer for layer in weights if linear.fullmatch(layer)]
     found = {}
     if config.rotation.transforms:
@@ -67,6 +68,8 @@ def stages(
     if inputs:
         change = partial(quantize_inputs, static=config.ipts.static, integer=config.integer)
         found["inputs"] = each_layer(change, inputs, frozenset({"tokens"} if config.ipts.static else ()))
+    if outputs:
+        found["outputs"] = rounding_outputs(outputs)
     return found
 
 
@@ -96,6 +99,16 @@ def choose_bits(config: WeightsConfig, flat: Mapping[str, object], stats: Mappin
     return replace(config, bits=config.bits | chosen, target_bits=None, target_mb=None)
 
 
+def choose_unsigned(config: QuantConfig, stats: Mapping[str, Stats], linear: re.Pattern) -> QuantConfig:
+    """`config` with the names of those layers in `stats` whose inputs are one-sided, instead of leave to find them.
+
+    linear: as for `stages`; a rotation leaves no input one-sided.
+    """
+    turned = lambda layer: config.rotation.transforms and linear.fullmatch(layer)
+    found = [layer for layer, seen in stats.items() if not turned(layer) and one_sided(seen)]
+    return replace(config, ipts=replace(config.ipts, unsigned=config.ipts.unsigned + found, allow_unsigned=False))
+
+
 def grid_bits(shape: tuple[int, ...], spec: QuantSpec) -> int:
     """What the scales, 16 or 32 bits each, and zero points, 8, of a kernel take in a package."""
     inputs, outputs = math.prod(shape[:-1]), shape[-1]
@@ -106,11 +119,22 @@ def grid_bits(shape: tuple[int, ...], spec: QuantSpec) -> int:
 def rounding(config: WeightsConfig, specs: Mapping[str, QuantSpec]) -> Transform:
     """The transform that brings the weights onto their grids."""
     if config.kernel_gptq is None:
-        rounded = each_layer(lambda w, _, spec: quantize(w, spec), specs)
+        rounded = Transform(frozenset(), lambda params, _: round_weights(params, specs))
     else:
         settings = vars(config.kernel_gptq)
         rounded = each_layer(gptq, {k: GptqSpec(spec, **settings) for k, spec in specs.items()}, frozenset({"gram"}))
     return corrected(rounded, specs) if config.bias_correction else rounded
+
+
+def rounding_outputs(specs: Mapping[str, QuantSpec]) -> Transform:
+    """The transform that rounds what leaves each layer: round all that its kernel is by then."""
+
+    def apply(params: dict, stats: Mapping[str, Stats]) -> dict:
+        leaves = {path: leaf for path, leaf in kernels(flatten(params)).items() if layer_name(path) in specs}
+        around = {path: OutQuantized(leaf, specs[layer_name(path)]) for path, leaf in leaves.items()}
+        return unflatten(flatten(params) | around)
+
+    return Transform(frozenset(), apply)
 
 
 def onto(grid: QuantSpec, config: WeightsConfig, layers: Iterable[str]) -> Transform:
@@ -160,15 +184,15 @@ def weight_specs(config: WeightsConfig, layers: Iterable[str]) -> dict[str, Quan
     return {layer: spec(layer) for layer in kept(layers, config.skips)}
 
 
-def input_specs(config: InputsConfig, layers: Iterable[str]) -> dict[str, QuantSpec]:
-    """{layer: spec} of every layer whose inputs are rounded: of `layers` those not skipped."""
+def activation_specs(config: InputsConfig, layers: Iterable[str]) -> dict[str, QuantSpec]:
+    """{layer: spec} of every layer whose inputs, or outputs, are rounded: of `layers` those not skipped."""
     layers = list(layers)
-    check_prefixes("quant.ipts.skips", config.skips, layers)
-    return (
-        {}
-        if config.dtype is None
-        else dict.fromkeys(kept(layers, config.skips), grid(config.dtype, config.group_shapes))
-    )
+    check_prefixes(f"{config.key}.skips and unsigned", (*config.skips, *config.unsigned), layers)
+    if config.dtype is None:
+        return {}
+    base = grid(config.dtype, config.group_shapes)
+    one_sided = lambda layer: any(under(layer, prefix) for prefix in config.unsigned)
+    return {k: replace(base, symmetric=False) if one_sided(k) else base for k in kept(layers, config.skips)}
 
 
 def grid(dtype: str, group_shapes: list[list[int]], scales: str = "float32") -> QuantSpec:
@@ -202,8 +226,8 @@ def layers(params: dict) -> list[str]:
     return [layer_name(path) for path in kernels(flatten(params))]
 
 
-def round_weights(params: dict, specs: dict[str, QuantSpec]) -> dict:
-    """`params` with the kernel of each layer in `specs` rounded to nearest."""
+def round_weights(params: dict, specs: Mapping[str, QuantSpec]) -> dict:
+    """`params` with the kernel of each layer in `specs`, or what is innermost in its leaf, rounded to nearest."""
     flat = flatten(params)
     chosen = {path: kernel for path, kernel in kernels(flat).items() if layer_name(path) in specs}
     rounded = _quantize_all(list(chosen.values()), tuple(specs[layer_name(path)] for path in chosen))
@@ -213,4 +237,4 @@ def round_weights(params: dict, specs: dict[str, QuantSpec]) -> dict:
 @partial(jax.jit, static_argnames="specs")
 def _quantize_all(weights: list, specs: tuple[QuantSpec, ...]) -> list:
     """One program for all layers: compiling a hundred small ones takes ten times as long."""
-    return [quantize(w, spec) for w, spec in zip(weights, specs)]
+    return [descend(w, None, lambda w, _, spec=spec: quantize(w, spec)) for w, spec in zip(weights, specs)]

@@ -91,6 +91,7 @@ def chain(*transforms: Transform) -> Transform:
     return Transform(frozenset().union(*(t.needs for t in transforms)), apply)
 
 
+@jax.jit
 def simulated(params: dict) -> dict:
     """`params` with rounded weights as the plain float32 arrays they stand for, inside the leaves around them.
 

@@ -33,10 +33,16 @@ def clicks(prompts: int) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize(
     ("name", "version", "size"),
-    [("nano", "2.1", 256), ("nano", "2.0", 256), ("small", "2.1", 256), ("tiny", "2.0", 480)]
+    [("nano", "2.1", 256), ("tiny", "2.0", 480)]
     + [
         pytest.param(*case, marks=pytest.mark.slow)
-        for case in (("large", "2.1", 256), ("tiny", "2.1", 1024), ("base-plus", "2.1", 1024))
+        for case in (
+            ("nano", "2.0", 256),
+            ("small", "2.1", 256),
+            ("large", "2.1", 256),
+            ("tiny", "2.1", 1024),
+            ("base-plus", "2.1", 1024),
+        )
     ],
 )
 @torch.no_grad()

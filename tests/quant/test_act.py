@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam2jq.quant.act import ActQuantized, quantize_inputs, round_inputs
+from sam2jq.models.layers import Conv, ConvTranspose, Dense, gelu
+from sam2jq.quant.act import ActQuantized, OutQuantized, one_sided, quantize_inputs, round_inputs
 from sam2jq.quant.ops import effective, matmul
 from sam2jq.quant.qtensor import QTensor, quantize
 from sam2jq.quant.spec import QuantSpec
@@ -84,3 +85,31 @@ def test_the_leaf_stands_for_its_weight_and_lets_others_in(w):
     inner = descend(layer, None, lambda w, _: quantize(w, QuantSpec(4)))
     assert isinstance(inner, ActQuantized)
     assert isinstance(inner.inner, QTensor)
+
+
+@pytest.mark.parametrize("layer", [Dense(5), Conv(5, size=3, padding=1), ConvTranspose(5)], ids=["dense", "3x3", "up"])
+def test_what_leaves_a_layer_is_rounded_with_its_bias(layer):
+    x = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
+    shaped = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
+    params = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(1), leaf.shape), shaped)
+    spec, inner = QuantSpec(4), quantize_inputs(params["kernel"], None, QuantSpec(8))
+    plain = layer.apply({"params": params | {"kernel": inner}}, x)
+    rounded = layer.apply({"params": params | {"kernel": OutQuantized(inner, spec)}}, x)
+    np.testing.assert_array_equal(rounded, round_inputs(plain, spec))
+    assert jnp.abs(rounded - plain).max() > 0
+    np.testing.assert_array_equal(effective(OutQuantized(inner, spec)), params["kernel"])
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [(jax.nn.relu, True), (gelu, True), (jax.nn.sigmoid, True), (jnp.tanh, False), (jnp.negative, False)],
+)
+def test_inputs_are_one_sided_after_relu_and_gelu(change, expected):
+    rows = change(4 * jax.random.normal(jax.random.key(0), (500, 8)))
+    assert one_sided(Stats(rows.mean(0), jnp.minimum(rows.min(0), 0), jnp.maximum(rows.max(0), 0))) == expected
+
+
+def test_an_unsigned_grid_of_one_sided_inputs_has_half_the_step():
+    rows = jax.nn.relu(jax.random.normal(jax.random.key(0), (500, 8)))
+    error = lambda spec: jnp.square(round_inputs(rows, spec) - rows).mean()
+    assert error(QuantSpec(8, symmetric=False)) < error(QuantSpec(8)) / 3

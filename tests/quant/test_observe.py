@@ -12,7 +12,7 @@ from sam2jq.models.hiera import Block
 from sam2jq.models.layers import MLP, Conv, ConvTranspose, Dense
 from sam2jq.models.sam2 import abstract_params
 from sam2jq.quant.observe import FOLDS, TOKENS
-from sam2jq.tree import flatten
+from sam2jq.tree import flatten, layer_name
 
 
 def run(module: nn.Module, *calls) -> tuple[dict, dict]:
@@ -103,6 +103,19 @@ def test_collecting_changes_no_output():
 def test_calibration_reaches_every_layer_of_the_model(version):
     model = build("nano", version)
     params, clip = abstract_params(model), jax.ShapeDtypeStruct((1, 256, 256, 3), jnp.float32)
-    folded = flatten(jax.eval_shape(partial(_fold, model, ("range",)), params, {}, clip))
+    folded = flatten(jax.eval_shape(partial(_fold, model, ("range",), None), params, {}, clip))
     wanted = {f"range/{path.removesuffix('kernel')}input" for path in flatten(params) if path.endswith("/kernel")}
     assert wanted == folded.keys()
+
+
+def test_only_layers_that_were_asked_for_are_looked_at():
+    model, asked = build("nano"), frozenset({"image_encoder.trunk.blocks.0.attn.qkv", "memory_encoder.out_proj"})
+    clip = jax.ShapeDtypeStruct((1, 256, 256, 3), jnp.float32)
+    fold = partial(_fold, model, ("gram", "range"), asked)
+    folded = jax.eval_shape(fold, abstract_params(model), {}, clip)
+    assert {layer_name(path.partition("/")[2]) for path in flatten(folded)} == asked
+    assert jax.tree.all(
+        jax.tree.map(
+            lambda a, b: a.shape == b.shape, folded, jax.eval_shape(fold, abstract_params(model), folded, clip)
+        )
+    )

@@ -1,16 +1,29 @@
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sam2jq import abstract_params, build
-from sam2jq.config import CalibConfig, LowRankConfig, QuantConfig, WeightsConfig, load
+from sam2jq.config import (
+    CalibConfig,
+    InputsConfig,
+    LowRankConfig,
+    OutputsConfig,
+    QuantConfig,
+    RotationConfig,
+    WeightsConfig,
+    load,
+)
 from sam2jq.models.sam2 import TRUNK_LINEAR
 from sam2jq.ptq import in_order
+from sam2jq.quant.act import OutQuantized
 from sam2jq.quant.qtensor import QTensor, dequantize, quantize
-from sam2jq.quant.recipe import layers, round_weights, stages, weight_specs
+from sam2jq.quant.recipe import activation_specs, choose_unsigned, layers, round_weights, stages, weight_specs
 from sam2jq.quant.spec import QuantSpec
+from sam2jq.quant.transform import Stats
 from sam2jq.tree import flatten, kernels, layer_name, unflatten
 
 LAYERS = ["t.blocks.1.attn", "t.blocks.1.mlp", "t.blocks.10.attn", "neck.conv"]
@@ -109,3 +122,27 @@ def test_one_group_at_a_time_covers_every_layer_once_and_in_the_order_of_the_dat
     params = unflatten({f"{layer.replace('.', '/')}/kernel": kernel for layer in shapes("tiny")})
     flat = flatten(rounded.apply(params, {}))
     assert {layer_name(path) for path, leaf in flat.items() if isinstance(leaf, QTensor)} == set(groups[3])
+
+
+def test_only_layers_with_one_sided_inputs_take_the_unsigned_grid():
+    """And none that a rotation turns, for it leaves no input one-sided."""
+    names = ["image_encoder.trunk.blocks.0.mlp.layers.1", "image_encoder.neck.convs.0.conv", "memory_encoder.out_proj"]
+    lows = dict(zip(names, (-0.17, 0.0, -3.0)))
+    stats = {layer: Stats(jnp.ones(4), jnp.full(4, low), jnp.full(4, 3.0)) for layer, low in lows.items()}
+    config = QuantConfig(calib=CalibConfig("photos"), ipts=InputsConfig("sint8", allow_unsigned=True))
+    chosen = choose_unsigned(config, stats, TRUNK_LINEAR)
+    assert (chosen.ipts.unsigned, chosen.ipts.allow_unsigned) == (names[:2], False)
+    dtypes = {layer: spec.dtype for layer, spec in activation_specs(chosen.ipts, names).items()}
+    assert dtypes == dict(zip(names, ("uint8", "uint8", "sint8")))
+    turned = replace(config, rotation=RotationConfig(["hadamard"]))
+    assert choose_unsigned(turned, stats, TRUNK_LINEAR).ipts.unsigned == names[1:2]
+
+
+def test_outputs_are_rounded_last_and_of_the_layers_that_are_not_skipped():
+    config = QuantConfig(calib=CalibConfig("photos"), opts=OutputsConfig("uint8", skips=["memory_encoder"]))
+    steps = stages(config, shapes("nano"), TRUNK_LINEAR, 0)
+    assert list(steps) == ["weights", "outputs"]
+    params = unflatten({f"{layer.replace('.', '/')}/kernel": np.ones((4, 4), np.float32) for layer in shapes("nano")})
+    leaves = kernels(flatten(steps["outputs"].apply(params, {})))
+    rounded = {layer_name(path) for path, leaf in leaves.items() if isinstance(leaf, OutQuantized)}
+    assert rounded == {layer for layer in shapes("nano") if not layer.startswith("memory_encoder.")}

@@ -1,0 +1,84 @@
+"""A run of the command line with every stage, and what it leaves for other programs."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from converters.nunchaku_model import load_nunchaku
+from converters.package import load_package
+from sam2jq.cli import main
+from sam2jq.config import load
+
+
+@pytest.fixture(scope="module")
+def thorough(flags) -> Path:
+    """The folder of a run with every stage but rotation, of one block, and of nothing else, to be quick."""
+    others = ["memory_attention", "memory_encoder", "obj_ptr_proj", "obj_ptr_tpos_proj", "sam_mask_decoder"]
+    others += ["sam_prompt_encoder", "mask_downsample", "image_encoder.neck", "image_encoder.trunk.patch_embed"]
+    others += [f"image_encoder.trunk.blocks.{i}" for i in range(1, 7)]
+    settings = {
+        "wgts.skips": f"[{', '.join(others)}]",
+        "wgts.dtype": "uint4",
+        "wgts.group_shapes": "[[1, 32]]",
+        "wgts.kernel_gptq": "{}",
+        "wgts.low_rank": "{rank: 4}",
+        "wgts.ridge": "0.001",
+        "wgts.bias_correction": "true",
+        "smooth.proj": "{strategy: GridSearch, num_grids: 4}",
+        "ipts": "{dtype: sint8, allow_unsigned: true}",
+        "opts.dtype": "uint8",
+    }
+    more = [part for key, value in settings.items() for part in (f"--quant.{key}", value)]
+    assert main(["quantize", *flags, *more, "--convert-nunchaku", "--output.job", "thorough"]) == 0
+    return Path(flags[flags.index("--output.root") + 1]) / "thorough"
+
+
+def test_every_stage_is_named_with_its_seconds_and_what_it_left_is_measured(thorough):
+    log = (thorough / "run.log").read_text()
+    stages = [
+        "calibrate",
+        "ridge",
+        "smooth",
+        "low rank",
+        "weights",
+        "inputs",
+        "outputs",
+        "nunchaku",
+        "compare",
+        "write",
+    ]
+    found = [re.search(rf"^{stage}  .* s$", log, re.MULTILINE) for stage in (*stages, "write")]
+    assert all(found)
+    assert [match.start() for match in found] == sorted(match.start() for match in found)
+    metrics = json.loads((thorough / "metrics.json").read_text())
+    around = ["OutQuantized", "Smoothed", "LowRank", "ActQuantized"]
+    assert [row["around"] for row in metrics["layers"]] == [around] * 4
+    assert metrics["results"]["mask_iou"] > 0.5
+    assert metrics["results"]["nunchaku"]["mask_iou"] > 0.3  # its kernels round activations to 4 bits
+
+
+def test_inputs_after_gelu_are_unsigned_and_the_config_names_them(thorough):
+    assert load(str(thorough / "config.yaml"), []).quant.ipts.unsigned == ["image_encoder.trunk.blocks.0.mlp.layers.1"]
+    leaves = load_package(thorough / "package.pt").leaves()
+    dtypes = [leaf.inner.inner.inner.spec.dtype for leaf in leaves.values()]
+    assert sorted(dtypes) == ["sint8"] * 3 + ["uint8"]
+
+
+def test_a_run_leaves_nunchakus_files_and_deepcompressors(thorough):
+    assert {path.name for path in (thorough / "cache").iterdir()} == {"model.pt", "scale.pt", "smooth.pt", "branch.pt"}
+    linears, _, config = load_nunchaku(thorough / "nunchaku")
+    assert len(linears) == 4
+    assert config["name"] == "nano"
+    branch, smooth, scale, model = (
+        torch.load(thorough / "cache" / f"{name}.pt", weights_only=True)
+        for name in ("branch", "smooth", "scale", "model")
+    )
+    layer = "image_encoder.trunk.blocks.0.mlp.layers.1"
+    assert (branch[layer]["a.weight"].shape, branch[layer]["b.weight"].shape) == ((4, 128), (32, 4))
+    assert scale[f"{layer}.weight.scale.0"].shape == scale[f"{layer}.weight.zero"].shape == (32, 1, 4, 1)
+    left = model[f"{layer}.weight"] + branch[layer]["b.weight"] @ branch[layer]["a.weight"]
+    vanilla = torch.load(thorough / "vanilla.pt", weights_only=True)["model"]
+    torch.testing.assert_close(left / smooth[layer], vanilla[f"{layer}.weight"], rtol=1e-4, atol=1e-5)
