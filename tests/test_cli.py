@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from sam2jq import build, config, init_params
 from sam2jq.cli import main
 from sam2jq.data import draw_clip, draw_scene
 
-FILES = {"cache", "config.yaml", "masks.png", "metrics.json", "package.pt", "run.log", "vanilla.pt"}
+FILES = {"cache", "config.yaml", "gallery", "metrics.json", "package.pt", "report.html", "run.log", "vanilla.pt"}
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +60,30 @@ def test_a_run_leaves_a_complete_folder(job):
     assert {path.name for path in job.iterdir()} == FILES
     assert [path.name for path in job.parent.iterdir()] == ["w4"]
     metrics = json.loads((job / "metrics.json").read_text())
-    assert metrics == json.loads(json.dumps(load_package(job / "package.pt").summary()))
-    assert len(metrics["layers"]) == 131
+    summary = json.loads(json.dumps(load_package(job / "package.pt").summary()))
+    assert summary.keys() < metrics.keys()
+    assert all(metrics[key] == value for key, value in summary.items() if key != "layers")
+    rows = {row["name"]: row for row in metrics["layers"]}
+    assert all(row.items() < rows[row["name"]].items() for row in summary["layers"])
+    assert len(rows) == 131
+    assert metrics["layers"][0]["name"] == "image_encoder.trunk.patch_embed.proj"  # where data enters
     assert all(0 < row["relative_error"] < 0.5 for row in metrics["layers"])
     assert (metrics["results"]["images"], metrics["results"]["prompts_per_image"]) == (2, 16)
     assert 0 < metrics["results"]["mask_iou"] < 1
     assert not metrics["random_weights"]
     assert config.load(str(job / "config.yaml"), []).quant.wgts.dtype == "sint4"
     assert "mask IoU" in (job / "run.log").read_text()
+
+
+def test_a_run_ends_with_a_page_and_the_command_that_repeats_it(job, flags):
+    metrics = json.loads((job / "metrics.json").read_text())
+    assert metrics["command"] == shlex.join(["sam2jq", "quantize", *flags, "--output.job", "w4"])
+    assert [shown["why"] for shown in metrics["gallery"]] == ["worst"] * 2 + ["random"] * 2  # there are two images
+    ious = [shown["iou"] for shown in metrics["gallery"]]
+    assert ious[0] <= ious[1] <= 1
+    page = (job / "report.html").read_text()
+    assert "nano 2.1, W4A16 per channel" in page
+    assert page.count("data:image/") == 4 * 6  # a photograph three times, and a layer each
 
 
 def test_the_vanilla_file_and_the_package_load_in_the_original_code(job, tmp_path):
@@ -137,6 +154,16 @@ def test_every_stage_is_named_with_its_seconds_and_what_it_left_is_measured(thor
     metrics = json.loads((thorough / "metrics.json").read_text())
     assert [row["around"] for row in metrics["layers"]] == [["Smoothed", "LowRank", "ActQuantized"]] * 4
     assert metrics["results"]["mask_iou"] > 0.5
+    errors = {row["name"]: row["feature_error"]["stride16"] for row in metrics["stages"] if "feature_error" in row}
+    assert list(errors) == ["ridge", "smooth", "low rank", "weights", "inputs"]
+    assert errors["smooth"] == pytest.approx(errors["ridge"], rel=1e-2)  # what is not rounded computes the same
+    assert errors["low rank"] == pytest.approx(errors["ridge"], rel=1e-2)
+    assert errors["weights"] > errors["low rank"]
+    for row in metrics["layers"]:
+        assert (row["bits"], row["rank"], row["inputs"], row["part"]) == (4, 4, "uint8", "trunk")
+        assert 0 <= row["alpha"] <= 1
+        assert 0 < row["output_error"] < row["relative_error"]  # what GPTQ is for
+    assert len(metrics["unquantized"]) == 127
     assert metrics["results"]["nunchaku"]["mask_iou"] > 0.3  # its kernels round activations to 4 bits
 
 
