@@ -1,5 +1,6 @@
 """The command line from end to end, on the demo model."""
 
+import csv
 import json
 import re
 import shlex
@@ -203,6 +204,47 @@ def test_a_package_is_exported_to_other_formats(job, tmp_path, capsys, to, files
         assert jax.tree.all(jax.tree.map(np.array_equal, made, own))
     if to == "nunchaku":
         assert "28 linears stood on another grid and were rounded a second time" in capsys.readouterr().out
+
+
+def test_a_sweep_runs_every_combination_once_and_compares_them(flags, tmp_path, capsys):
+    command = ["sweep", *flags, "--output.root", str(tmp_path), "--output.job", "s", "--save_model", "false"]
+    skips = "--quant.wgts.skips", "[image_encoder, sam_mask_decoder, memory_attention]"
+    over = "--over", "quant.wgts.dtype=sint8,sint4"
+    assert main([*command, *skips, *over]) == 0
+    names = [f"quant.wgts.dtype=sint{bits}" for bits in (8, 4)]
+    assert {path.name for path in (tmp_path / "s").iterdir()} == {*names, "runs.csv", "report.html"}
+    rows = list(csv.DictReader((tmp_path / "s" / "runs.csv").open()))
+    assert [row["quant.wgts.dtype"] for row in rows] == ["sint8", "sint4"]
+    assert float(rows[0]["MB"]) > float(rows[1]["MB"])
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "s").glob("*/metrics.json")}
+    assert main([*command, *skips, *over]) == 0  # again: all of it is there
+    assert capsys.readouterr().out.count("is finished") == 2
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert "was made with another quant.wgts.skips: remove it" in failure(capsys, *command, *over)
+    out = tmp_path / "page.html"
+    assert main(["report", *(str(tmp_path / "s" / name) for name in names), "--out", str(out)]) == 0
+    assert out.read_text() == (tmp_path / "s" / "report.html").read_text()
+
+
+def test_report_of_one_run_is_its_own_page(job, tmp_path, capsys):
+    assert main(["report", str(job), "--out", str(tmp_path / "page.html")]) == 0
+    assert (tmp_path / "page.html").read_text() == (job / "report.html").read_text()
+    assert "no metrics.json: give the folder" in failure(capsys, "report", str(tmp_path), "--out", str(tmp_path / "x"))
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        ("quant.wgts.dtype", "write key=value,value"),
+        ("quant.wgts.dtype=sint8,sint1", "sint1.*2..8"),
+        ("quant.wgts.dtpe=sint8", "unknown key quant.wgts.dtpe; did you mean 'dtype'"),
+        ("quant.wgts.skips=[a", "the values are not YAML"),
+    ],
+)
+def test_a_sweep_is_checked_before_its_first_run(flags, tmp_path, capsys, over, message):
+    assert re.search(message, failure(capsys, "sweep", *flags, "--output.root", str(tmp_path), "--over", over))
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_export_of_nothing_is_an_error(tmp_path, capsys):

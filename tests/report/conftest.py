@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from sam2jq import config
 from sam2jq.eval.gallery import Gallery, Shown
 from sam2jq.report.run import save_run
 
-MARKUP = '<script>document.title = "ran"</script>.jpg'
+MARKUP = """<img src=x onerror="document.title='ran'">.jpg"""  # a file may be named so
 LAYERS = {
     "image_encoder.trunk.blocks.0.attn.qkv": "trunk",
     "image_encoder.neck.convs.0.conv": "neck",
@@ -20,16 +21,15 @@ LAYERS = {
 @pytest.fixture
 def make_run(tmp_path) -> Callable[..., Path]:
     """make_run(name, bits=4, miou=0.6, **metrics): the folder of a finished run that no model was needed for."""
+    return partial(write_run, tmp_path)
 
-    def make(name: str, bits: int = 4, miou: float = 0.6, **changes) -> Path:
-        folder = tmp_path / name
-        folder.mkdir()
-        image = tmp_path / MARKUP.replace("/", "_")
-        Image.effect_noise((64, 48), 60).convert("RGB").save(image, "JPEG")
-        save_run(folder, metrics(bits, miou) | changes, gallery(str(image)))
-        return folder
 
-    return make
+def write_run(root: Path, name: str, bits: int = 4, miou: float = 0.6, **changes) -> Path:
+    folder = root / name
+    folder.mkdir()
+    Image.effect_noise((64, 48), 60).convert("RGB").save(root / MARKUP, "JPEG")
+    save_run(folder, metrics(bits, miou) | changes, gallery(str(root / MARKUP)))
+    return folder
 
 
 def gallery(image: str) -> Gallery:
@@ -57,7 +57,7 @@ def metrics(bits: int, miou: float) -> dict:
         "images_id": "1",
         "config": asked,
         "asked": asked,
-        "command": f"sam2jq quantize --job '{MARKUP}'",
+        "command": f"sam2jq quantize --job {MARKUP}",
         "versions": {"sam2jq": "0.1.0"},
         "random_weights": False,
         "layers": layers,
