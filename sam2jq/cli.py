@@ -62,8 +62,8 @@ FORMATS = {
 log = logging.getLogger("sam2jq")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The exit code of one command; an error of the user's is one line, and the code is 2."""
+def command_parser() -> argparse.ArgumentParser:
+    """Every sub-command with the arguments of its own; settings are left to config.load."""
     parser = argparse.ArgumentParser(prog="sam2jq", description="Quantize SAM 2 checkpoints, in JAX.")
     parser.add_argument("-v", "--verbose", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -96,7 +96,12 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--over", action="append", required=True, metavar="KEY=V,V", help="values to try, repeatable")
     command = add_command(commands, "inspect", "print what is in a package")
     command.add_argument("package", help="package.pt of a run, or the run's folder")
-    args, flags = parser.parse_known_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code of one command; an error of the user's is one line, and the code is 2."""
+    args, flags = command_parser().parse_known_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
     log.setLevel(logging.DEBUG if args.verbose else logging.INFO)
     try:
@@ -160,7 +165,7 @@ def quantize(args: argparse.Namespace, flags: list[str]) -> None:
             kinds["nunchaku"] = convert_nunchaku(config, model, checkpoint, full, done, folder)
         with timed("compare", f"{len(names)} images x {GRID * GRID} clicks"):
             compared, gallery = against_full(model, full, kinds[last], names, config)
-            results = summarize(compared) | {"quantized": last}
+            results = summarize(compared) | {"kinds": ["full precision", last]}
             if config.convert_nunchaku:
                 results["nunchaku"] = summarize(against_full(model, full, kinds["nunchaku"], names, config)[0])
             errors = stage_errors(model, full, done.reached, compared, names, config)

@@ -107,12 +107,16 @@ def pareto(points: list[dict], names: list[str]) -> str:
     return drawn(draw, (4 * columns, 2.8 * rows), rows=rows, columns=columns)
 
 
-def loss(steps: list[list[float]]) -> str:
-    """The loss at each step of training."""
+def loss(training: list[list[float]], validation: list[list[float]]) -> str:
+    """Losses [[step, loss], ...] over the steps of training."""
 
     def draw(axes) -> None:
-        axes[0, 0].plot(*np.array(steps).T, color=BLUE)
-        axes[0, 0].set(xlabel="step", ylabel="loss")
+        ax = axes[0, 0]
+        ax.plot(*zip(*training), color=BLUE, label="training")
+        if validation:
+            ax.plot(*zip(*validation), "o-", color=ORANGE, label="validation")
+        ax.set(xlabel="step", ylabel="loss", yscale="log")
+        ax.legend()
 
     return drawn(draw, (6, 2.6))
 

@@ -11,7 +11,6 @@ from sam2jq.report.page import pictures, render
 from sam2jq.tree import flatten
 
 MODEL = ("name", "version", "image_size")
-AGREEMENT = "mask IoU with full precision"
 
 
 def runs_page(runs: Mapping[Path, dict]) -> str:
@@ -19,7 +18,7 @@ def runs_page(runs: Mapping[Path, dict]) -> str:
     check_comparable(runs)
     rows, keys = table(runs)
     names = list(rows[0]["scores"])
-    chosen = [name for name in names if name != AGREEMENT] or names
+    chosen = [name for name in names if name != verdict.AGREEMENT] or names
     points = [row | {"front": {name for name in chosen if on_front(row, rows, name)}} for row in rows]
     first = next(iter(runs.values()))
     return render(
@@ -63,7 +62,7 @@ def table(runs: Mapping[Path, dict]) -> tuple[list[dict], list[str]]:
             {
                 "letter": letter(i),
                 "run": folder.name if unique else str(folder),
-                "scheme": verdict.scheme(metrics["config"]),
+                "scheme": verdict.scheme(metrics),
                 "settings": {key: of.get(key, "on") for key in keys},  # a section that is null elsewhere
                 "mb": verdict.megabytes(metrics)[1],
                 "bits": metrics["effective_bits"],

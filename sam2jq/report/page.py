@@ -39,13 +39,13 @@ def run_charts(metrics: dict) -> dict[str, str]:
     return {
         "depth": charts.depth(metrics["layers"]) if metrics["layers"] else "",
         "stages": charts.stages(measured) if len(measured) > 1 else "",
-        "loss": charts.loss(history["loss"]) if history.get("loss") else "",
+        "loss": charts.loss(history["loss"], history.get("val_loss", [])) if history.get("loss") else "",
         "bits": charts.bits_over_time(**history["bits"]) if history.get("bits") else "",
     }
 
 
 def title(metrics: dict) -> str:
-    return f"{metrics['model']['name']} {metrics['model']['version']}, {verdict.scheme(metrics['config'])}"
+    return f"{metrics['model']['name']} {metrics['model']['version']}, {verdict.scheme(metrics)}"
 
 
 def pictures(folder: Path, shown: dict) -> dict[str, str]:

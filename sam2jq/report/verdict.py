@@ -1,21 +1,20 @@
 """A run in a few words and figures."""
 
 SMALL_IMAGES, SMALL_CLIPS = 100, 20  # fewer leave room for chance
+AGREEMENT = "mask IoU with full precision"
 PROMPTS = ("box", "1 click", "3 clicks")
 
 
-def scheme(config: dict) -> str:
-    """What the `quant` section of a config does, as "W4A8 g128, GPTQ, smoothing"."""
-    quant = config["quant"]
-    wgts, ipts, proj = quant["wgts"], quant["ipts"], quant["smooth"]["proj"]
-    bits = lambda dtype: dtype[-1] if dtype else "16"
-    parts = [f"W{bits(wgts['dtype'])}A{bits(ipts['dtype'])} {group(wgts['group_shapes'])}"]
-    if "fp" in wgts["dtype"]:
-        parts.append(wgts["dtype"])
-    parts += ["bits by layer"] * bool(wgts["bits"]) + ["GPTQ"] * (wgts["kernel_gptq"] is not None)
-    parts += ["smoothing"] * (proj is not None) + ["rotation"] * bool(quant["rotation"]["transforms"])
-    parts += [f"rank {wgts['low_rank']['rank']}"] if wgts["low_rank"] else []
-    return ", ".join(parts)
+def scheme(metrics: dict) -> str:
+    """What was done to a model, as "W4A8 g128, GPTQ, smoothing"; W3-8 where layers differ in bits."""
+    quant, widths = metrics["config"]["quant"], sorted({row["bits"] for row in metrics["layers"]})
+    wgts, ipts = quant["wgts"], quant["ipts"]
+    inputs = ipts["dtype"][-1] if ipts["dtype"] else 16
+    parts = [f"W{'-'.join(map(str, widths[:: max(1, len(widths) - 1)]))}A{inputs} {group(wgts['group_shapes'])}"]
+    stages = [stage["name"] for stage in metrics["stages"]]
+    parts += [wgts["dtype"]] * ("fp" in wgts["dtype"]) + ["GPTQ"] * (wgts["kernel_gptq"] is not None)
+    parts += [name for name in ("distill", "smooth", "rotation") if name in stages]
+    return ", ".join(parts + ([f"rank {wgts['low_rank']['rank']}"] if wgts["low_rank"] else []))
 
 
 def group(shapes: list[list[int]]) -> str:
@@ -30,21 +29,24 @@ def megabytes(metrics: dict) -> tuple[float, float]:
 
 
 def scores(metrics: dict) -> list[dict]:
-    """[{"name", "before", "after", "behind"}], in percent: mIoU by prompt and J&F where measured, then agreement."""
-    results, last = metrics["results"], metrics["results"]["quantized"]
-    rows = []
+    """[{"name", "before", "after", "change", "behind"}], in percent: mIoU by prompt, J&F, and agreement, as measured.
+
+    results["kinds"] names the two models whose scores are before and after.
+    """
+    results, rows = metrics["results"], []
+    of_kinds = lambda scores: [scores[kind] for kind in results["kinds"]]
     if "miou" in results:
-        full, small = results["miou"]["full precision"], results["miou"][last]
+        full, small = of_kinds(results["miou"])
         behind = sample(results, "miou", "image")
         rows += [score(f"mIoU, {name}", 100 * full[name], 100 * small[name], behind) for name in PROMPTS]
     if "video" in results:
-        full, small = results["video"]["full precision"], results["video"][last]
-        behind = sample(results, "video", "clip")
-        rows.append(score("J&F", full["j&f"], small["j&f"], behind))
-    behind = (
-        f"{count(results['images'], 'image')} of calibration, {results['prompts_per_image']} clicks with 3 masks each"
-    )
-    return [*rows, score("mask IoU with full precision", 100.0, 100 * results["mask_iou"], behind)]
+        full, small = of_kinds(results["video"])
+        rows.append(score("J&F", full["j&f"], small["j&f"], sample(results, "video", "clip")))
+    if "mask_iou" in results:
+        images = count(results["images"], "image")
+        behind = f"{images} of calibration, {results['prompts_per_image']} clicks with 3 masks each"
+        rows.append(score(AGREEMENT, 100.0, 100 * results["mask_iou"], behind))
+    return rows
 
 
 def sample(results: dict, key: str, noun: str) -> str:

@@ -73,7 +73,8 @@ def metrics(bits: int, miou: float) -> dict:
         ],
         "stage_images": 4,
         "results": error
-        | {"mask_iou_worst_image": 0.4, "images": 16, "prompts_per_image": 16, "quantized": "weights"}
+        | {"kinds": ["full precision", "weights"]}
+        | {"mask_iou_worst_image": 0.4, "images": 16, "prompts_per_image": 16}
         | {"miou": {"full precision": scores(0.8), "weights": scores(miou)}, "miou_images": 16, "miou_objects": 50}
         | {"miou_data": "scenes:7", "held_out": False},
     }

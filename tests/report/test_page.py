@@ -9,6 +9,7 @@ from .conftest import metrics
 
 HISTORY = {
     "loss": [[0, 1.0], [10, 0.5], [20, 0.4]],
+    "val_loss": [[20, 0.45]],
     "bits": {"steps": [0, 10, 20], "layers": {"a": [8, 6, 4], "b": [8, 8, 6]}},
     "decisions": [{"epoch": 1, "layer": "a", "from": 8, "to": 6, "impact": 0.01, "accepted": True, "reason": "least"}],
 }
@@ -61,11 +62,13 @@ def test_what_makes_figures_doubtful_is_said():
 
 
 def test_a_scheme_is_named_as_people_name_it():
-    config = metrics(4, 0.6)["config"]
-    assert scheme(config) == "W4A16 per channel"
-    wgts = config["quant"]["wgts"] | {"group_shapes": [[1, 128]], "kernel_gptq": {}, "low_rank": {"rank": 32}}
-    ipts = config["quant"]["ipts"] | {"dtype": "uint8"}
-    assert scheme({"quant": config["quant"] | {"wgts": wgts, "ipts": ipts}}) == "W4A8 g128, GPTQ, rank 32"
+    found = metrics(4, 0.6)
+    assert scheme(found) == "W4A16 per channel, smooth"
+    quant = found["config"]["quant"]
+    wgts = quant["wgts"] | {"group_shapes": [[1, 128]], "kernel_gptq": {}, "low_rank": {"rank": 32}}
+    config = {"quant": quant | {"wgts": wgts, "ipts": quant["ipts"] | {"dtype": "uint8"}}}
+    layers = [row | {"bits": bits} for row, bits in zip(found["layers"], (4, 3, 6))]
+    assert scheme(found | {"config": config, "layers": layers}) == "W3-6A8 g128, GPTQ, smooth, rank 32"
 
 
 def test_a_stage_in_parts_is_one_row_with_the_seconds_of_all():
