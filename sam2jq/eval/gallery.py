@@ -62,6 +62,6 @@ def of_objects(image: str, masks: np.ndarray, before: np.ndarray, after: np.ndar
     clicks = [widest(mask)[0] for mask in masks]
     ious = zip(*(iou(*pair).tolist() for pair in ((after, before), (before, masks), (after, masks))))
     return [
-        Shown(image, (float(x + 0.5) / width, float(y + 0.5) / height), between, *both, truth)
+        Shown(image, (float(x + 0.5) / width, float(y + 0.5) / height), between, *both, tuple(truth))
         for (x, y), (between, *truth), both in zip(clicks, ious, zip(before, after))
     ]
