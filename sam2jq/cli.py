@@ -23,7 +23,7 @@ from tqdm import tqdm
 from sam2jq import __version__
 from sam2jq import config as settings
 from sam2jq.calibrate import fingerprint
-from sam2jq.config import Config
+from sam2jq.config import Config, DistillConfig
 from sam2jq.data import find_images, preprocess, read_image
 from sam2jq.data.sav import write_mask
 from sam2jq.data.video import open_video
@@ -69,6 +69,8 @@ def command_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     command = add_command(commands, "quantize", "quantize a checkpoint and measure what it cost", Config)
     command.add_argument("--config", help="YAML file; every key of it is also a flag, --quant.calib.path DIR")
+    command = add_command(commands, "distill", "lower a student's bits while it learns from a teacher", DistillConfig)
+    command.add_argument("--config", help="YAML file; every key of it is also a flag, --train.epochs 5")
     command = add_command(commands, "segment", "segment an image from clicks or a box", settings.SegmentConfig)
     command.add_argument("image", help="an image file, or scenes:<seed>/0000 for a drawn one")
     add_prompts(command)
@@ -105,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
     log.setLevel(logging.DEBUG if args.verbose else logging.INFO)
     try:
-        run = (quantize, segment, track, evaluate, export, report, sweep, inspect)
+        run = (quantize, distill, segment, track, evaluate, export, report, sweep, inspect)
         next(one for one in run if one.__name__ == args.command)(args, flags)
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "safetensors"):
@@ -140,7 +142,7 @@ def quantize(args: argparse.Namespace, flags: list[str]) -> None:
             for name in names:
                 read_image(name)
             samples, clips = find_truth(config)
-        model, checkpoint = load_model(config, calib.image_size)
+        model, checkpoint = load_model(config.model, config.cache.root, calib.image_size)
 
         full = effective_params(checkpoint.params)
         images = [name if name.startswith("scenes:") else fingerprint({}, Path(name).read_bytes()) for name in names]
@@ -213,12 +215,19 @@ def quantize(args: argparse.Namespace, flags: list[str]) -> None:
     log.info("\nwritten     %s (all layers: sam2jq inspect %s)\nreport      %s", final, final, final / "report.html")
 
 
+def distill(args: argparse.Namespace, flags: list[str]) -> None:
+    """Teacher + student + frames -> <output.root>/<job>/ with package, vanilla checkpoint and curves."""
+    from sam2jq import cli_distill
+
+    cli_distill.run(settings.load(args.config, flags, DistillConfig), Path(args.config or "distill").stem)
+
+
 def segment(args: argparse.Namespace, flags: list[str]) -> None:
     """An image and a prompt -> an overlay in `args.out`."""
     labels = prompt_labels(args)
     image = read_image(args.image)
     config = settings.load(None, flags, settings.SegmentConfig)
-    model, checkpoint = load_model(config)
+    model, checkpoint = load_model(config.model, config.cache.root)
     predictor = ImagePredictor(model, simulated(checkpoint.params), dtype=config.model.dtype)
     predictor.set_image(image)
     points = {"point_coords": args.points, "point_labels": labels} if args.points else {}
@@ -241,7 +250,7 @@ def track(args: argparse.Namespace, flags: list[str]) -> None:
         raise ValueError(f"--out {out}: give a name that ends in .gif or, for a strip of frames, in .png")
     video = drawn_video(args.clip) if args.clip.startswith("scenes:") else open_video(args.clip)
     config = settings.load(None, flags, settings.SegmentConfig)
-    model, checkpoint = load_model(config)
+    model, checkpoint = load_model(config.model, config.cache.root)
     predictor = VideoPredictor(model, simulated(checkpoint.params), dtype=config.model.dtype)
     state = predictor.init_state(video)
     points = {"points": args.points, "labels": labels} if args.points else {}
@@ -273,7 +282,7 @@ def evaluate(args: argparse.Namespace, flags: list[str]) -> None:
                 samples = find_samples(config.data, config.num_samples)
             else:
                 samples = find_clips(config.data, config.split, config.num_samples)
-        model, checkpoint = load_model(config)
+        model, checkpoint = load_model(config.model, config.cache.root)
         params, progress = simulated(checkpoint.params), tqdm(samples, leave=False, disable=None)
         with stage("evaluate", f"{len(samples)} {'images' if config.task == 'image' else 'clips'}"):
             if config.task == "image":
@@ -426,18 +435,17 @@ def check_same(folder: Path, config: Config) -> None:
         raise ValueError(f"{folder} was made with another {', '.join(changed)}: remove it, or give --output.job a name")
 
 
-def load_model(config, image_size: int | None = None):
+def load_model(wanted: settings.ModelConfig, cache: str, image_size: int | None = None):
     """The model of a config and its checkpoint, after jax was told where to run it."""
     from converters.checkpoint import load_checkpoint
 
-    wanted = config.model
     if wanted.device != "auto":
         try:
             jax.config.update("jax_default_device", jax.devices(wanted.device)[0])
         except RuntimeError as error:
             raise ValueError(f"model.device {wanted.device}: no such device here; use auto") from error
     jax.config.update("jax_default_matmul_precision", "highest")  # float32 means float32 on GPU and TPU too
-    jax.config.update("jax_compilation_cache_dir", str(Path(config.cache.root).absolute() / "compiled"))
+    jax.config.update("jax_compilation_cache_dir", str(Path(cache).absolute() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a layer's programs are small but many
     model = build(wanted.name, wanted.version, image_size)
     with stage("load", f"{wanted.name} {wanted.version} from {wanted.checkpoint}"):
@@ -502,18 +510,29 @@ def stage(name: str, what: str, record: list | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def job_folder(final: Path) -> Iterator[Path]:
+def job_folder(final: Path, resumes: str = "") -> Iterator[Path]:
     """A folder beside `final` that takes its place when the block ends well and is removed when it does not.
 
     What a killed run left there is cleared away, no stage of it being worth keeping; a finished job is never touched.
+    resumes: the settings under which what is there can be gone on from; it is then kept, whatever ends the block.
     """
     if final.exists():
         raise FileExistsError(f"{final} already holds a finished job: remove it, or give --output.job another name")
     partial = final.with_name(f".{final.name}.partial")
-    if partial.exists():
-        log.info("restart     %s was not finished and holds nothing to resume from: starting over", final)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    if resumes and (partial / "config.yaml").is_file():
+        if (partial / "config.yaml").read_text() != resumes:
+            raise FileExistsError(
+                f"{partial} holds an unfinished job with other settings: go on with its config.yaml, remove it, or "
+                "give --output.job another name"
+            )
+        log.info("resume      %s was not finished: going on", final)
+    else:
+        if partial.exists():
+            log.info("restart     %s was not finished and holds nothing to resume from: starting over", final)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        if resumes:
+            (partial / "config.yaml").write_text(resumes)
     handler = logging.FileHandler(partial / "run.log")
     log.addHandler(handler)
     try:
@@ -522,7 +541,8 @@ def job_folder(final: Path) -> Iterator[Path]:
     finally:
         log.removeHandler(handler)
         handler.close()
-        shutil.rmtree(partial, ignore_errors=True)
+        if not resumes:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _numbers(count: int):

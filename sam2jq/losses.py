@@ -25,6 +25,12 @@ def dice(logits: Array, targets: Array) -> Array:
     return 1 - (2 * (p * targets).sum((-2, -1)) + 1) / ((p + targets).sum((-2, -1)) + 1)
 
 
+def soft_dice(p: Array, q: Array) -> Array:
+    """[...] of masks in 0..1 [..., H, W]: 1 - a Dice coefficient that is 1 where p equals q, be they 0 and 1 or not."""
+    both = (p * q).sum((-2, -1))
+    return 1 - (2 * both + 1) / (jnp.square(p).sum((-2, -1)) + jnp.square(q).sum((-2, -1)) + 1)
+
+
 def soft_iou(logits: Array, targets: Array) -> Array:
     """[...] of masks [..., H, W]: the IoU of `logits` > 0 with `targets` > 1/2; 1 where both are empty."""
     got, wanted = logits > 0, targets > 0.5

@@ -29,25 +29,57 @@ def init_state(params: dict, optimizer: optax.GradientTransformation, seed: int)
     return TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key_data(jax.random.key(seed)))
 
 
-def make_train_step(loss: Loss, optimizer: optax.GradientTransformation) -> Callable:
-    """A compiled (state, batch) -> (state, metrics); `batch` leaves [B, ...] are split over all devices.
-
-    Params live whole on every device; the loss must be a mean over the batch, whose gradient jit then gathers.
-    """
+def devices() -> tuple[NamedSharding, NamedSharding]:
+    """How arrays lie on all devices of all processes: split along their first axis, and whole on each."""
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-    split, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
 
-    @jax.jit(in_shardings=(whole, split), out_shardings=whole, donate_argnums=0)
-    def step(state: TrainState, batch) -> tuple[TrainState, dict[str, Array]]:
+
+def make_train_step(loss: Loss, optimizer: optax.GradientTransformation, parallel: str = "jit") -> Callable:
+    """A compiled (state, batch) -> (state, metrics); `batch` leaves [B, ...], of this process, are split over its
+    devices.
+
+    Params live whole on every device; the loss must be a mean over the batch, whose gradient is then that over all
+    devices. parallel: "jit" leaves the sums to the compiler, "pmap" spells them out; keys differ there by device.
+    """
+    split, whole = devices()
+
+    def step(state: TrainState, batch, shared: Callable = lambda x: x) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
+        (value, metrics), grads = shared(jax.value_and_grad(loss, has_aux=True)(state.params, batch, key))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = metrics | {"loss": value, "gradient": optax.global_norm(grads)}
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
+    if parallel == "pmap":
+        count = jax.local_device_count()
+        mapped = jax.pmap(
+            lambda state, batch: step(state, batch, lambda tree: jax.lax.pmean(tree, "data")),
+            axis_name="data",
+            in_axes=(None, 0),
+            out_axes=None,
+        )
+        deal = lambda x: np.reshape(x, (count, -1, *x.shape[1:]))
+        return lambda state, batch: mapped(state, jax.tree.map(deal, batch))
+    compiled = jax.jit(step, in_shardings=(whole, split), out_shardings=whole, donate_argnums=0)
+    spread = lambda x: jax.make_array_from_process_local_data(split, np.asarray(x))
     # a state that lies elsewhere, as a new one does, would have the step compiled twice
-    return lambda state, batch: step(jax.device_put(state, whole), batch)
+    return lambda state, batch: compiled(jax.device_put(state, whole), jax.tree.map(spread, batch))
+
+
+class Averaged(NamedTuple):
+    average: dict
+
+
+def averaged(decay: float) -> optax.GradientTransformation:
+    """Leaves updates as they are, and keeps a moving average of the params that they lead to; goes last in a chain."""
+
+    def update(updates, state: Averaged, params):
+        after = optax.apply_updates(params, updates)
+        return updates, Averaged(optax.incremental_update(after, state.average, 1 - decay))
+
+    return optax.GradientTransformation(lambda params: Averaged(jax.tree.map(jnp.copy, params)), update)
 
 
 def fit(

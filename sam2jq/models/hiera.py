@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from sam2jq.models.layers import (
     MLP,
+    OUTPUTS,
     Conv,
     Dense,
     LayerNorm,
@@ -137,7 +138,9 @@ class Hiera(nn.Module):
             x = Block(*spec, name=f"blocks.{i}")(x)
             outputs.append(x)
         ends = [sum(self.stages[: stage + 1]) - 1 for stage in range(len(self.stages))]
-        return [outputs[end] for end in ends]
+        maps = [outputs[end] for end in ends]
+        self.sow(OUTPUTS, "stages", maps, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+        return maps
 
     def position(self, height: int, width: int) -> Array:
         """[1, height, width, C]: a bicubic background plus a tiled window (arXiv 2311.05613), in torch's layout."""

@@ -17,6 +17,7 @@ from sam2jq.quant.observe import FOLDS
 Array = jax.Array
 HIDDEN = -1e9  # added to the score of a key that is not there
 QUERY_CHUNK = 512  # query rows per score matrix
+OUTPUTS = "outputs"  # the collection of what leaves each layer
 CACHED = 2**21  # numbers in a chunk's widest array: the best of 2**19 to 2**22 on two cores
 
 
@@ -30,18 +31,31 @@ def declare(module: nn.Module, name: str, *shape: int):
     return module.param(name, nn.initializers.zeros, shape)
 
 
+def wanted(module: nn.Module, *collections: str) -> bool:
+    """Whether one of `collections` of what layers see and say is being filled."""
+    return not module.is_initializing() and any(map(module.is_mutable_collection, collections))
+
+
 def collecting(module: nn.Module) -> bool:
-    """Whether calibration wants to see what enters the layers in `module`, which then must not run in chunks."""
-    return not module.is_initializing() and any(map(module.is_mutable_collection, FOLDS))
+    """Whether calibration or distillation wants to see the layers in `module`, which then must not run in chunks."""
+    return wanted(module, *FOLDS, OUTPUTS)
 
 
 def observe(module: nn.Module, x: Array, real: Array | None = None) -> None:
     """Folds the inputs x [..., K] of a layer into what is being collected; real: bool [...], tokens that count."""
-    if collecting(module):
+    if wanted(module, *FOLDS):
         rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
         real = None if real is None else real.reshape(-1)
         for name, fold in FOLDS.items():
             module.sow(name, "input", (rows, real), reduce_fn=fold, init_fn=lambda: None)
+
+
+def tell(module: nn.Module, y: Array) -> Array:
+    """`y`, what leaves a layer; its mean and variance over all but the channels, [2, C], go to whom it concerns."""
+    if wanted(module, OUTPUTS):
+        rows = y.reshape(-1, y.shape[-1]).astype(jnp.float32)
+        module.sow(OUTPUTS, "moments", jnp.stack([rows.mean(0), rows.var(0)]))
+    return y
 
 
 def patches(x: Array, size: int, stride: int, padding: int) -> Array:
@@ -62,7 +76,7 @@ class Dense(nn.Module):
         observe(self, x, real)
         kernel = declare(self, "kernel", x.shape[-1], self.features)
         bias = declare(self, "bias", self.features)
-        return ops.matmul(kernel, x) + bias.astype(x.dtype)
+        return tell(self, ops.matmul(kernel, x) + bias.astype(x.dtype))
 
 
 class Conv(nn.Module):
@@ -79,12 +93,12 @@ class Conv(nn.Module):
         shape = (self.size, self.size, x.shape[-1] // self.groups, self.features)
         kernel = declare(self, "kernel", *shape)
         bias = declare(self, "bias", self.features)
-        if collecting(self):  # patches are large; a grouped kernel sees one group at a time
+        if wanted(self, *FOLDS):  # patches are large; a grouped kernel sees one group at a time
             seen = patches(x, self.size, self.stride, self.padding)
             grouped = seen.reshape(*seen.shape[:-1], self.size**2, self.groups, -1)
             observe(self, grouped.swapaxes(-2, -3).reshape(-1, math.prod(shape[:-1])))
         y = ops.conv(kernel, x, stride=self.stride, padding=self.padding, groups=self.groups)
-        return y + bias.astype(x.dtype)
+        return tell(self, y + bias.astype(x.dtype))
 
 
 class ConvTranspose(nn.Module):
@@ -97,7 +111,7 @@ class ConvTranspose(nn.Module):
         observe(self, x)
         kernel = declare(self, "kernel", 2, 2, x.shape[-1], self.features)
         bias = declare(self, "bias", self.features)
-        return ops.conv_transpose(kernel, x, stride=2) + bias.astype(x.dtype)
+        return tell(self, ops.conv_transpose(kernel, x, stride=2) + bias.astype(x.dtype))
 
 
 class LayerNorm(nn.Module):

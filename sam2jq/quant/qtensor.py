@@ -72,10 +72,27 @@ def to_e4m3(x: Array) -> Array:
     return jnp.clip(x, -448, 448).astype(jnp.float8_e4m3fn).astype(jnp.float32)
 
 
+@jax.custom_jvp
+def rounded(x: Array) -> Array:
+    """x to whole numbers, half to even; straight through for gradients, to which it is x (arXiv 1308.3432)."""
+    return jnp.round(x)
+
+
+@rounded.defjvp
+def _(primals, tangents):
+    return rounded(*primals), tangents[0]
+
+
 def nearest(x: Array, scale: Array, zero: Array, spec: QuantSpec) -> Array:
-    """The codes, as float32, next to x on the grid (code - zero) * scale: half to even, e2m1's half towards 0."""
+    """The codes, as float32, next to x on the grid (code - zero) * scale: half to even, e2m1's half towards 0.
+
+    On integer grids gradients pass through the rounding, not where it clips; those of scale are LSQ's (arXiv
+    1902.08153): the rounding error within the grid, its end outside.
+    """
     if spec.codes == "int":
-        return jnp.clip(jnp.round(x / scale + zero), spec.qmin, spec.qmax)
+        codes = rounded(x / scale + zero)
+        codes = jnp.where(codes > spec.qmax, spec.qmax, codes)  # jnp.clip halves gradients at the ends of its range
+        return jnp.where(codes < spec.qmin, spec.qmin, codes)
     if spec.bits == 8:
         return to_e4m3(x / scale)
     magnitudes = jnp.array(E2M1)

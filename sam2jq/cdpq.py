@@ -1,0 +1,330 @@
+"""Confidence-driven progressive quantization: a student learns from its teacher while its layers lose bits.
+
+One step, one validation and one trial of a candidate are each a program that is compiled once: bits are data.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from sam2jq.calibrate import fingerprint
+from sam2jq.config import DistillConfig, LessonConfig, TrainConfig
+from sam2jq.controller import Schedule, begin, candidates, confident, lower, observe
+from sam2jq.data.reader import Item, ahead, order, read_item
+from sam2jq.distill import PARTS, Lesson, distillation_loss, teach
+from sam2jq.models.sam2 import SAM2
+from sam2jq.quant.fake_quant import FakeQuant, bits_of, innermost, learning, learns, with_bits
+from sam2jq.train import Averaged, TrainState, averaged, devices, init_state, make_train_step
+from sam2jq.tree import flatten, kernels, under
+
+Array = jax.Array
+Row = dict[str, object]  # of metrics.jsonl
+
+
+class Progress(NamedTuple):
+    """All that a killed run goes on from. best: the student that validated best at the lowest mean bits; stale: epochs
+    since."""
+
+    train: TrainState
+    schedule: Schedule
+    best: dict
+    best_loss: Array
+    best_bits: Array
+    stale: Array
+
+
+class Teacher(NamedTuple):
+    model: SAM2
+    params: dict
+
+
+def make_optimizer(config: TrainConfig, steps: int, params: dict, clipping: bool) -> optax.GradientTransformation:
+    """AdamW on what learns, with clipped gradients; `steps` of it are taken."""
+    updates = max(steps // config.accumulate, 1)
+    warmup = min(config.warmup_steps, updates // 2)
+    if config.schedule == "cosine":
+        rate = optax.warmup_cosine_decay_schedule(0, config.learning_rate, warmup, updates)
+    else:
+        rate = optax.linear_schedule(0, config.learning_rate, warmup)
+    marks = learns(params, clipping)
+    chain = optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.adamw(rate, weight_decay=config.weight_decay),
+        optax.masked(optax.set_to_zero(), jax.tree.map(lambda mark: not mark, marks)),
+        *[averaged(config.ema)] * (config.ema > 0),
+    )
+    return optax.MultiSteps(chain, config.accumulate) if config.accumulate > 1 else chain
+
+
+def student_of(state: TrainState) -> dict:
+    """The params to validate and to write: the average where there is one, at the bits of now."""
+    found = jax.tree.leaves(state.opt_state, is_leaf=lambda node: isinstance(node, Averaged))
+    average = next((node.average for node in found if isinstance(node, Averaged)), state.params)
+    return with_bits(average, bits_of(state.params))
+
+
+def make_trials(loss: Callable) -> Callable:
+    """A compiled (params, bits [n, L], lessons [B, ...]) -> losses [n] of as many assignments as there are devices, one
+    on each."""
+    split, whole = devices()
+
+    def trials(params: dict, bits: Array, lessons: Lesson) -> tuple[Array, dict]:
+        return jax.vmap(lambda one: loss(with_bits(params, one), lessons))(bits)
+
+    return jax.jit(trials, in_shardings=(whole, split, whole), out_shardings=whole)
+
+
+def try_bits(trials: Callable, params: dict, bits: np.ndarray, lessons: Sequence[Lesson]) -> tuple[np.ndarray, dict]:
+    """The mean losses [n] over the batches `lessons` of assignments bits [n, L], and the mean parts of the first."""
+    _, whole = devices()
+    count = jax.device_count()
+    padded = np.concatenate([bits, np.repeat(bits[-1:], -len(bits) % count, 0)])
+    params, totals, parts = jax.device_put(params, whole), [], []
+    for i in range(0, len(padded), count):
+        found = [trials(params, padded[i : i + count], batch) for batch in lessons]
+        totals.append(np.mean([np.asarray(total) for total, _ in found], 0))
+        parts = parts or [{name: float(value[0]) for name, value in told["parts"].items()} for _, told in found]
+    return np.concatenate(totals)[: len(bits)], {name: np.mean([p[name] for p in parts]) for name in parts[0]}
+
+
+def lessons_on(
+    teacher: Teacher, items: Sequence[Item], config: LessonConfig, seed: int, kept: Path | None
+) -> Callable[[Iterator[np.ndarray]], Iterator[Lesson]]:
+    """A function that yields the teacher's lessons on each batch of indices into `items`, this process' share of it.
+
+    An item is asked the same questions whenever it comes. kept: a folder for what was answered, one file an item.
+    """
+    split, whole = devices()
+    size, params = teacher.model.variant.image_size, jax.device_put(teacher.params, whole)
+
+    def one(params: dict, frames: Array, mark: Array) -> Lesson:
+        key = jax.random.fold_in(jax.random.key(seed), mark)
+        return teach(teacher.model, params, frames, key, asked=config.prompts, followed=config.objects)
+
+    frame = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    structure = jax.tree.structure(jax.eval_shape(one, params, frame, jnp.uint32(0))) if kept else None
+    run = jax.jit(jax.vmap(one, (None, 0, 0)), in_shardings=(whole, split, split), out_shardings=split)
+    put = partial(jax.make_array_from_process_local_data, split)
+    mark = lambda item: fingerprint({}, item.name, *map(modified, item.frames))
+
+    def load(path: Path) -> Lesson:
+        with np.load(path) as file:
+            return structure.unflatten([file[str(i)] for i in range(len(file.files))])
+
+    def read(which: np.ndarray):
+        """The lessons where all are kept, else the frames [B, T, S, S, 3] to make them of."""
+        files = [kept / f"{mark(items[i])}.npz" for i in which] if kept else []
+        if files and all(map(Path.is_file, files)):
+            return which, files, jax.tree.map(lambda *leaves: np.stack(leaves), *map(load, files))
+        return which, files, np.stack([read_item(items[i], size) for i in which])
+
+    def batches(indices: Iterator[np.ndarray]) -> Iterator[Lesson]:
+        mine = (np.split(which, jax.process_count())[jax.process_index()] for which in indices)
+        for which, files, found in ahead(read, mine):
+            if isinstance(found, np.ndarray):
+                marks = np.array([zlib.crc32(items[i].name.encode()) for i in which], np.uint32)
+                found = jax.tree.map(to_local, run(params, put(found), put(marks)))
+                for i, file in enumerate(files):
+                    keep(file, jax.tree.map(lambda leaf, i=i: leaf[i], found))
+            yield found
+
+    return batches
+
+
+def modified(name: str) -> object:
+    """What tells a file from one that takes its place."""
+    return name if name.startswith("scenes:") else (os.path.getsize(name), os.path.getmtime(name))
+
+
+def keep(path: Path, lesson: Lesson) -> None:
+    """Writes a lesson, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.npz")
+    np.savez(temporary, **{str(i): leaf for i, leaf in enumerate(jax.tree.leaves(lesson))})
+    os.replace(temporary, path)
+
+
+def to_local(x: Array) -> np.ndarray:
+    """The rows of a split array that lie on this process' devices."""
+    shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+
+class Study(NamedTuple):
+    """What a student learns from: items to train and to validate on, which share no frame."""
+
+    train: Sequence[Item]
+    val: Sequence[Item]
+
+
+def distill(
+    model: SAM2,
+    student: dict,
+    teacher: Teacher,
+    study: Study,
+    config: DistillConfig,
+    folder: Path,
+    tell: Callable[[Row], None] = lambda row: None,
+) -> dict:
+    """The params that validated best at the lowest mean bits, of a `student` as fake_quant.student makes it.
+
+    folder: holds checkpoints, from which a killed run goes on to the very same end, and metrics.jsonl, whose rows
+    tell(row) gets too. ValueError: a loss is not finite; the step and the layer are named.
+    """
+    train, ask = config.train, config.distill
+    names, sizes = learning(student), weights_of(student)
+    steps = len(study.train) // train.batch_size  # an epoch
+    kept = Path(config.cache.root) / "lessons" / fingerprint(teacher.params, teacher.model, ask.prompts, config.seed)
+    taught = partial(lessons_on, teacher, config=ask, seed=config.seed, kept=kept if ask.cache_teacher else None)
+    batches = taught(study.train)
+    whole = taught(study.val)(
+        iter(
+            np.split(
+                np.arange(len(study.val) // train.batch_size * train.batch_size),
+                max(len(study.val) // train.batch_size, 1),
+            )
+        )
+    )
+    exam = [multihost_utils.process_allgather(batch, tiled=True) for batch in whole]
+
+    loss = distillation_loss(
+        model, {part: getattr(ask, part) for part in PARTS}, config.student.dtype, bool(ask.layers)
+    )
+    optimizer = make_optimizer(train, steps * train.epochs, student, config.quant.learn_clipping)
+    step, trials = make_train_step(loss, optimizer, train.parallel), make_trials(loss)
+    state = Progress(
+        init_state(student, optimizer, config.seed),
+        begin(bits_of(student), ask.window),
+        student,
+        jnp.float32(jnp.inf),
+        jnp.float32(jnp.inf),
+        jnp.int32(0),
+    )
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+    with ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options) as manager:
+        if manager.latest_step() is not None:
+            state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
+        log = open_log(folder / "metrics.jsonl", int(state.train.step), tell)
+        first, rows = int(state.train.step), []
+        for number, batch in enumerate(
+            batches(order(len(study.train), train.batch_size, config.seed, first)), first + 1
+        ):
+            if number > steps * train.epochs or state.stale >= (train.patience or np.inf):
+                break
+            current, metrics = step(state.train, batch)
+            losses = jnp.stack([metrics["layers"].get(name, metrics["parts"]["features"]) for name in names])
+            state = state._replace(train=current, schedule=observe(state.schedule, losses))
+            rows.append((number, metrics["loss"], metrics["parts"], losses))
+            ends = number % steps == 0
+            if ends or number % train.log_interval == 0 or number % train.checkpoint_every == 0:
+                log(summary(rows, names, number // steps, state.schedule, sizes))
+                rows = []
+            if ends:
+                state = end_epoch(state, number // steps, trials, exam, names, sizes, config, log)
+            if ends or number % train.checkpoint_every == 0:
+                manager.save(number, args=ocp.args.StandardSave(state))
+    return state.best
+
+
+def weights_of(student: dict) -> np.ndarray:
+    """[L]: how many weights each of the `learning` layers has."""
+    parts = map(innermost, kernels(flatten(student)).values())
+    return np.array([part.kernel.size for part in parts if isinstance(part, FakeQuant)])
+
+
+def summary(rows: list[tuple], names: Sequence[str], epoch: int, schedule: Schedule, sizes: np.ndarray) -> Row:
+    """One row for the log of the steps since the last. ValueError: a loss is not finite."""
+    for number, loss, _, losses in rows:
+        if not np.isfinite(loss):
+            wrong = np.flatnonzero(~np.isfinite(np.asarray(losses)))
+            where = f"first in layer {names[wrong[0]]}" if len(wrong) else "in no layer"
+            raise ValueError(
+                f"the loss is {float(loss)} at step {number}, {where}: lower train.learning_rate; the last good "
+                "checkpoint is kept, and the same command goes on from it"
+            )
+    parts = {f"train/{part}": float(np.mean([row[2][part] for row in rows])) for part in rows[0][2]}
+    return {
+        "step": rows[-1][0],
+        "epoch": epoch,
+        "train/loss": float(np.mean([row[1] for row in rows])),
+        **parts,
+        "train/avg_bit_width": average(schedule.bits, sizes),
+    }
+
+
+def average(bits: Array, sizes: np.ndarray) -> float:
+    """Mean bits a weight."""
+    return float((np.asarray(bits) * sizes).sum() / sizes.sum())
+
+
+def end_epoch(
+    state: Progress, epoch: int, trials: Callable, exam: list[Lesson], names: list[str], sizes: np.ndarray,
+    config: DistillConfig, log: Callable[[Row], None],
+) -> Progress:  # fmt: skip
+    """`state` after validation and, but for the last epochs, with a bit less for the layers that bear it."""
+    ask, now = config.distill, student_of(state.train)
+    bits = np.asarray(state.schedule.bits)
+    (before,), parts = try_bits(trials, now, bits[None], exam)
+    row = {"step": int(state.train.step), "epoch": epoch, "val/loss": float(before)}
+    row |= {f"val/{name}": float(value) for name, value in parts.items()}
+    mean = average(bits, sizes)
+    lower_bits = mean < float(state.best_bits) - 1e-6
+    if lower_bits or (mean < float(state.best_bits) + 1e-6 and before < float(state.best_loss)):
+        state = state._replace(best=now, best_loss=jnp.float32(before), best_bits=jnp.float32(mean), stale=jnp.int32(0))
+    else:
+        state = state._replace(stale=state.stale + 1)
+    if ask.confidence_method in ("baseline", "variance") and epoch <= config.train.epochs - ask.settle_epochs:
+        sure = confident(state.schedule, ask.confidence_method, ask.layer_threshold, ask.variance_threshold)
+        sure &= np.array(
+            [not config.quant.target_roots or any(under(n, r) for r in config.quant.target_roots) for n in names]
+        )
+        tried = candidates(state.schedule, sure, config.quant.min_bits, ask.candidates)
+        decisions = []
+        if len(tried):
+            less = bits - np.eye(len(bits), dtype=bits.dtype)[tried]
+            after, _ = try_bits(trials, now, less, exam)
+            impacts = (after - before) / max(before, ask.impact_floor)
+            schedule, decisions = lower(
+                state.schedule, names, sizes, tried, impacts,
+                threshold=ask.impact_threshold, budget=ask.impact_budget, target=config.quant.target_bits,
+            )  # fmt: skip
+            params = with_bits(state.train.params, schedule.bits)
+            state = state._replace(schedule=schedule, train=state.train._replace(params=params))
+        accepted = [d for d in decisions if d.accepted]
+        row |= {
+            "quant/candidates": len(tried),
+            "quant/updated_layers": len(accepted),
+            "quant/accept_rate": len(accepted) / max(len(tried), 1),
+            "quant/mean_increase": float(np.mean([d.impact for d in decisions])) if decisions else 0.0,
+            "quant/avg_bit_width": average(state.schedule.bits, sizes),
+            "bits": dict(zip(names, map(int, np.asarray(state.schedule.bits)))),
+            "decisions": [d._asdict() for d in decisions],
+        }
+    log(row)
+    return state
+
+
+def open_log(path: Path, step: int, tell: Callable[[Row], None]) -> Callable[[Row], None]:
+    """A function that appends a row; rows after `step`, which a killed run had written, are taken out first."""
+    if jax.process_index():
+        return lambda row: None
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows if row["step"] <= step))
+
+    def log(row: Row) -> None:
+        with path.open("a") as file:
+            print(json.dumps(row), file=file)
+        tell(row)
+
+    return log

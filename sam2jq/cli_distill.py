@@ -1,0 +1,243 @@
+"""`sam2jq distill`: CDPQ from the command line, on one process or many."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from sam2jq import __version__, cdpq
+from sam2jq import config as settings
+from sam2jq.cli import job_folder, load_model, stage
+from sam2jq.config import DistillConfig
+from sam2jq.controller import ladder
+from sam2jq.data.images import read_image
+from sam2jq.data.reader import check_disjoint, find_items, split_of
+from sam2jq.eval.compare import compare, summarize
+from sam2jq.eval.evaluate import evaluate_images, find_samples
+from sam2jq.eval.metrics import relative_error
+from sam2jq.models.sam2 import SAM2
+from sam2jq.quant.act import quantize_inputs
+from sam2jq.quant.bits import error_by_width
+from sam2jq.quant.fake_quant import frozen, innermost, learning, student
+from sam2jq.quant.ops import effective, effective_params
+from sam2jq.quant.qtensor import QTensor
+from sam2jq.quant.recipe import check_prefixes, input_specs, weight_specs
+from sam2jq.quant.transform import each_layer, simulated
+from sam2jq.report import curves, text
+from sam2jq.track import tracker
+from sam2jq.tree import flatten, kernels, layer_name
+
+COMPARED = 16  # held-out clips whose masks are compared at the end
+log = logging.getLogger("sam2jq")
+
+
+def run(config: DistillConfig, job: str) -> None:
+    """Teacher + student + frames -> <output.root>/<job>/ with package, vanilla checkpoint and curves."""
+    from converters.package import load_package, save_package
+    from converters.vanilla import save_vanilla
+
+    join_processes(config.distributed)
+    final = Path(config.output.root) / (config.output.job or job)
+    with shared_folder(final, settings.dump(config)) as folder:
+        with stage("data", f"{config.data.train}, {config.data.val}"):
+            study = find_study(config)
+        load = partial(load_model, cache=config.cache.root, image_size=config.data.image_size)
+        (teaching, teacher), (model, checkpoint) = load(config.teacher), load(config.student)
+        check_pair(teaching, model)
+        known = cdpq.Teacher(teaching, effective_params(teacher.params))
+        begin = start(checkpoint.params, config)
+        steps = len(study.train) // config.train.batch_size * config.train.epochs
+        log.info("student     %d layers learn, %d steps", len(learning(begin)), steps)
+        what = f"{len(study.train)} clips, {config.train.epochs} epochs"
+        watched = tracker(config, folder), progress(steps, config.train.batch_size)
+        with stage("distill", what), watched[0] as track, watched[1] as show:
+            best = cdpq.distill(model, begin, known, study, config, folder, lambda row: (track(row), show(row)))
+        if jax.process_index():
+            return
+        quantized = frozen(best)
+        with stage("compare", f"held-out frames of {config.data.val}"):
+            results = measure(model, known, quantized, study, config)
+        with stage("write", "package.pt, vanilla.pt, curves.png"):
+            rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            metadata = {
+                "model": settings.to_dict(config.student) | {"image_size": model.variant.image_size},
+                "names": checkpoint.names,
+                "random_weights": checkpoint.random,
+                "config": settings.to_dict(config),
+                "results": results,
+                "history": history(rows),
+                "versions": {"sam2jq": __version__} | {name: version(name) for name in ("jax", "flax", "torch")},
+            }
+            save_package(folder / "package.pt", quantized, weight_errors(known, quantized), metadata)
+            save_vanilla(folder / "vanilla.pt", quantized, checkpoint.random)
+            summary = load_package(folder / "package.pt").summary()
+            (folder / "metrics.json").write_text(json.dumps(summary, indent=1))
+            curves.draw(metadata["history"]).savefig(folder / "curves.png", dpi=120)
+        log.info("\n%s", text.totals(summary))
+        log.info("\nwritten     %s (all layers: sam2jq inspect %s; curves: %s)", final, final, final / "curves.png")
+
+
+def join_processes(config: settings.DistributedConfig) -> None:
+    """Makes this process one of those that the config names; nothing where it names none.
+
+    ValueError: not all of them came within the time.
+    """
+    if config.coordinator is None:
+        return
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    where = {} if config.coordinator == "auto" else {
+        "coordinator_address": config.coordinator, "num_processes": config.processes, "process_id": config.index,
+    }  # fmt: skip
+    try:
+        jax.distributed.initialize(**where, initialization_timeout=config.timeout)
+    except RuntimeError as error:
+        raise ValueError(
+            f"distributed: process {config.index} of {config.processes} waited {config.timeout} s for the others at "
+            f"{config.coordinator}: start them all with the same coordinator ({str(error).splitlines()[0]})"
+        ) from error
+    if jax.process_index():
+        log.setLevel(logging.WARNING)
+
+
+@contextmanager
+def shared_folder(final: Path, resumes: str) -> Iterator[Path]:
+    """`job_folder` of process 0, for all processes."""
+    if jax.process_index() == 0:
+        with job_folder(final, resumes) as folder:
+            meet("folder")
+            yield folder
+    else:
+        meet("folder")
+        yield final.with_name(f".{final.name}.partial")
+
+
+def meet(name: str) -> None:
+    """Waits for all processes."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def find_study(config: DistillConfig) -> cdpq.Study:
+    """The clips to learn from and to validate on. ValueError: they overlap, or do not fill a batch."""
+    data, batch = config.data, config.train.batch_size
+    find = partial(find_items, seed=config.seed, frames=data.frames, stride=data.stride)
+    train = find(split_of(data.train, "sav_train"), data.train_samples)
+    val = find(split_of(data.val, "sav_val"), data.val_samples)
+    check_disjoint(train, val)
+    for key, items in {"data.train": train, "data.val": val}.items():
+        if len(items) < batch:
+            raise ValueError(
+                f"{key} holds {len(items)} clips, which do not fill a batch of {batch}: give more data, or lower "
+                "train.batch_size"
+            )
+    if batch % jax.device_count():
+        raise ValueError(f"train.batch_size {batch} cannot be split evenly over {jax.device_count()} devices")
+    return cdpq.Study(train, val)
+
+
+def check_pair(teacher: SAM2, model: SAM2) -> None:
+    """ValueError unless a student can learn from a teacher: sizes may differ, what the decoder gets may not."""
+    theirs, own = teacher.variant, model.variant
+    for name in ("image_size", "features", "memory_features"):
+        if getattr(theirs, name) != getattr(own, name):
+            raise ValueError(
+                f"teacher and student: {name} is {getattr(theirs, name)} and {getattr(own, name)}: a student learns "
+                "from a teacher of the same, such as nano from nano, tiny from small, base-plus from large"
+            )
+
+
+def start(params: dict, config: DistillConfig) -> dict:
+    """The student: layers of the checkpoint that are quantized keep their grids, the others start on the config's."""
+    quant, flat = config.quant, kernels(flatten(params))
+    wgts = quant.wgts
+    if quant.initial_bits is not None:
+        wgts = replace(wgts, dtype=f"{wgts.dtype[:-1]}{quant.initial_bits}")
+    layers = [layer_name(path) for path in flat]
+    specs = weight_specs(wgts, layers)
+    check_prefixes("quant.target_roots", quant.target_roots, layers)
+    if config.distill.confidence_method == "ladder":
+        plain = {layer: effective(flat[path]) for path, layer in zip(flat, layers) if layer in specs}
+        eye = lambda w: np.eye(w.size // w.shape[-1], dtype=np.float32)
+        errors = {
+            layer: dict(zip(range(2, 9), np.sqrt(np.asarray(error_by_width(w, eye(w), specs[layer]))).tolist()))
+            for layer, w in plain.items()
+        }
+        rungs = [bits for bits in config.distill.bit_candidates if bits >= quant.min_bits]
+        chosen = ladder(errors, rungs, config.distill.confidence_threshold)
+        specs = {layer: replace(spec, bits=chosen[layer]) for layer, spec in specs.items()}
+    made = student(params, specs)
+    if quant.ipts.dtype is None:
+        return made
+    bare = [layer for path, layer in zip(flat, layers) if not isinstance(innermost(flat[path]), QTensor)]
+    inputs = {layer: spec for layer, spec in input_specs(quant.ipts, specs).items() if layer in bare}
+    return each_layer(partial(quantize_inputs, static=quant.ipts.static), inputs).apply(made, {})
+
+
+def measure(model: SAM2, teacher: cdpq.Teacher, quantized: dict, study: cdpq.Study, config: DistillConfig) -> dict:
+    """Feature error and mask IoU against the teacher, and mIoU of both where the masks are known."""
+    items = study.val[:COMPARED]
+    results = {"images": len(items)}
+    plain = simulated(quantized)
+    if teacher.model == model:
+        images = ([read_image(item.frames[0])] for item in items)
+        results = summarize(list(compare(model, teacher.params, plain, images, 4)))
+    if config.data.val.startswith("scenes:"):
+        samples = find_samples(config.data.val, len(study.val))
+        results["miou"] = {
+            "teacher": evaluate_images(teacher.model, teacher.params, samples)["miou"],
+            "student": evaluate_images(model, plain, samples)["miou"],
+        }
+    return results
+
+
+def weight_errors(teacher: cdpq.Teacher, quantized: dict) -> dict[str, float]:
+    """{layer: how far its weight is from the teacher's, relative}; 0 where the teacher has no such layer."""
+    theirs, own = flatten(teacher.params), flatten(effective_params(quantized))
+    rounded = [path for path, leaf in kernels(flatten(quantized)).items() if not hasattr(leaf, "dtype")]
+    alike = lambda path: path in theirs and theirs[path].shape == own[path].shape
+    return {layer_name(path): relative_error(own[path], theirs[path]) if alike(path) else 0.0 for path in rounded}
+
+
+def history(rows: list[dict]) -> dict:
+    """What the run's curves and its heat map are drawn from, out of metrics.jsonl."""
+    told = [row for row in rows if "bits" in row]
+    layers = list(told[0]["bits"]) if told else []
+    return {
+        "loss": [[row["step"], row["train/loss"]] for row in rows if "train/loss" in row],
+        "val_loss": [[row["step"], row["val/loss"]] for row in rows if "val/loss" in row],
+        "avg_bit_width": [[row["step"], row["train/avg_bit_width"]] for row in rows if "train/avg_bit_width" in row],
+        "bits": {
+            "steps": [row["step"] for row in told],
+            "layers": {layer: [row["bits"][layer] for row in told] for layer in layers},
+        },
+        "decisions": [{"epoch": row["epoch"]} | one for row in rows for one in row.get("decisions", ())],
+    }
+
+
+@contextmanager
+def progress(steps: int, batch: int) -> Iterator[Callable[[dict], None]]:
+    """A function that shows a row's loss and bits on a line with images/s and the time left."""
+    if jax.process_index():
+        yield lambda row: None
+        return
+    with tqdm(total=steps * batch, unit="image", leave=False, disable=None) as bar:
+
+        def show(row: dict) -> None:
+            bar.update(row["step"] * batch - bar.n)
+            if "train/loss" in row:
+                bar.set_postfix(loss=f"{row['train/loss']:.4g}", bits=f"{row['train/avg_bit_width']:.2f}")
+            if "val/loss" in row:
+                lowered = f", {row['quant/updated_layers']} of {row['quant/candidates']} layers lowered to " \
+                          f"{row['quant/avg_bit_width']:.2f} bits" if "bits" in row else ""  # fmt: skip
+                log.info("epoch %-5d validation loss %.4g%s", row["epoch"], row["val/loss"], lowered)
+
+        yield show

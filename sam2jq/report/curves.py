@@ -1,0 +1,33 @@
+"""How a distillation went, as a picture: loss, mean bits, and the bits of each layer over time."""
+
+import numpy as np
+from matplotlib.figure import Figure
+
+WIDTHS = (2, 8)
+
+
+def draw(history: dict) -> Figure:
+    """Losses and mean bits a weight over steps, above a heat map of every layer's bits, in the order of the model."""
+    figure = Figure(figsize=(9, 8), layout="constrained")
+    top, bottom = figure.subplots(2, 1, height_ratios=(1, 1.6))
+    for name, label in {"loss": "training", "val_loss": "validation"}.items():
+        if history[name]:
+            top.plot(*zip(*history[name]), label=label, marker="o" if name == "val_loss" else None, markersize=4)
+    top.set(xlabel="step", ylabel="loss", yscale="log")
+    top.legend(loc="upper right")
+    mean = top.twinx()
+    if history["avg_bit_width"]:
+        mean.step(*zip(*history["avg_bit_width"]), where="post", color="0.5", linestyle="--")
+    mean.set_ylabel("bits a weight (dashed)")
+    layers = history["bits"]["layers"]
+    if layers:
+        rows = np.array(list(layers.values()))
+        image = bottom.imshow(
+            rows, aspect="auto", interpolation="nearest", cmap="cividis", vmin=WIDTHS[0], vmax=WIDTHS[1]
+        )
+        bottom.set(xlabel="after step", ylabel="layer, from the image to the mask")
+        bottom.set_xticks(range(len(history["bits"]["steps"])), history["bits"]["steps"])
+        figure.colorbar(image, ax=bottom, label="bits")
+    else:
+        bottom.set_axis_off()
+    return figure
