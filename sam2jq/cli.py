@@ -27,24 +27,15 @@ from sam2jq.config import Config, DistillConfig
 from sam2jq.data import find_images, preprocess, read_image
 from sam2jq.data.sav import write_mask
 from sam2jq.data.video import open_video
-from sam2jq.eval.compare import summarize
-from sam2jq.eval.cost import (
-    GRID,
-    STAGE_IMAGES,
-    against_clips,
-    against_full,
-    against_truth,
-    layer_figures,
-    stage_errors,
-)
+from sam2jq.eval.cost import STAGE_IMAGES, find_truth, layer_figures, measure
 from sam2jq.eval.evaluate import drawn_video, evaluate_clips, evaluate_images, find_clips, find_samples
 from sam2jq.files import whole
 from sam2jq.models.sam2 import SAM2, TRUNK_LINEAR, build
 from sam2jq.predict import ImagePredictor
-from sam2jq.ptq import UNROUNDED, Quantized, quantize_params
+from sam2jq.ptq import UNROUNDED, Quantized, quantize_params, smoothed_by
 from sam2jq.quant.ops import effective_params
 from sam2jq.quant.recipe import layers as all_layers
-from sam2jq.quant.recipe import onto, smoothing, weight_specs
+from sam2jq.quant.recipe import onto, weight_specs
 from sam2jq.quant.transform import simulated
 from sam2jq.report import figures, text
 from sam2jq.report.comparison import runs_csv, runs_page, settings_of
@@ -141,7 +132,7 @@ def quantize(args: argparse.Namespace, flags: list[str]) -> None:
                 )
             for name in names:
                 read_image(name)
-            samples, clips = find_truth(config)
+            truth = find_truth(config)
         model, checkpoint = load_model(config.model, config.cache.root, calib.image_size)
 
         full = effective_params(checkpoint.params)
@@ -161,26 +152,11 @@ def quantize(args: argparse.Namespace, flags: list[str]) -> None:
         (folder / "config.yaml").write_text(settings.dump(config))  # with the bits that were chosen for a target
         kinds = {"full precision": full}
         kinds |= {name: simulated(tree) for name, tree in done.reached.items() if name in ("weights", "inputs")}
-        *_, (last, quantized) = done.reached.items()
+        *_, quantized = done.reached.values()
         layers = layer_figures(full, quantized, done.stats)
         if config.convert_nunchaku:
             kinds["nunchaku"] = convert_nunchaku(config, model, checkpoint, full, done, folder)
-        with timed("compare", f"{len(names)} images x {GRID * GRID} clicks"):
-            compared, gallery = against_full(model, full, kinds[last], names, config)
-            results = summarize(compared) | {"kinds": ["full precision", last]}
-            if config.convert_nunchaku:
-                results["nunchaku"] = summarize(against_full(model, full, kinds["nunchaku"], names, config)[0])
-            errors = stage_errors(model, full, done.reached, compared, names, config)
-        if samples:
-            with timed("segment", f"{len(samples)} images whose masks are known"):
-                scores, gallery = against_truth(model, kinds, last, samples, config)
-            source = config.measure.images or calib.path
-            results |= scores | {"miou_data": source, "held_out": source != calib.path}
-        if clips:
-            with timed("track", f"{len(clips)} clips whose masks are known"):
-                both = {kind: kinds[kind] for kind in ("full precision", last)}
-                results |= against_clips(model, both, clips, config) | {"video_data": config.measure.clips}
-
+        results, errors, gallery = measure(model, kinds, done.reached, names, truth, config, timed)
         with timed("write", "package.pt" + ", vanilla.pt, cache" * config.save_model):
             metadata = {
                 "model": settings.to_dict(config.model) | {"image_size": model.variant.image_size},
@@ -204,7 +180,7 @@ def quantize(args: argparse.Namespace, flags: list[str]) -> None:
             "unquantized": [layer for layer in all_layers(full) if layer not in layers],
             "stages": [row | errors.get(row["name"], {}) for row in merged(record)],
             "stage_images": min(STAGE_IMAGES, len(names)),
-            "images_id": fingerprint({}, images, [Path(one.name).name for one in (*samples, *clips)]),
+            "images_id": fingerprint({}, images, [Path(one.name).name for found in truth for one in found]),
             "asked": settings.to_dict(asked),
             "command": command_line(args, flags),
         }
@@ -453,25 +429,6 @@ def load_model(wanted: settings.ModelConfig, cache: str, image_size: int | None 
     if checkpoint.random:
         log.warning("warning     the weights are RANDOM: what follows says nothing about a trained model")
     return model, checkpoint
-
-
-def find_truth(config: Config) -> tuple[list, list]:
-    """The images and the clips whose masks are known; none where the config names none."""
-    wanted, calib = config.measure, config.quant.calib
-    drawn = calib.path.startswith("scenes:")
-    samples = find_samples(wanted.images, wanted.num_images) if wanted.images else []
-    clips = find_clips(wanted.clips, wanted.split, wanted.num_clips) if wanted.clips else []
-    return samples or (find_samples(calib.path, calib.num_samples) if drawn else []), clips
-
-
-def smoothed_by(done: Quantized, full: dict) -> dict:
-    """{layer: (alpha, beta)} that smoothing took, if there was any."""
-    names = list(done.reached)
-    if "smooth" not in names:
-        return {}
-    at = names.index("smooth")
-    before = done.reached[names[at - 1]] if at else full
-    return smoothing(done.config, before, done.reached["smooth"], done.stats)
 
 
 def command_line(args: argparse.Namespace, flags: list[str]) -> str:

@@ -13,7 +13,7 @@ from sam2jq.calibrate import collect, fingerprint
 from sam2jq.config import QuantConfig
 from sam2jq.models.sam2 import FLOW, SAM2, TRUNK_LINEAR
 from sam2jq.quant.ops import effective_params
-from sam2jq.quant.recipe import choose_bits, stages
+from sam2jq.quant.recipe import choose_bits, smoothing, stages
 from sam2jq.quant.transform import Stats
 from sam2jq.tree import flatten, kernels, layer_name, unflatten
 
@@ -87,6 +87,16 @@ def calibrated(model: SAM2, params: dict, clips: Clips, needs: frozenset[str], c
         return collect(model, params, clips, needs)
     folder, mark = cache
     return collect(model, params, clips, needs, folder / f"{fingerprint(params, model, sorted(needs), mark)}.npz")
+
+
+def smoothed_by(done: Quantized, full: dict) -> dict[str, tuple[float, float] | None]:
+    """{layer: (alpha, beta)} that smoothing took, None where groups of inputs have their own; {} without that stage."""
+    names = list(done.reached)
+    if "smooth" not in names:
+        return {}
+    at = names.index("smooth")
+    before = done.reached[names[at - 1]] if at else full
+    return smoothing(done.config, before, done.reached["smooth"], done.stats)
 
 
 def in_order(layers: Iterable[str]) -> list[list[str]]:

@@ -208,21 +208,25 @@ def test_a_package_is_exported_to_other_formats(job, tmp_path, capsys, to, files
 
 def test_a_sweep_runs_every_combination_once_and_compares_them(flags, tmp_path, capsys):
     command = ["sweep", *flags, "--output.root", str(tmp_path), "--output.job", "s", "--save_model", "false"]
-    skips = "--quant.wgts.skips", "[image_encoder, sam_mask_decoder, memory_attention]"
-    over = "--over", "quant.wgts.dtype=sint8,sint4"
-    assert main([*command, *skips, *over]) == 0
-    names = [f"quant.wgts.dtype=sint{bits}" for bits in (8, 4)]
-    assert {path.name for path in (tmp_path / "s").iterdir()} == {*names, "runs.csv", "report.html"}
+    command += ["--over", "quant.wgts.dtype=sint8,sint4"]
+    assert main(command) == 0
+    runs = [tmp_path / "s" / f"quant.wgts.dtype=sint{bits}" for bits in (8, 4)]
+    assert set((tmp_path / "s").iterdir()) == {*runs, tmp_path / "s" / "runs.csv", tmp_path / "s" / "report.html"}
+    assert not (runs[0] / "vanilla.pt").exists()
+    eight, four = (json.loads((folder / "metrics.json").read_text())["results"] for folder in runs)
+    assert eight["mask_iou"] > four["mask_iou"]
+    assert all(eight["feature_error"][level] < four["feature_error"][level] / 4 for level in four["feature_error"])
     rows = list(csv.DictReader((tmp_path / "s" / "runs.csv").open()))
     assert [row["quant.wgts.dtype"] for row in rows] == ["sint8", "sint4"]
     assert float(rows[0]["MB"]) > float(rows[1]["MB"])
+
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "s").glob("*/metrics.json")}
-    assert main([*command, *skips, *over]) == 0  # again: all of it is there
+    assert main(command) == 0  # again: all of it is there
     assert capsys.readouterr().out.count("is finished") == 2
     assert before == {path: path.stat().st_mtime_ns for path in before}
-    assert "was made with another quant.wgts.skips: remove it" in failure(capsys, *command, *over)
+    assert "was made with another seed: remove it, or give" in failure(capsys, *command, "--seed", "1")
     out = tmp_path / "page.html"
-    assert main(["report", *(str(tmp_path / "s" / name) for name in names), "--out", str(out)]) == 0
+    assert main(["report", *map(str, runs), "--out", str(out)]) == 0
     assert out.read_text() == (tmp_path / "s" / "report.html").read_text()
 
 
@@ -251,16 +255,6 @@ def test_an_export_of_nothing_is_an_error(tmp_path, capsys):
     error = failure(capsys, "export", "--package", str(tmp_path), "--to", "vanilla", "--out", str(tmp_path / "out"))
     assert "no package at" in error
     assert not (tmp_path / "out").exists()
-
-
-def test_eight_bits_cost_less_than_four(job, flags):
-    wide = ["--quant.wgts.dtype", "sint8", "--output.job", "w8", "--save_model", "false"]
-    assert main(["quantize", *flags, *wide]) == 0
-    folder = job.with_name("w8")
-    assert not (folder / "vanilla.pt").exists()
-    four, eight = (json.loads((f / "metrics.json").read_text())["results"] for f in (job, folder))
-    assert eight["mask_iou"] > four["mask_iou"]
-    assert all(eight["feature_error"][level] < four["feature_error"][level] / 4 for level in four["feature_error"])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What quantization cost: masks against those in full precision and against true ones, layer by layer, by stage."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -8,7 +9,7 @@ from tqdm import tqdm
 from sam2jq.config import Config
 from sam2jq.data import read_image
 from sam2jq.eval.compare import Compared, compare, summarize
-from sam2jq.eval.evaluate import Annotated, Sample, evaluate_clips
+from sam2jq.eval.evaluate import Annotated, Sample, evaluate_clips, find_clips, find_samples
 from sam2jq.eval.gallery import Gallery, add, draw, of_clicks, of_objects
 from sam2jq.eval.metrics import relative_error
 from sam2jq.eval.segment import mean_ious, object_ious, segment_objects
@@ -22,6 +23,50 @@ from sam2jq.video import VideoPredictor
 GRID = 4  # clicks per side of an image
 STAGE_IMAGES = 4  # that the model is compared on after every stage
 PARTS = ("trunk", "trunk", "neck", "prompts", "decoder", "memory encoder", "memory attention")  # of FLOW
+
+
+def find_truth(config: Config) -> tuple[list[Sample], list[Annotated]]:
+    """The images and the clips whose masks are known; none where the config names none."""
+    wanted, calib = config.measure, config.quant.calib
+    source, number = wanted.images, wanted.num_images
+    if not source and calib.path.startswith("scenes:"):
+        source, number = calib.path, calib.num_samples
+    samples = find_samples(source, number) if source else []
+    return samples, find_clips(wanted.clips, wanted.split, wanted.num_clips) if wanted.clips else []
+
+
+def measure(
+    model: SAM2,
+    kinds: Mapping[str, dict],
+    reached: Mapping[str, dict],
+    names: list[str],
+    truth: tuple[list[Sample], list[Annotated]],
+    config: Config,
+    watch: Callable,
+) -> tuple[dict, dict[str, dict], Gallery]:
+    """What was measured of the params trees `kinds`, the errors after each stage, and masks to show.
+
+    kinds: "full precision", what rounding `reached`, and maybe "nunchaku"; names: images without masks; truth: images
+    and clips with them; watch: as `quantize_params` takes it.
+    """
+    full, (*_, last), (samples, clips) = kinds["full precision"], reached, truth
+    with watch("compare", f"{len(names)} images x {GRID * GRID} clicks"):
+        compared, gallery = against_full(model, full, kinds[last], names, config)
+        results = summarize(compared) | {"kinds": ["full precision", last]}
+        if "nunchaku" in kinds:
+            results["nunchaku"] = summarize(against_full(model, full, kinds["nunchaku"], names, config)[0])
+        errors = stage_errors(model, full, reached, compared, names, config)
+    if samples:
+        with watch("segment", f"{len(samples)} images whose masks are known"):
+            scores, gallery = against_truth(model, kinds, last, samples, config)
+        used = {Path(name).resolve() for name in names}
+        held_out = used.isdisjoint(Path(sample.name).resolve() for sample in samples)
+        results |= scores | {"miou_data": config.measure.images or config.quant.calib.path, "held_out": held_out}
+    if clips:
+        with watch("track", f"{len(clips)} clips whose masks are known"):
+            both = {kind: kinds[kind] for kind in results["kinds"]}
+            results |= against_clips(model, both, clips, config) | {"video_data": config.measure.clips}
+    return results, errors, gallery
 
 
 def against_full(
