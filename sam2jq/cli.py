@@ -360,7 +360,7 @@ def report(args: argparse.Namespace, flags: list[str]) -> None:
     runs = read_runs(args.runs)
     page = runs_page(runs) if len(runs) > 1 else run_page(*next(iter(runs.items())))
     with whole(args.out) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8", errors="replace")
     log.info("written     %s", args.out)
 
 
@@ -387,7 +387,7 @@ def sweep(args: argparse.Namespace, flags: list[str]) -> None:
     runs = read_runs(jobs)
     for name, content in {"runs.csv": runs_csv(runs), "report.html": runs_page(runs)}.items():
         with whole(root / job / name) as temporary:
-            temporary.write_text(content, encoding="utf-8")
+            temporary.write_text(content, encoding="utf-8", errors="replace")
     log.info("written     %s\nreport      %s", root / job / "runs.csv", root / job / "report.html")
 
 

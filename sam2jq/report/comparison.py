@@ -17,8 +17,8 @@ def runs_page(runs: Mapping[Path, dict]) -> str:
     """The HTML that compares `runs`, {folder: metrics}. ValueError: they are not comparable."""
     check_comparable(runs)
     rows, keys = table(runs)
-    names = list(rows[0]["scores"])
-    chosen = [name for name in names if name != verdict.AGREEMENT] or names
+    names = shared_scores(rows)
+    chosen = [name for name in names if not name.startswith(verdict.AGREEMENT)] or names
     points = [row | {"front": {name for name in chosen if on_front(row, rows, name)}} for row in rows]
     first = next(iter(runs.values()))
     return render(
@@ -74,6 +74,11 @@ def table(runs: Mapping[Path, dict]) -> tuple[list[dict], list[str]]:
     return rows, keys
 
 
+def shared_scores(rows: list[dict]) -> list[str]:
+    """The names of the scores that all runs have."""
+    return [name for name in rows[0]["scores"] if all(name in row["scores"] for row in rows)]
+
+
 def settings_of(config: dict) -> dict[str, str]:
     """{dotted key: value as text} of all that may change a result."""
     plain = {section: of for section, of in config.items() if section not in ("cache", "output", "save_model")}
@@ -115,7 +120,7 @@ def compared(entries: list[tuple[Path, dict]]) -> dict:
 def runs_csv(runs: Mapping[Path, dict]) -> str:
     """The table of `runs` as CSV, one row a run."""
     rows, keys = table(runs)
-    names = list(rows[0]["scores"])
+    names = shared_scores(rows)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
@@ -123,6 +128,6 @@ def runs_csv(runs: Mapping[Path, dict]) -> str:
     )
     for row in rows:
         change = [row["scores"][name] - row["full"][name] for name in names]
-        figures = [row["mb"], row["bits"], *row["scores"].values(), *change, row["seconds"]]
+        figures = [row["mb"], row["bits"], *(row["scores"][name] for name in names), *change, row["seconds"]]
         writer.writerow([row["run"], row["scheme"], *row["settings"].values(), *figures])
     return text.getvalue()

@@ -64,7 +64,8 @@ def save_run(folder: Path, metrics: dict, gallery: Gallery) -> None:
     """Writes metrics.json, gallery/ and report.html of a run whose other files are there."""
     metrics = {"report_version": REPORT_VERSION} | metrics | {"gallery": save_gallery(folder, gallery)}
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    (folder / "report.html").write_text(run_page(folder, metrics), encoding="utf-8")
+    # a file's name may hold bytes that are no text
+    (folder / "report.html").write_text(run_page(folder, metrics), encoding="utf-8", errors="replace")
 
 
 def read_runs(paths: Iterable[str | Path]) -> dict[Path, dict]:
@@ -72,7 +73,7 @@ def read_runs(paths: Iterable[str | Path]) -> dict[Path, dict]:
 
     ValueError, FileNotFoundError: names the run and what it lacks.
     """
-    return {folder: read_metrics(folder) for folder in map(Path, paths)}
+    return {folder: read_metrics(folder) for folder in (Path(path).resolve() for path in paths)}
 
 
 def read_metrics(folder: Path) -> dict:

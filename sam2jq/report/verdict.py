@@ -7,7 +7,7 @@ PROMPTS = ("box", "1 click", "3 clicks")
 
 def scheme(metrics: dict) -> str:
     """What was done to a model, as "W4A8 g128, GPTQ, smoothing"; W3-8 where layers differ in bits."""
-    quant, widths = metrics["config"]["quant"], sorted({row["bits"] for row in metrics["layers"]})
+    quant, widths = metrics["config"]["quant"], sorted({row["bits"] for row in metrics["layers"]}) or [32]
     wgts, ipts = quant["wgts"], quant["ipts"]
     inputs = ipts["dtype"][-1] if ipts["dtype"] else 16
     parts = [f"W{'-'.join(map(str, widths[:: max(1, len(widths) - 1)]))}A{inputs} {group(wgts['group_shapes'])}"]
@@ -46,6 +46,9 @@ def scores(metrics: dict) -> list[dict]:
         images = count(results["images"], "image")
         behind = f"{images} of calibration, {results['prompts_per_image']} clicks with 3 masks each"
         rows.append(score(AGREEMENT, 100.0, 100 * results["mask_iou"], behind))
+        if "nunchaku" in results:
+            after = 100 * results["nunchaku"]["mask_iou"]
+            rows.append(score(f"{AGREEMENT}, as nunchaku's kernels compute", 100.0, after, behind))
     return rows
 
 

@@ -141,12 +141,13 @@ def test_layers_are_sorted_by_number_and_by_name_and_filtered(browser, pages):
 def test_every_picture_has_words_and_every_control_a_name_that_the_keyboard_reaches(browser, pages):
     for page in pages.values():
         show(browser, page)
-        pictures = browser.find_elements("css selector", ".picture > img:first-child")
+        masks = browser.find_elements("css selector", ".picture > img:first-child")
+        assert masks
+        assert all(MARKUP in mask.get_attribute("alt") for mask in masks)
+        pictures = browser.find_elements("css selector", "[role=img]")
         assert pictures
-        assert all(MARKUP in picture.get_attribute("alt") for picture in pictures)
-        charts = browser.find_elements("css selector", "[role=img]")
-        assert charts
-        assert all(chart.get_attribute("aria-label") for chart in charts)
+        assert all(picture.get_attribute("aria-label") for picture in pictures)
+        assert all(button.text for button in browser.find_elements("tag name", "button"))
         controls = browser.find_elements("css selector", "input, button, summary, main > section > [tabindex]")
         body, reached = browser.find_element("tag name", "body"), []
         for _ in controls:
