@@ -82,7 +82,7 @@ docs-check: setup
 	PATH=$(CURDIR)/$(VENV)/bin:$$PATH $(VENV)/bin/python docs/check.py
 
 # the pictures of README.md, from runs of the demo model; needs Chromium with its driver
-pictures: OVER := quant.wgts.dtype=sint8,sint6,sint5,sint4,sint3 quant.wgts.kernel_gptq=null,{}
+pictures: OVER := quant.wgts.dtype=sint8,sint6,sint5,sint4 quant.wgts.kernel_gptq=null,{}
 pictures: ARGS := --measure.num_images 48 --measure.clips scenes:2002 --measure.num_clips 4 --output.job demo_sweep
 pictures: sweep
 	$(VENV)/bin/python docs/pictures.py outputs/demo_sweep

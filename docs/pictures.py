@@ -12,7 +12,7 @@ from PIL import Image
 from selenium import webdriver
 
 SHOWN = "quant.wgts.dtype=sint4,quant.wgts.kernel_gptq={}"  # the run whose gallery is in README.md
-OPTIONS = "--headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1400,1000"
+OPTIONS = "--headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1400,2400"
 
 
 def main(sweep: str) -> None:
@@ -22,7 +22,7 @@ def main(sweep: str) -> None:
         options.add_argument(option)
     browser = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     parts = {
-        "pareto.png": (Path(sweep) / "report.html", ".chart"),
+        "pareto.png": (Path(sweep) / "report.html", ".chart svg"),
         "gallery.jpg": (Path(sweep) / SHOWN / "report.html", ".gallery"),
     }
     for name, (page, selector) in parts.items():

@@ -91,12 +91,13 @@ def pareto(points: list[dict], names: list[str]) -> str:
             shown = sorted((p for p in points if name in p["scores"]), key=lambda p: p["mb"])
             front = [p for p in shown if name in p["front"]]
             ax.step([p["mb"] for p in front], [p["scores"][name] for p in front], where="post", color=BLUE, zorder=1)
-            for i, p in enumerate(shown):
+            near = 0.05 * (shown[-1]["mb"] - shown[0]["mb"])
+            for p in shown:
                 on = name in p["front"]
                 ax.plot(p["mb"], p["scores"][name], "o" if on else "X", color=BLUE if on else ORANGE, markersize=7)
-                ax.annotate(
-                    p["letter"], (p["mb"], p["scores"][name]), xytext=(5, 5 - 16 * (i % 2)), textcoords="offset points"
-                )
+                beside = [q["scores"][name] for q in shown if abs(q["mb"] - p["mb"]) <= near]
+                offset = (5, 5) if p["scores"][name] >= max(beside) else (5, -11)  # two at one place can both be read
+                ax.annotate(p["letter"], (p["mb"], p["scores"][name]), xytext=offset, textcoords="offset points")
             ax.axhline(shown[0]["full"][name], color="#888888", linestyle="--", linewidth=1)
             ax.set(title=name, xlabel="MB", ylabel="percent")
             ax.margins(0.12)

@@ -92,8 +92,8 @@ def letter(index: int) -> str:
 
 
 def on_front(row: dict, rows: list[dict], name: str) -> bool:
-    """Whether no other run is at least as small and as good by score `name`, and better in one of both."""
-    at = lambda of: (-of["mb"], of["scores"][name])
+    """Whether no other run is at least as small, to 0.01 MB, and as good by score `name`, and better in one of both."""
+    at = lambda of: (-round(of["mb"], 2), of["scores"][name])
     return not any(all(x >= y for x, y in zip(at(other), at(row))) and at(other) != at(row) for other in rows)
 
 
