@@ -8,6 +8,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from jax.experimental import multihost_utils
 
 from sam2jq.calibrate import fingerprint
 from sam2jq.config import DistillConfig, LessonConfig, TrainConfig
-from sam2jq.controller import Schedule, begin, candidates, confident, lower, observe
+from sam2jq.controller import Decision, Schedule, begin, candidates, confident, lower, observe
 from sam2jq.data.reader import Item, ahead, order, read_item
 from sam2jq.distill import PARTS, Lesson, distillation_loss, teach
 from sam2jq.models.sam2 import SAM2
@@ -33,8 +34,8 @@ Row = dict[str, object]  # of metrics.jsonl
 
 
 class Progress(NamedTuple):
-    """All that a killed run goes on from. best: the student that validated best at the lowest mean bits; stale: epochs
-    since."""
+    """All that a killed run goes on from. best: the student that validated best at the lowest mean bits, in the host's
+    memory; stale: epochs since."""
 
     train: TrainState
     schedule: Schedule
@@ -183,30 +184,21 @@ def distill(
     tell(row) gets too. ValueError: a loss is not finite; the step and the layer are named.
     """
     train, ask = config.train, config.distill
-    names, sizes = learning(student), weights_of(student)
-    steps = len(study.train) // train.batch_size  # an epoch
     kept = Path(config.cache.root) / "lessons" / fingerprint(teacher.params, teacher.model, ask.prompts, config.seed)
     taught = partial(lessons_on, teacher, config=ask, seed=config.seed, kept=kept if ask.cache_teacher else None)
-    batches = taught(study.train)
-    whole = taught(study.val)(
-        iter(
-            np.split(
-                np.arange(len(study.val) // train.batch_size * train.batch_size),
-                max(len(study.val) // train.batch_size, 1),
-            )
-        )
-    )
-    exam = [multihost_utils.process_allgather(batch, tiled=True) for batch in whole]
+    whole = np.arange(len(study.val) // train.batch_size * train.batch_size).reshape(-1, train.batch_size)
+    exam = [multihost_utils.process_allgather(batch, tiled=True) for batch in taught(study.val)(iter(whole))]
 
-    loss = distillation_loss(
-        model, {part: getattr(ask, part) for part in PARTS}, config.student.dtype, bool(ask.layers)
-    )
-    optimizer = make_optimizer(train, steps * train.epochs, student, config.quant.learn_clipping)
-    step, trials = make_train_step(loss, optimizer, train.parallel), make_trials(loss)
+    weights = {part: getattr(ask, part) for part in PARTS}
+    loss = distillation_loss(model, weights, config.student.dtype, watch=ask.layers > 0)
+    epoch = len(study.train) // train.batch_size  # in steps
+    optimizer = make_optimizer(train, epoch * train.epochs, student, config.quant.learn_clipping)
+    step = make_train_step(loss, optimizer, train.parallel)
+    finish = partial(end_epoch, make_trials(loss), exam, config, learning(student), weights_of(student))
     state = Progress(
-        init_state(student, optimizer, config.seed),
+        init_state(jax.tree.map(jnp.copy, student), optimizer, config.seed),  # the step takes its arrays for itself
         begin(bits_of(student), ask.window),
-        student,
+        jax.device_get(student),
         jnp.float32(jnp.inf),
         jnp.float32(jnp.inf),
         jnp.int32(0),
@@ -215,26 +207,36 @@ def distill(
     with ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options) as manager:
         if manager.latest_step() is not None:
             state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
-        log = open_log(folder / "metrics.jsonl", int(state.train.step), tell)
-        first, rows = int(state.train.step), []
-        for number, batch in enumerate(
-            batches(order(len(study.train), train.batch_size, config.seed, first)), first + 1
-        ):
-            if number > steps * train.epochs or state.stale >= (train.patience or np.inf):
-                break
-            current, metrics = step(state.train, batch)
-            losses = jnp.stack([metrics["layers"].get(name, metrics["parts"]["features"]) for name in names])
-            state = state._replace(train=current, schedule=observe(state.schedule, losses))
-            rows.append((number, metrics["loss"], metrics["parts"], losses))
-            ends = number % steps == 0
-            if ends or number % train.log_interval == 0 or number % train.checkpoint_every == 0:
-                log(summary(rows, names, number // steps, state.schedule, sizes))
+        first = int(state.train.step)
+        log = open_log(folder / "metrics.jsonl", first, tell)
+        numbers = range(first + 1, epoch * train.epochs + 1)
+        batches = taught(study.train)(
+            islice(order(len(study.train), train.batch_size, config.seed, first), len(numbers))
+        )
+        rows = []
+        for number, lessons in zip(numbers, batches):
+            state, row = learn(step, state, lessons, learning(student))
+            rows.append(row)
+            ends, saves = number % epoch == 0, number % train.checkpoint_every == 0
+            if ends or saves or number % train.log_interval == 0:
+                log({"step": number, "epoch": number // epoch} | summary(rows, number, learning(student)))
                 rows = []
             if ends:
-                state = end_epoch(state, number // steps, trials, exam, names, sizes, config, log)
-            if ends or number % train.checkpoint_every == 0:
+                state, row = finish(state, number // epoch)
+                log({"step": number, "epoch": number // epoch} | row)
+            if ends or saves:
                 manager.save(number, args=ocp.args.StandardSave(state))
+            if state.stale >= (train.patience or np.inf):
+                break
     return state.best
+
+
+def learn(step: Callable, state: Progress, lessons: Lesson, names: Sequence[str]) -> tuple[Progress, dict[str, Array]]:
+    """`state` after a step, and what is known of it; a layer that the teacher has no like of goes by the features."""
+    train, metrics = step(state.train, lessons)
+    losses = jnp.stack([metrics["layers"].get(name, metrics["parts"]["features"]) for name in names])
+    told = metrics["parts"] | {"loss": metrics["loss"], "layers": losses}
+    return state._replace(train=train, schedule=observe(state.schedule, losses)), told
 
 
 def weights_of(student: dict) -> np.ndarray:
@@ -243,24 +245,18 @@ def weights_of(student: dict) -> np.ndarray:
     return np.array([part.kernel.size for part in parts if isinstance(part, FakeQuant)])
 
 
-def summary(rows: list[tuple], names: Sequence[str], epoch: int, schedule: Schedule, sizes: np.ndarray) -> Row:
-    """One row for the log of the steps since the last. ValueError: a loss is not finite."""
-    for number, loss, _, losses in rows:
-        if not np.isfinite(loss):
-            wrong = np.flatnonzero(~np.isfinite(np.asarray(losses)))
-            where = f"first in layer {names[wrong[0]]}" if len(wrong) else "in no layer"
+def summary(rows: list[dict[str, Array]], number: int, names: Sequence[str]) -> Row:
+    """The means over the last steps, of which `number` is the last. ValueError: a loss is not finite."""
+    rows = jax.device_get(rows)
+    for at, row in enumerate(rows, number - len(rows) + 1):
+        if not np.isfinite(row["loss"]):
+            wrong = np.flatnonzero(~np.isfinite(row["layers"]))
+            where = f"layer {names[wrong[0]]}" if len(wrong) else "no layer"
             raise ValueError(
-                f"the loss is {float(loss)} at step {number}, {where}: lower train.learning_rate; the last good "
+                f"the loss is {row['loss']} at step {at}, first in {where}: lower train.learning_rate; the last good "
                 "checkpoint is kept, and the same command goes on from it"
             )
-    parts = {f"train/{part}": float(np.mean([row[2][part] for row in rows])) for part in rows[0][2]}
-    return {
-        "step": rows[-1][0],
-        "epoch": epoch,
-        "train/loss": float(np.mean([row[1] for row in rows])),
-        **parts,
-        "train/avg_bit_width": average(schedule.bits, sizes),
-    }
+    return {f"train/{name}": float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
 
 def average(bits: Array, sizes: np.ndarray) -> float:
@@ -269,50 +265,52 @@ def average(bits: Array, sizes: np.ndarray) -> float:
 
 
 def end_epoch(
-    state: Progress, epoch: int, trials: Callable, exam: list[Lesson], names: list[str], sizes: np.ndarray,
-    config: DistillConfig, log: Callable[[Row], None],
-) -> Progress:  # fmt: skip
-    """`state` after validation and, but for the last epochs, with a bit less for the layers that bear it."""
-    ask, now = config.distill, student_of(state.train)
-    bits = np.asarray(state.schedule.bits)
+    trials: Callable, exam: Sequence[Lesson], config: DistillConfig, names: Sequence[str], sizes: np.ndarray,
+    state: Progress, epoch: int,
+) -> tuple[Progress, Row]:  # fmt: skip
+    """`state` after validation and, but for the last epochs, with a bit less for the layers that bear it; and why."""
+    now, bits = student_of(state.train), np.asarray(state.schedule.bits)
     (before,), parts = try_bits(trials, now, bits[None], exam)
-    row = {"step": int(state.train.step), "epoch": epoch, "val/loss": float(before)}
-    row |= {f"val/{name}": float(value) for name, value in parts.items()}
+    row = {"val/loss": float(before)} | {f"val/{name}": float(value) for name, value in parts.items()}
     mean = average(bits, sizes)
-    lower_bits = mean < float(state.best_bits) - 1e-6
-    if lower_bits or (mean < float(state.best_bits) + 1e-6 and before < float(state.best_loss)):
-        state = state._replace(best=now, best_loss=jnp.float32(before), best_bits=jnp.float32(mean), stale=jnp.int32(0))
+    if (round(mean, 6), before) < (round(float(state.best_bits), 6), float(state.best_loss)):
+        best = jax.device_get(now)
+        state = state._replace(
+            best=best, best_loss=jnp.float32(before), best_bits=jnp.float32(mean), stale=jnp.int32(0)
+        )
     else:
         state = state._replace(stale=state.stale + 1)
+    ask, roots = config.distill, config.quant.target_roots
     if ask.confidence_method in ("baseline", "variance") and epoch <= config.train.epochs - ask.settle_epochs:
         sure = confident(state.schedule, ask.confidence_method, ask.layer_threshold, ask.variance_threshold)
-        sure &= np.array(
-            [not config.quant.target_roots or any(under(n, r) for r in config.quant.target_roots) for n in names]
-        )
+        sure &= np.array([not roots or any(under(name, root) for root in roots) for name in names])
         tried = candidates(state.schedule, sure, config.quant.min_bits, ask.candidates)
-        decisions = []
-        if len(tried):
-            less = bits - np.eye(len(bits), dtype=bits.dtype)[tried]
-            after, _ = try_bits(trials, now, less, exam)
-            impacts = (after - before) / max(before, ask.impact_floor)
-            schedule, decisions = lower(
-                state.schedule, names, sizes, tried, impacts,
-                threshold=ask.impact_threshold, budget=ask.impact_budget, target=config.quant.target_bits,
-            )  # fmt: skip
-            params = with_bits(state.train.params, schedule.bits)
-            state = state._replace(schedule=schedule, train=state.train._replace(params=params))
-        accepted = [d for d in decisions if d.accepted]
-        row |= {
-            "quant/candidates": len(tried),
-            "quant/updated_layers": len(accepted),
-            "quant/accept_rate": len(accepted) / max(len(tried), 1),
-            "quant/mean_increase": float(np.mean([d.impact for d in decisions])) if decisions else 0.0,
-            "quant/avg_bit_width": average(state.schedule.bits, sizes),
-            "bits": dict(zip(names, map(int, np.asarray(state.schedule.bits)))),
-            "decisions": [d._asdict() for d in decisions],
-        }
-    log(row)
-    return state
+        less = bits - np.eye(len(bits), dtype=bits.dtype)[tried]
+        after, _ = try_bits(trials, now, less, exam) if len(tried) else (np.zeros(0), {})
+        schedule, decisions = lower(
+            state.schedule, names, sizes, tried, (after - before) / max(before, ask.impact_floor),
+            threshold=ask.impact_threshold, budget=ask.impact_budget, target=config.quant.target_bits,
+        )  # fmt: skip
+        params = with_bits(state.train.params, schedule.bits)
+        state = state._replace(schedule=schedule, train=state.train._replace(params=params))
+        row |= told_decisions(decisions)
+        bits = np.asarray(schedule.bits)
+    return state, row | {
+        "train/avg_bit_width": average(bits, sizes),
+        "bits": dict(zip(names, bits.astype(int).tolist())),
+    }
+
+
+def told_decisions(decisions: Sequence[Decision]) -> Row:
+    """A round of the controller in the words of its log."""
+    accepted = sum(decision.accepted for decision in decisions)
+    return {
+        "quant/candidates": len(decisions),
+        "quant/updated_layers": accepted,
+        "quant/accept_rate": accepted / max(len(decisions), 1),
+        "quant/mean_increase": float(np.mean([decision.impact for decision in decisions])) if decisions else 0.0,
+        "decisions": [decision._asdict() for decision in decisions],
+    }
 
 
 def open_log(path: Path, step: int, tell: Callable[[Row], None]) -> Callable[[Row], None]:

@@ -214,7 +214,7 @@ def history(rows: list[dict]) -> dict:
     return {
         "loss": [[row["step"], row["train/loss"]] for row in rows if "train/loss" in row],
         "val_loss": [[row["step"], row["val/loss"]] for row in rows if "val/loss" in row],
-        "avg_bit_width": [[row["step"], row["train/avg_bit_width"]] for row in rows if "train/avg_bit_width" in row],
+        "avg_bit_width": [[row["step"], row["train/avg_bit_width"]] for row in told],
         "bits": {
             "steps": [row["step"] for row in told],
             "layers": {layer: [row["bits"][layer] for row in told] for layer in layers},
@@ -234,10 +234,14 @@ def progress(steps: int, batch: int) -> Iterator[Callable[[dict], None]]:
         def show(row: dict) -> None:
             bar.update(row["step"] * batch - bar.n)
             if "train/loss" in row:
-                bar.set_postfix(loss=f"{row['train/loss']:.4g}", bits=f"{row['train/avg_bit_width']:.2f}")
-            if "val/loss" in row:
-                lowered = f", {row['quant/updated_layers']} of {row['quant/candidates']} layers lowered to " \
-                          f"{row['quant/avg_bit_width']:.2f} bits" if "bits" in row else ""  # fmt: skip
-                log.info("epoch %-5d validation loss %.4g%s", row["epoch"], row["val/loss"], lowered)
+                bar.set_postfix(loss=f"{row['train/loss']:.4g}")
+            else:
+                lowered = (
+                    f", {row['quant/updated_layers']} of {row['quant/candidates']} layers" if "decisions" in row else ""
+                )
+                log.info(
+                    "epoch %-5d validation loss %.4g, %.2f bits%s",
+                    row["epoch"], row["val/loss"], row["train/avg_bit_width"], f"{lowered} lowered" * bool(lowered),
+                )  # fmt: skip
 
         yield show
