@@ -14,7 +14,10 @@ from sam2jq.report.figures import SIDE, draw_prompts
 from sam2jq.report.page import run_page
 
 REPORT_VERSION = 1  # of metrics.json, as far as pages are made of it
-NEEDED = ("model", "checkpoint", "images_id", "config", "command", "versions", "results", "layers", "stages", "gallery")
+NEEDED = (
+    *("model", "checkpoint", "images_id", "asked", "config", "command", "versions", "random_weights", "results"),
+    *("layers", "unquantized", "stages", "stage_images", "gallery"),
+)
 
 
 def layer_rows(rows: list[dict], figures: Mapping[str, dict], alphas: Mapping[str, tuple | None]) -> list[dict]:
