@@ -7,7 +7,7 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint 
 CONFIG ?= experiments/demo_w8.yaml experiments/demo_w4.yaml
 ARGS ?=
 
-.PHONY: setup quantize segment track evaluate inspect export demo-model test lint bench
+.PHONY: setup quantize sweep report segment track evaluate inspect export demo-model test lint bench docs-check pictures
 setup: $(READY)
 
 # sam2 comes as source and is built against the torch that is there: in its own build environment it would fetch
@@ -22,6 +22,18 @@ $(READY): pyproject.toml constraints.txt
 # make quantize CONFIG=experiments/hiera_tiny_w4.yaml ARGS="--model.checkpoint sam2.1_hiera_tiny.pt --quant.calib.path photos"
 quantize: setup
 	$(foreach config,$(CONFIG),$(SAM2JQ) quantize --config $(config) $(ARGS) &&) true
+
+# make sweep CONFIG=experiments/hiera_tiny_w4.yaml OVER="quant.wgts.dtype=sint8,sint4 seed=1,2" ARGS="--model.checkpoint ..."
+OVER ?= quant.wgts.dtype=sint8,sint6,sint5,sint4,sint3
+sweep: CONFIG := $(if $(filter file,$(origin CONFIG)),experiments/demo_w4.yaml,$(CONFIG))
+sweep: setup
+	$(SAM2JQ) sweep --config $(CONFIG) $(foreach over,$(OVER),--over '$(over)') $(ARGS)
+
+# make report RUNS="outputs/demo_w8 outputs/demo_w4" OUT=comparison.html
+RUNS ?= outputs/demo_w8 outputs/demo_w4
+OUT ?= comparison.html
+report: setup
+	$(SAM2JQ) report $(RUNS) --out $(OUT) $(ARGS)
 
 # make segment IMAGE=photo.jpg ARGS="--points 500,375 --model.name tiny --model.checkpoint sam2.1_hiera_tiny.pt"
 IMAGE ?= scenes:2002/0002
@@ -64,3 +76,13 @@ lint: setup
 bench: setup
 	$(VENV)/bin/python experiments/bench/encoder.py
 	$(VENV)/bin/python experiments/bench/ptq.py
+
+# runs every command and program of docs/ that needs no files but the project's own
+docs-check: setup
+	PATH=$(CURDIR)/$(VENV)/bin:$$PATH $(VENV)/bin/python docs/check.py
+
+# the pictures of README.md, from runs of the demo model; needs Chromium with its driver
+pictures: OVER := quant.wgts.dtype=sint8,sint6,sint5,sint4 quant.wgts.kernel_gptq=null,{}
+pictures: ARGS := --measure.num_images 48 --measure.clips scenes:2002 --measure.num_clips 4 --output.job demo_sweep
+pictures: sweep
+	$(VENV)/bin/python docs/pictures.py outputs/demo_sweep

@@ -97,16 +97,25 @@ class Package:
 
 
 def describe(name: str, layer: PackedLayer) -> dict:
-    """One row of a summary; `around`: what stands round the rounded weight, from outside."""
-    around, stored = [], layer.stored
+    """One row of a summary; `around`: what stands round the rounded weight, from outside; rank: of the branch, 0 for
+    none; inputs: the dtype they are rounded to, None where they are not."""
+    around, stored, rank, inputs = [], layer.stored, 0, None
     while "inner" in stored:
+        match stored["kind"]:
+            case "LowRank":
+                rank = stored["up"]["shape"][0]
+            case "ActQuantized":
+                inputs = unpack(stored["spec"]).dtype
         around, stored = [*around, stored["kind"]], stored["inner"]
     spec = None if stored["kind"] == "array" else QuantSpec(**stored["spec"])
     return {
         "name": name,
         "dtype": spec.dtype if spec else "float32",
+        "bits": spec.bits if spec else 32,
         "group": spec.group if spec else "",
         "around": around,
+        "rank": rank,
+        "inputs": inputs,
         "weights": math.prod(stored["shape"]),
         "bytes": layer.nbytes,
         "relative_error": layer.error,

@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam2jq.data import prompts
+from sam2jq.files import whole
 from sam2jq.models.layers import resize
 from sam2jq.models.sam2 import MEMORIES, SAM2
 from sam2jq.quant.observe import Range, Sample
@@ -103,14 +103,8 @@ def accumulate(fold: Callable, sums, clips: Callable[[int], Iterable[np.ndarray]
 
 def keep(path: Path, done: int, sums: list[Array]) -> None:
     """Writes the sums over the first `done` clips, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, done=done, **{str(i): x for i, x in enumerate(sums)})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, done=done, **{str(i): x for i, x in enumerate(sums)})
 
 
 def fingerprint(params: dict, *parts: object) -> str:

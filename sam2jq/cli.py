@@ -4,12 +4,15 @@ import argparse
 import json
 import logging
 import os
+import re
+import shlex
 import shutil
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,23 +27,23 @@ from sam2jq.config import Config, DistillConfig
 from sam2jq.data import find_images, preprocess, read_image
 from sam2jq.data.sav import write_mask
 from sam2jq.data.video import open_video
-from sam2jq.eval.compare import compare, prompt_grid, summarize
+from sam2jq.eval.cost import STAGE_IMAGES, find_truth, layer_figures, measure
 from sam2jq.eval.evaluate import drawn_video, evaluate_clips, evaluate_images, find_clips, find_samples
-from sam2jq.eval.metrics import relative_error
-from sam2jq.eval.segment import mean_ious, object_ious, segment_objects
+from sam2jq.files import whole
 from sam2jq.models.sam2 import SAM2, TRUNK_LINEAR, build
 from sam2jq.predict import ImagePredictor
-from sam2jq.ptq import UNROUNDED, Quantized, quantize_params
+from sam2jq.ptq import UNROUNDED, Quantized, quantize_params, smoothed_by
 from sam2jq.quant.ops import effective_params
+from sam2jq.quant.recipe import layers as all_layers
 from sam2jq.quant.recipe import onto, weight_specs
 from sam2jq.quant.transform import simulated
 from sam2jq.report import figures, text
+from sam2jq.report.comparison import runs_csv, runs_page, settings_of
+from sam2jq.report.page import run_page
+from sam2jq.report.run import layer_rows, merged, read_metrics, read_runs, save_run
 from sam2jq.tree import flatten, kernels, layer_name, unflatten
 from sam2jq.video import VideoPredictor
 
-GRID = 4  # clicks per side of an image, for the mask IoU
-CLICK = GRID * GRID // 2 + GRID // 2  # the one that masks.png shows, just off the image's centre
-SHOWN = 4  # images in masks.png
 FORMATS = {
     "vanilla": "vanilla.pt for build_sam2",
     "safetensors": "model.safetensors with Hugging Face's names",
@@ -50,8 +53,8 @@ FORMATS = {
 log = logging.getLogger("sam2jq")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The exit code of one command; an error of the user's is one line, and the code is 2."""
+def command_parser() -> argparse.ArgumentParser:
+    """Every sub-command with the arguments of its own; settings are left to config.load."""
     parser = argparse.ArgumentParser(prog="sam2jq", description="Quantize SAM 2 checkpoints, in JAX.")
     parser.add_argument("-v", "--verbose", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -78,13 +81,24 @@ def main(argv: list[str] | None = None) -> int:
         "--to", required=True, choices=FORMATS, help="; ".join(f"{k}: {v}" for k, v in FORMATS.items())
     )
     command.add_argument("--out", required=True, help="the folder to write into")
+    command = add_command(commands, "report", "one page of a finished run, or to compare several")
+    command.add_argument("runs", nargs="+", metavar="RUN", help="the folder that a run left")
+    command.add_argument("--out", default="report.html", help="the page to write (report.html)")
+    command = add_command(commands, "sweep", "quantize with every combination of settings, and compare", Config)
+    command.add_argument("--config", help="YAML file; every key of it is also a flag")
+    command.add_argument("--over", action="append", required=True, metavar="KEY=V,V", help="values to try, repeatable")
     command = add_command(commands, "inspect", "print what is in a package")
     command.add_argument("package", help="package.pt of a run, or the run's folder")
-    args, flags = parser.parse_known_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code of one command; an error of the user's is one line, and the code is 2."""
+    args, flags = command_parser().parse_known_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
     log.setLevel(logging.DEBUG if args.verbose else logging.INFO)
     try:
-        run = (quantize, distill, segment, track, evaluate, export, inspect)
+        run = (quantize, distill, segment, track, evaluate, export, report, sweep, inspect)
         next(one for one in run if one.__name__ == args.command)(args, flags)
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "safetensors"):
@@ -106,8 +120,10 @@ def quantize(args: argparse.Namespace, flags: list[str]) -> None:
     job = config.output.job or Path(args.config or "quantize").stem
     with job_folder(Path(config.output.root) / job) as folder:
         (folder / "config.yaml").write_text(settings.dump(config))
+        record = []
+        timed = partial(stage, record=record)
         calib = config.quant.calib
-        with stage("images", calib.path):  # all are read once, so that a broken one is found before the work
+        with timed("images", calib.path):  # all are read once, so that a broken one is found before the work
             names = find_images(calib.path, calib.num_samples, config.seed)
             if len(names) < calib.num_samples:
                 raise ValueError(
@@ -116,6 +132,7 @@ def quantize(args: argparse.Namespace, flags: list[str]) -> None:
                 )
             for name in names:
                 read_image(name)
+            truth = find_truth(config)
         model, checkpoint = load_model(config.model, config.cache.root, calib.image_size)
 
         full = effective_params(checkpoint.params)
@@ -129,27 +146,19 @@ def quantize(args: argparse.Namespace, flags: list[str]) -> None:
             seed=config.seed,
             needs={"gram"} if config.convert_nunchaku else (),
             cache=(Path(config.cache.root) / "calibration", (__version__, images)),
-            watch=stage,
+            watch=timed,
         )
-        config = replace(config, quant=done.config)
+        asked, config = config, replace(config, quant=done.config)
         (folder / "config.yaml").write_text(settings.dump(config))  # with the bits that were chosen for a target
         kinds = {"full precision": full}
-        kinds |= {
-            name: simulated(tree) for name, tree in done.reached.items() if name in ("weights", "inputs", "outputs")
-        }
-        *_, (last, quantized) = done.reached.items()
-        errors = weight_errors(full, quantized)
+        measured = [name for name in ("weights", "inputs", "outputs") if name in done.reached]
+        kinds |= {name: simulated(done.reached[name]) for name in measured}
+        *_, quantized = done.reached.values()
+        layers = layer_figures(full, quantized, done.stats)
         if config.convert_nunchaku:
             kinds["nunchaku"] = convert_nunchaku(config, model, checkpoint, full, done, folder)
-        with stage("compare", f"{len(names)} images x {GRID * GRID} clicks"):
-            results = measure(config, model, checkpoint, kinds[last], names, folder / "masks.png")
-            if config.convert_nunchaku:
-                results["nunchaku"] = measure(config, model, checkpoint, kinds["nunchaku"], names)
-        if calib.path.startswith("scenes:"):
-            with stage("segment", f"{len(names)} scenes, whose masks are known"):
-                results["miou"] = measure_truth(config, model, checkpoint, kinds, last, names, folder / "masks.png")
-
-        with stage("write", "package.pt" + ", vanilla.pt, cache" * config.save_model):
+        results, errors, gallery = measure(model, kinds, done.reached, names, truth, config, timed)
+        with timed("write", "package.pt" + ", vanilla.pt, cache" * config.save_model):
             metadata = {
                 "model": settings.to_dict(config.model) | {"image_size": model.variant.image_size},
                 "names": checkpoint.names,
@@ -160,17 +169,27 @@ def quantize(args: argparse.Namespace, flags: list[str]) -> None:
                 "results": results,
                 "versions": {"sam2jq": __version__} | {name: version(name) for name in ("jax", "flax", "torch")},
             }
-            save_package(folder / "package.pt", quantized, errors, metadata)
+            weight_errors = {layer: row["relative_error"] for layer, row in layers.items()}
+            save_package(folder / "package.pt", quantized, weight_errors, metadata)
             if config.save_model:
                 save_vanilla(folder / "vanilla.pt", quantized, checkpoint.random)
                 if "rotation" not in done.reached:  # these files have no place for it
                     save_deepcompressor(folder / "cache", quantized, checkpoint.names)
             summary = load_package(folder / "package.pt").summary()
-            (folder / "metrics.json").write_text(json.dumps(summary, indent=1))
-        rows = sorted(summary["layers"], key=lambda row: -row["relative_error"])
+        metrics = summary | {
+            "layers": layer_rows(summary["layers"], layers, smoothed_by(done, full)),
+            "unquantized": [layer for layer in all_layers(full) if layer not in layers],
+            "stages": [row | errors.get(row["name"], {}) for row in merged(record)],
+            "stage_images": min(STAGE_IMAGES, len(names)),
+            "images_id": fingerprint({}, images, [Path(one.name).name for found in truth for one in found]),
+            "asked": settings.to_dict(asked),
+            "command": command_line(args, flags),
+        }
+        save_run(folder, metrics, gallery)
+        rows = sorted(metrics["layers"], key=lambda row: -row["relative_error"])
         log.info("\n%s\n\nworst layers\n%s", text.totals(summary), text.layer_table(rows[:5]))
     final = Path(config.output.root) / job
-    log.info("\nwritten     %s (all layers: sam2jq inspect %s; pictures: %s)", final, final, final / "masks.png")
+    log.info("\nwritten     %s (all layers: sam2jq inspect %s)\nreport      %s", final, final, final / "report.html")
 
 
 def distill(args: argparse.Namespace, flags: list[str]) -> None:
@@ -182,8 +201,6 @@ def distill(args: argparse.Namespace, flags: list[str]) -> None:
 
 def segment(args: argparse.Namespace, flags: list[str]) -> None:
     """An image and a prompt -> an overlay in `args.out`."""
-    from converters.files import whole
-
     labels = prompt_labels(args)
     image = read_image(args.image)
     config = settings.load(None, flags, settings.SegmentConfig)
@@ -205,8 +222,6 @@ def segment(args: argparse.Namespace, flags: list[str]) -> None:
 
 def track(args: argparse.Namespace, flags: list[str]) -> None:
     """A clip and a prompt on one of its frames -> the object in all frames after it, moving or on a strip."""
-    from converters.files import whole
-
     labels, out = prompt_labels(args), Path(args.out)
     if out.suffix.lower() not in (".gif", ".png"):
         raise ValueError(f"--out {out}: give a name that ends in .gif or, for a strip of frames, in .png")
@@ -339,6 +354,64 @@ def export(args: argparse.Namespace, flags: list[str]) -> None:
     log.info("written     %s", out)
 
 
+def report(args: argparse.Namespace, flags: list[str]) -> None:
+    """The page of a run, or that of several side by side, in `args.out`."""
+    if flags:
+        raise ValueError(f"report takes no {flags[0]}")
+    runs = read_runs(args.runs)
+    page = runs_page(runs) if len(runs) > 1 else run_page(*next(iter(runs.items())))
+    with whole(args.out) as temporary:
+        temporary.write_text(page, encoding="utf-8", errors="replace")
+    log.info("written     %s", args.out)
+
+
+def sweep(args: argparse.Namespace, flags: list[str]) -> None:
+    """A run for every combination of `args.over`, those that are finished kept; their page and a table as CSV."""
+    root, job = sweep_folder(args, flags)
+    jobs = {}
+    for values in settings.grid(args.over):  # all are read before the first one runs
+        name = job_name(values)
+        places = {"output.root": str(root / job), "output.job": name}
+        own = [*flags, *(part for key, value in (values | places).items() for part in (f"--{key}", json.dumps(value)))]
+        jobs[root / job / name] = own, settings.load(args.config, own)
+    begin, made = time.perf_counter(), 0
+    for i, (folder, (own, config)) in enumerate(jobs.items(), 1):
+        if folder.exists():
+            check_same(folder, config)
+            log.info("job %2d/%-4d %s is finished", i, len(jobs), folder.name)
+            continue
+        quantize(argparse.Namespace(command="quantize", config=args.config), own)
+        jax.clear_caches()  # the programs of a hundred models do not fit into one process
+        made += 1
+        left = (time.perf_counter() - begin) / made * (len(jobs) - i)
+        log.info("job %2d/%-4d %s done, about %.0f s to go\n", i, len(jobs), folder.name, left)
+    runs = read_runs(jobs)
+    for name, content in {"runs.csv": runs_csv(runs), "report.html": runs_page(runs)}.items():
+        with whole(root / job / name) as temporary:
+            temporary.write_text(content, encoding="utf-8", errors="replace")
+    log.info("written     %s\nreport      %s", root / job / "runs.csv", root / job / "report.html")
+
+
+def job_name(values: dict[str, object]) -> str:
+    """A folder's name that says which settings a job of a sweep has."""
+    text = lambda value: value if isinstance(value, str) else json.dumps(value)
+    return re.sub(r"[^\w.,=+{}\[\]-]+", "_", ",".join(f"{key}={text(value)}" for key, value in values.items()))
+
+
+def sweep_folder(args: argparse.Namespace, flags: list[str]) -> tuple[Path, str]:
+    """The root and the name of the folder that holds a sweep's runs."""
+    output = settings.load(args.config, flags).output
+    return Path(output.root), output.job or f"{Path(args.config or 'quantize').stem}_sweep"
+
+
+def check_same(folder: Path, config: Config) -> None:
+    """ValueError unless the finished run in `folder` was made with the settings of `config`."""
+    asked = [settings_of(of) for of in (read_metrics(folder)["asked"], settings.to_dict(config))]
+    changed = [key for key in asked[0] | asked[1] if asked[0].get(key) != asked[1].get(key)]
+    if changed:
+        raise ValueError(f"{folder} was made with another {', '.join(changed)}: remove it, or give --output.job a name")
+
+
 def load_model(wanted: settings.ModelConfig, cache: str, image_size: int | None = None):
     """The model of a config and its checkpoint, after jax was told where to run it."""
     from converters.checkpoint import load_checkpoint
@@ -359,14 +432,10 @@ def load_model(wanted: settings.ModelConfig, cache: str, image_size: int | None 
     return model, checkpoint
 
 
-def weight_errors(params: dict, quantized: dict) -> dict[str, float]:
-    """{layer: |w_hat - w| / |w|} of every quantized layer."""
-    plain, rounded = flatten(params), flatten(effective_params(quantized))
-    return {
-        layer_name(path): relative_error(rounded[path], plain[path])
-        for path, leaf in kernels(flatten(quantized)).items()
-        if leaf is not plain[path]
-    }
+def command_line(args: argparse.Namespace, flags: list[str]) -> str:
+    """The command that was given, as a shell takes it."""
+    config = ["--config", args.config] if args.config else []
+    return shlex.join(["sam2jq", args.command, *config, *flags])
 
 
 def convert_nunchaku(config: Config, model: SAM2, checkpoint, full: dict, done: Quantized, folder: Path) -> dict:
@@ -387,55 +456,15 @@ def convert_nunchaku(config: Config, model: SAM2, checkpoint, full: dict, done: 
         return computed_by_kernels(full, folder / "nunchaku")
 
 
-def measure(
-    config: Config, model: SAM2, checkpoint, quantized: dict, names: list[str], picture: Path | None = None
-) -> dict:
-    """The summary of `compare` over the images; masks before and after of the first few go into `picture`."""
-    size = config.quant.calib.batch_size
-    note = ", random weights" if checkpoint.random else ""
-    click = prompt_grid(GRID, 1)[0][CLICK, 0]
-    batches = ([read_image(name) for name in names[i : i + size]] for i in range(0, len(names), size))
-    results, rows, titles = [], [], []
-    compared = compare(model, effective_params(checkpoint.params), quantized, batches, GRID, config.model.dtype)
-    for name, result in zip(names, tqdm(compared, total=len(names), unit="image", leave=False, disable=None)):
-        if picture and len(rows) < SHOWN:
-            rows.append(figures.before_and_after(read_image(name), click, [masks[CLICK, 0] for masks in result.masks]))
-            titles.append(
-                [Path(name).name, "full precision" + note, f"quantized, IoU {result.ious[CLICK, 0]:.3f}{note}"]
-            )
-        results.append(result._replace(masks=None))
-    if picture:
-        figures.side_by_side(rows, titles).save(picture)
-    return summarize(results)
-
-
-def measure_truth(
-    config: Config, model: SAM2, checkpoint, kinds: dict[str, dict], last: str, names: list[str], picture: Path
-) -> dict:
-    """{kind: {prompt: mIoU}} of params trees over drawn scenes; some, in full precision and as `last`, in `picture`."""
-    note = ", random weights" if checkpoint.random else ""
-    scores = {kind: [] for kind in kinds}
-    rows, titles = [], []
-    for sample in find_samples(config.quant.calib.path, len(names)):
-        image, masks = sample.read()
-        row, title = [figures.overlay(image, masks)], [sample.name]
-        for kind, params in kinds.items():
-            found = segment_objects(model, params, image, masks, config.model.dtype)
-            scores[kind].append(object_ious(found, masks))
-            if kind in ("full precision", last):
-                row.append(figures.overlay(image, found["1 click"]))
-                title.append(f"{kind}, 1 click: mIoU {scores[kind][-1]['1 click'].mean():.3f}{note}")
-        rows, titles = [*rows, row], [*titles, title]
-    figures.side_by_side(rows[:SHOWN], titles[:SHOWN]).save(picture)
-    return {kind: mean_ious(of) for kind, of in scores.items()}
-
-
 @contextmanager
-def stage(name: str, what: str) -> Iterator[None]:
-    """Logs one aligned line with the seconds that the block took."""
+def stage(name: str, what: str, record: list | None = None) -> Iterator[None]:
+    """Logs one aligned line with the seconds that the block took, and adds them to `record`."""
     begin = time.perf_counter()
     yield
-    log.info("%-11s %-60s %6.1f s", name, what, time.perf_counter() - begin)
+    seconds = time.perf_counter() - begin
+    log.info("%-11s %-60s %6.1f s", name, what, seconds)
+    if record is not None:
+        record.append({"name": name, "what": what, "seconds": seconds})
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from sam2jq.quant.bits import error_by_width
 from sam2jq.quant.fake_quant import frozen, innermost, learning, student
 from sam2jq.quant.ops import effective, effective_params
 from sam2jq.quant.qtensor import QTensor
-from sam2jq.quant.recipe import check_prefixes, activation_specs, weight_specs
+from sam2jq.quant.recipe import activation_specs, check_prefixes, weight_specs
 from sam2jq.quant.transform import each_layer, simulated
 from sam2jq.report import curves, text
 from sam2jq.track import tracker

@@ -1,6 +1,7 @@
 """Every setting of a run: frozen dataclasses, read from YAML and flags, checked before any model is loaded."""
 
 import dataclasses
+import itertools
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -236,6 +237,27 @@ class QuantConfig:
 
 
 @dataclass(frozen=True)
+class MeasureConfig:
+    """Where true masks are known, for scores before and after. images: scenes:<seed> or a COCO folder, for mIoU, drawn
+    scenes of calibration when empty; clips: scenes:<seed> or an SA-V folder, of which `split` is taken, for J&F;
+    num_images, num_clips: the first so many, all when null."""
+
+    images: str = ""
+    num_images: int | None = None
+    clips: str = ""
+    split: str = "sav_val"
+    num_clips: int | None = None
+
+    def __post_init__(self):
+        for name in ("images", "clips"):
+            number = getattr(self, f"num_{name}")
+            if number is None and getattr(self, name).startswith("scenes:"):
+                raise ValueError(f"measure.num_{name} is not set: drawn scenes have no end, give a number")
+            if number is not None and number < 1:
+                raise ValueError(f"measure.num_{name} must be at least 1, got {number}")
+
+
+@dataclass(frozen=True)
 class CacheConfig:
     """root: where compiled programs and the statistics of calibration are kept for the next run."""
 
@@ -258,6 +280,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     save_model: bool = True
     convert_nunchaku: bool = False
@@ -552,6 +575,22 @@ def load(path: str | None, flags: list[str], schema: type = Config):
     except DraccusException as error:
         unmet = str(error).startswith("Couldn't instantiate")  # a __post_init__ above said why
         raise ValueError(" ".join(str(error.__cause__ if unmet else error).split())) from error
+
+
+def grid(overs: list[str]) -> list[dict[str, object]]:
+    """Every combination of ["quant.wgts.dtype=sint8,sint4", "seed=1,2"] as {key: value}; values are YAML."""
+    axes = {}
+    for over in overs:
+        key, equals, values = over.partition("=")
+        try:
+            axes[key] = yaml.safe_load(f"[{values}]")
+        except yaml.YAMLError as error:
+            raise ValueError(f"--over {over}: the values are not YAML, with commas between") from error
+        if not (key and equals and axes[key]):
+            raise ValueError(f"--over {over}: write key=value,value such as quant.wgts.dtype=sint8,sint4")
+    if len(axes) < len(overs):
+        raise ValueError(f"--over {' --over '.join(overs)}: give all values of a key in one --over")
+    return [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
 
 
 def read_yaml(path: str) -> dict:

@@ -13,7 +13,7 @@ from sam2jq.calibrate import collect, fingerprint
 from sam2jq.config import QuantConfig
 from sam2jq.models.sam2 import FLOW, SAM2, TRUNK_LINEAR
 from sam2jq.quant.ops import effective_params
-from sam2jq.quant.recipe import activation_specs, choose_bits, choose_unsigned, stages, weight_specs
+from sam2jq.quant.recipe import activation_specs, choose_bits, choose_unsigned, smoothing, stages, weight_specs
 from sam2jq.quant.transform import Stats
 from sam2jq.tree import flatten, kernels, layer_name, unflatten
 
@@ -97,6 +97,16 @@ def calibrated(
     folder, mark = cache
     name = fingerprint(params, model, sorted(needs), layers and sorted(layers), mark)
     return collect(model, params, clips, needs, folder / f"{name}.npz", layers)
+
+
+def smoothed_by(done: Quantized, full: dict) -> dict[str, tuple[float, float] | None]:
+    """{layer: (alpha, beta)} that smoothing took, None where groups of inputs have their own; {} without that stage."""
+    names = list(done.reached)
+    if "smooth" not in names:
+        return {}
+    at = names.index("smooth")
+    before = done.reached[names[at - 1]] if at else full
+    return smoothing(done.config, before, done.reached["smooth"], done.stats)
 
 
 def in_order(layers: Iterable[str]) -> list[list[str]]:

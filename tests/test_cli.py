@@ -1,7 +1,9 @@
 """The command line from end to end, on the demo model."""
 
+import csv
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from sam2jq import build, config
 from sam2jq.cli import main
 from sam2jq.data import draw_clip
 
-FILES = {"cache", "config.yaml", "masks.png", "metrics.json", "package.pt", "run.log", "vanilla.pt"}
+FILES = {"cache", "config.yaml", "gallery", "metrics.json", "package.pt", "report.html", "run.log", "vanilla.pt"}
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +44,30 @@ def test_a_run_leaves_a_complete_folder(job):
     assert {path.name for path in job.iterdir()} == FILES
     assert [path.name for path in job.parent.iterdir()] == ["w4"]
     metrics = json.loads((job / "metrics.json").read_text())
-    assert metrics == json.loads(json.dumps(load_package(job / "package.pt").summary()))
-    assert len(metrics["layers"]) == 131
+    summary = json.loads(json.dumps(load_package(job / "package.pt").summary()))
+    assert summary.keys() < metrics.keys()
+    assert all(metrics[key] == value for key, value in summary.items() if key != "layers")
+    rows = {row["name"]: row for row in metrics["layers"]}
+    assert all(row.items() < rows[row["name"]].items() for row in summary["layers"])
+    assert len(rows) == 131
+    assert metrics["layers"][0]["name"] == "image_encoder.trunk.patch_embed.proj"  # where data enters
     assert all(0 < row["relative_error"] < 0.5 for row in metrics["layers"])
     assert (metrics["results"]["images"], metrics["results"]["prompts_per_image"]) == (2, 16)
     assert 0 < metrics["results"]["mask_iou"] < 1
     assert not metrics["random_weights"]
     assert config.load(str(job / "config.yaml"), []).quant.wgts.dtype == "sint4"
     assert "mask IoU" in (job / "run.log").read_text()
+
+
+def test_a_run_ends_with_a_page_and_the_command_that_repeats_it(job, flags):
+    metrics = json.loads((job / "metrics.json").read_text())
+    assert metrics["command"] == shlex.join(["sam2jq", "quantize", *flags, "--output.job", "w4"])
+    assert [shown["why"] for shown in metrics["gallery"]] == ["worst"] * 2 + ["random"] * 2  # there are two images
+    ious = [shown["iou"] for shown in metrics["gallery"]]
+    assert ious[0] <= ious[1] <= 1
+    page = (job / "report.html").read_text()
+    assert "nano 2.1, W4A16 per channel" in page
+    assert page.count("data:image/") == 4 * 4  # a photograph, both masks and their difference
 
 
 def test_the_vanilla_file_and_the_package_load_in_the_original_code(job, tmp_path):
@@ -110,20 +128,55 @@ def test_a_package_is_exported_to_other_formats(job, tmp_path, capsys, to, files
         assert "28 linears stood on another grid and were rounded a second time" in capsys.readouterr().out
 
 
+def test_a_sweep_runs_every_combination_once_and_compares_them(flags, tmp_path, capsys):
+    command = ["sweep", *flags, "--output.root", str(tmp_path), "--output.job", "s", "--save_model", "false"]
+    command += ["--over", "quant.wgts.dtype=sint8,sint4"]
+    assert main(command) == 0
+    runs = [tmp_path / "s" / f"quant.wgts.dtype=sint{bits}" for bits in (8, 4)]
+    assert set((tmp_path / "s").iterdir()) == {*runs, tmp_path / "s" / "runs.csv", tmp_path / "s" / "report.html"}
+    assert not (runs[0] / "vanilla.pt").exists()
+    eight, four = (json.loads((folder / "metrics.json").read_text())["results"] for folder in runs)
+    assert eight["mask_iou"] > four["mask_iou"]
+    assert all(eight["feature_error"][level] < four["feature_error"][level] / 4 for level in four["feature_error"])
+    rows = list(csv.DictReader((tmp_path / "s" / "runs.csv").open()))
+    assert [row["quant.wgts.dtype"] for row in rows] == ["sint8", "sint4"]
+    assert float(rows[0]["MB"]) > float(rows[1]["MB"])
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "s").glob("*/metrics.json")}
+    assert main(command) == 0  # again: all of it is there
+    assert capsys.readouterr().out.count("is finished") == 2
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert "was made with another seed: remove it, or give" in failure(capsys, *command, "--seed", "1")
+    out = tmp_path / "page.html"
+    assert main(["report", *map(str, runs), "--out", str(out)]) == 0
+    assert out.read_text() == (tmp_path / "s" / "report.html").read_text()
+
+
+def test_report_of_one_run_is_its_own_page(job, tmp_path, capsys):
+    assert main(["report", str(job), "--out", str(tmp_path / "page.html")]) == 0
+    assert (tmp_path / "page.html").read_text() == (job / "report.html").read_text()
+    assert "no metrics.json: give the folder" in failure(capsys, "report", str(tmp_path), "--out", str(tmp_path / "x"))
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        ("quant.wgts.dtype", "write key=value,value"),
+        ("quant.wgts.dtype=sint8,sint1", "sint1.*2..8"),
+        ("quant.wgts.dtpe=sint8", "unknown key quant.wgts.dtpe; did you mean 'dtype'"),
+        ("quant.wgts.skips=[a", "the values are not YAML"),
+    ],
+)
+def test_a_sweep_is_checked_before_its_first_run(flags, tmp_path, capsys, over, message):
+    assert re.search(message, failure(capsys, "sweep", *flags, "--output.root", str(tmp_path), "--over", over))
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_export_of_nothing_is_an_error(tmp_path, capsys):
     error = failure(capsys, "export", "--package", str(tmp_path), "--to", "vanilla", "--out", str(tmp_path / "out"))
     assert "no package at" in error
     assert not (tmp_path / "out").exists()
-
-
-def test_eight_bits_cost_less_than_four(job, flags):
-    wide = ["--quant.wgts.dtype", "sint8", "--output.job", "w8", "--save_model", "false"]
-    assert main(["quantize", *flags, *wide]) == 0
-    folder = job.with_name("w8")
-    assert not (folder / "vanilla.pt").exists()
-    four, eight = (json.loads((f / "metrics.json").read_text())["results"] for f in (job, folder))
-    assert eight["mask_iou"] > four["mask_iou"]
-    assert all(eight["feature_error"][level] < four["feature_error"][level] / 4 for level in four["feature_error"])
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,8 @@ def test_a_version_may_be_written_as_a_number_and_a_switch_without_a_value():
             ["--quant.opts", "{dtype: uint8, group_shapes: [[-1, -1]], static: true}"],
             "quant.opts: static",
         ),
+        (["--measure.images", "scenes:1"], "measure.num_images is not set: drawn scenes have no end"),
+        (["--measure.clips", "sa-v", "--measure.num_clips", "0"], "measure.num_clips must be at least 1, got 0"),
         (["--seed", "soon"], "seed.*'soon'"),
         (["--model", "tiny"], "model must be a section"),
         (["--seed", "1", "--seed.size", "2"], "--seed.size: seed is not a section"),
@@ -66,6 +68,16 @@ def test_a_wrong_setting_is_named_in_one_line(flags, message):
     with pytest.raises(ValueError, match=message) as error:
         load(*flags)
     assert "\n" not in str(error.value)
+
+
+def test_a_grid_is_every_combination():
+    assert config.grid(["a.b=sint8,sint4", "seed=1,2"]) == [
+        {"a.b": bits, "seed": seed} for bits in ("sint8", "sint4") for seed in (1, 2)
+    ]
+    assert config.grid(["x=[[1, 32]],[[1, -1]]"]) == [{"x": [[1, 32]]}, {"x": [[1, -1]]}]
+    assert config.grid(["x=null,{rank: 4, num_iters: 2}"]) == [{"x": None}, {"x": {"rank": 4, "num_iters": 2}}]
+    with pytest.raises(ValueError, match="give all values of a key in one --over"):
+        config.grid(["x=1", "x=2"])
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path):

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# each part may import those after it, and what stands beside: config, data, tree
+# each part may import those after it, and what stands beside: config, data, files, tree
 ORDER = ["cli", "converters", "middle", "models", "quant", "tree"]
-MIDDLE = {"calibrate", "distill", "eval", "losses", "ptq", "report", "train"}
-BESIDE = {"config", "data"}
+MIDDLE = {"calibrate", "cdpq", "controller", "distill", "eval", "losses", "ptq", "report", "track", "train"}
+BESIDE = {"config", "data", "files"}
 FILES = sorted([*(ROOT / "sam2jq").rglob("*.py"), *(ROOT / "converters").rglob("*.py")])
 
 
@@ -24,6 +24,8 @@ def part(module: str) -> str | None:
         return None
     if names[1] in ("predict", "video"):  # jitted entry points of the models, with their preprocessing
         return "models"
+    if names[1].startswith("cli"):
+        return "cli"
     return "middle" if names[1] in MIDDLE else names[1]
 
 

@@ -57,6 +57,16 @@ def test_every_stage_is_named_with_its_seconds_and_what_it_left_is_measured(thor
     around = ["OutQuantized", "Smoothed", "LowRank", "ActQuantized"]
     assert [row["around"] for row in metrics["layers"]] == [around] * 4
     assert metrics["results"]["mask_iou"] > 0.5
+    errors = {row["name"]: row["feature_error"]["stride16"] for row in metrics["stages"] if "feature_error" in row}
+    assert list(errors) == ["ridge", "smooth", "low rank", "weights", "inputs", "outputs"]
+    assert errors["smooth"] == pytest.approx(errors["ridge"], rel=1e-2)  # what is not rounded computes the same
+    assert errors["low rank"] == pytest.approx(errors["ridge"], rel=1e-2)
+    assert errors["weights"] > errors["low rank"]
+    for row in metrics["layers"]:
+        assert (row["bits"], row["rank"], row["part"]) == (4, 4, "trunk")
+        assert 0 <= row["alpha"] <= 1
+        assert 0 < row["output_error"] < row["relative_error"]  # what GPTQ is for
+    assert len(metrics["unquantized"]) == 127
     assert metrics["results"]["nunchaku"]["mask_iou"] > 0.3  # its kernels round activations to 4 bits
 
 

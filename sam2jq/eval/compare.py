@@ -20,6 +20,7 @@ class Compared(NamedTuple):
     difference: np.ndarray  # [3]
     reference: np.ndarray  # [3]
     ious: np.ndarray  # [P, 3] of quantized against full-precision masks
+    best: np.ndarray  # [P]: which of a click's three masks full precision thinks best
     masks: tuple[np.ndarray, np.ndarray]  # bool [P, 3, S / 4, S / 4]: full precision, quantized
 
 
@@ -45,12 +46,11 @@ def compare(
         full, small = encode(model, params, inputs), encode(model, quantized, inputs)
         for i in range(len(batch)):
             one, other = ([level[i : i + 1] for level in maps] for maps in (full, small))
-            before, after = (
-                np.asarray(decode(model, p, maps, points, multimask=True).masks) > 0
-                for p, maps in ((params, one), (quantized, other))
-            )
+            found = [decode(model, p, maps, points, multimask=True) for p, maps in ((params, one), (quantized, other))]
+            before, after = (np.asarray(out.masks) > 0 for out in found)
+            best = np.asarray(found[0].ious).argmax(1)
             difference = squares(b.astype(jnp.float32) - a.astype(jnp.float32) for a, b in zip(one, other))
-            yield Compared(difference, squares(one), iou(after, before), (before, after))
+            yield Compared(difference, squares(one), iou(after, before), best, (before, after))
 
 
 def summarize(results: list[Compared]) -> dict:

@@ -4,7 +4,7 @@ import math
 import re
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from functools import partial
 
 import jax
@@ -19,7 +19,7 @@ from sam2jq.quant.ops import effective
 from sam2jq.quant.qtensor import quantize
 from sam2jq.quant.recalibrate import bias_shift, ridge
 from sam2jq.quant.rotate import RotationSpec, rotate
-from sam2jq.quant.smooth import SmoothSpec, smooth
+from sam2jq.quant.smooth import Smoothed, SmoothSpec, smooth, strength
 from sam2jq.quant.spec import QuantSpec
 from sam2jq.quant.transform import Stats, Transform, descend, each_layer
 from sam2jq.tree import flatten, kernels, layer_name, suggest, under, unflatten
@@ -161,6 +161,29 @@ def corrected(transform: Transform, layers: Iterable[str]) -> Transform:
 def smooth_spec(config: SmoothProjConfig, weights: QuantSpec, inputs: QuantSpec | None) -> SmoothSpec:
     spans = tuple(map(tuple, config.spans))
     return SmoothSpec(**vars(config) | {"spans": spans, "weights": weights, "inputs": inputs})
+
+
+def smoothing(config: QuantConfig, before: dict, after: dict, stats: Mapping[str, Stats]) -> dict:
+    """{layer: (alpha, beta) that smoothing it took, or None where groups of inputs have their own}.
+
+    before, after: the params trees on either side of the stage.
+    """
+    old, found = flatten(before), {}
+    specs = weight_specs(config.wgts, map(layer_name, kernels(old)))
+    inputs = activation_specs(config.ipts, specs)
+    for path, leaf in flatten(after).items():
+        while is_dataclass(leaf) and not isinstance(leaf, Smoothed):
+            leaf = getattr(leaf, "inner", None)
+        if isinstance(leaf, Smoothed):
+            layer, scale = layer_name(path), leaf.scale
+            spec = smooth_spec(config.smooth.proj, specs[layer], inputs.get(layer))
+
+            def note(w, stats, layer=layer, spec=spec, scale=scale):
+                found[layer] = strength(w, stats, spec, scale)
+                return w
+
+            descend(old[path], stats[layer], note)
+    return found
 
 
 def low_rank_spec(config: LowRankConfig, weights: QuantSpec, inputs: QuantSpec | None) -> LowRankSpec:

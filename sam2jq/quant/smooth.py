@@ -158,6 +158,14 @@ def candidates(w: Array, stats: Stats, spec: SmoothSpec) -> Array:
     return jnp.where(usable & (scales != 0), scales, 1)
 
 
+def strength(w: Array, stats: Stats, spec: SmoothSpec, scale: Array) -> tuple[float, float] | None:
+    """The alpha and beta whose `scale` [K] smoothed `w`; None where groups of inputs have their own."""
+    known = np.asarray(candidates(w, stats, spec))
+    off = np.abs(known / np.asarray(scale) - 1).max(1)
+    at = int(np.nanargmin(off))
+    return spec.pairs[at % len(spec.pairs)] if off[at] < 1e-3 else None
+
+
 def input_span(stats: Stats, name: str) -> Array:
     """[K]: how far each channel of the inputs goes."""
     if name == "AbsMax":

@@ -14,10 +14,7 @@ def overlay(image: np.ndarray, masks: np.ndarray) -> Image.Image:
     for i, mask in enumerate(masks):
         color = COLORS[i % len(COLORS)]
         canvas = np.where(mask[..., None], 0.5 * canvas + 0.5 * color, canvas)
-        padded = np.pad(mask, 1, mode="edge")
-        neighbours = [padded[1:-1, :-2], padded[1:-1, 2:], padded[:-2, 1:-1], padded[2:, 1:-1]]
-        edge = mask & ~np.logical_and.reduce(neighbours)
-        canvas = np.where(edge[..., None], color, canvas)
+        canvas = np.where(edge(mask)[..., None], color, canvas)
     return Image.fromarray(canvas.round().astype(np.uint8))
 
 
@@ -33,16 +30,6 @@ def draw_prompts(picture: Image.Image, points: np.ndarray, labels: np.ndarray, b
 def write(picture: Image.Image, words: str) -> None:
     """Writes `words` into the upper left corner."""
     ImageDraw.Draw(picture).text((4, 4), words, fill="white", stroke_width=1, stroke_fill="black")
-
-
-def before_and_after(image: np.ndarray, click: np.ndarray, masks: list[np.ndarray]) -> list[Image.Image]:
-    """The image with a click [2], as parts of its width and height, and then with each of masks bool [h, w] on it."""
-    picture = Image.fromarray(image)
-    picture.thumbnail((SIDE, SIDE))
-    small = np.asarray(picture)
-    scaled = [np.asarray(Image.fromarray(mask).resize(picture.size, Image.Resampling.NEAREST)) for mask in masks]
-    draw_prompts(picture, [click * picture.size], [1])
-    return [picture, *(overlay(small, mask[None]) for mask in scaled)]
 
 
 def side_by_side(rows: list[list[Image.Image]], titles: list[list[str]]) -> Image.Image:
@@ -65,3 +52,19 @@ def strip(pictures: list[Image.Image], shown: int = 8) -> Image.Image:
     at = np.linspace(0, len(pictures) - 1, min(shown, len(pictures))).round().astype(int).tolist()
     rows = [at[i : i + 4] for i in range(0, len(at), 4)]
     return side_by_side([[pictures[i] for i in row] for row in rows], [[f"frame {i}" for i in row] for row in rows])
+
+
+def tint(masks: list[tuple[np.ndarray, tuple[int, int, int]]]) -> Image.Image:
+    """A picture to lay over another: each mask bool [H, W] in its colour, half transparent, with a firm edge."""
+    canvas = np.zeros((*masks[0][0].shape, 4), np.uint8)
+    for mask, color in masks:
+        canvas[mask] = (*color, 130)
+        canvas[edge(mask)] = (*color, 255)
+    return Image.fromarray(canvas)
+
+
+def edge(mask: np.ndarray) -> np.ndarray:
+    """The pixels [H, W] of a mask that have one outside it beside them."""
+    padded = np.pad(mask, 1, mode="edge")
+    neighbours = [padded[1:-1, :-2], padded[1:-1, 2:], padded[:-2, 1:-1], padded[2:, 1:-1]]
+    return mask & ~np.logical_and.reduce(neighbours)

@@ -51,6 +51,8 @@ def totals(summary: dict) -> str:
             lines.append(("nunchaku", f"mask IoU {results['nunchaku']['mask_iou']:.4f} as its kernels compute it"))
         for kind, miou in results.get("miou", {}).items():
             lines.append(("mIoU", ", ".join(f"{name} {value:.4f}" for name, value in miou.items()) + f" ({kind})"))
+        for kind, scores in results.get("video", {}).items():
+            lines.append(("J&F", f"{scores['j&f']:.2f} ({kind})"))
     if summary["random_weights"]:
         lines.append(("warning", "the weights are RANDOM: no figure here says anything about a trained model"))
     return aligned(lines)

@@ -9,7 +9,7 @@ from sam2jq.eval.metrics import relative_error
 from sam2jq.quant.act import round_inputs
 from sam2jq.quant.ops import effective, matmul
 from sam2jq.quant.qtensor import dequantize, quantize
-from sam2jq.quant.smooth import Smoothed, SmoothSpec, candidates, errors, smooth
+from sam2jq.quant.smooth import Smoothed, SmoothSpec, candidates, errors, smooth, strength
 from sam2jq.quant.spec import QuantSpec
 from sam2jq.quant.transform import Stats, descend
 
@@ -92,6 +92,19 @@ def test_dead_channels_keep_a_scale_of_one(w, x):
 def test_manual_takes_what_it_is_given(w, x, alpha, beta, first):
     scale = smooth(w, told(x), SmoothSpec(strategy="Manual", alpha=alpha, beta=beta)).scale
     np.testing.assert_allclose(scale, jnp.abs(x).max(0) ** first[0] / jnp.abs(w).max(1) ** first[1], rtol=1e-5)
+
+
+@every_spec
+def test_the_strength_that_was_chosen_is_found_again(w, x, spec):
+    found = strength(w, told(x), spec, smooth(w, told(x), spec).scale)
+    if spec.granularity == "Layer":
+        assert found in spec.pairs
+        again = replace(spec, strategy="Manual", alpha=found[0], beta=found[1], spans=spec.spans[:1])
+        if len(spec.spans) == 1:
+            np.testing.assert_allclose(smooth(w, told(x), again).scale, smooth(w, told(x), spec).scale, rtol=1e-5)
+    else:
+        mixed = jnp.where(jnp.arange(K) < 16, 2.0, 0.1)
+        assert strength(w, told(x), spec, mixed) is None
 
 
 @pytest.mark.parametrize(
