@@ -133,6 +133,7 @@ def quantize(args: argparse.Namespace, flags: list[str]) -> None:
             for name in names:
                 read_image(name)
             truth = find_truth(config)
+        config = replay(config)
         model, checkpoint = load_model(config.model, config.cache.root, calib.image_size)
 
         full = effective_params(checkpoint.params)
@@ -196,7 +197,8 @@ def distill(args: argparse.Namespace, flags: list[str]) -> None:
     """Teacher + student + frames -> <output.root>/<job>/ with package, vanilla checkpoint and curves."""
     from sam2jq import cli_distill
 
-    cli_distill.run(settings.load(args.config, flags, DistillConfig), Path(args.config or "distill").stem)
+    config = settings.load(args.config, flags, DistillConfig)
+    cli_distill.run(config, Path(args.config or "distill").stem, command_line(args, flags))
 
 
 def segment(args: argparse.Namespace, flags: list[str]) -> None:
@@ -430,6 +432,18 @@ def load_model(wanted: settings.ModelConfig, cache: str, image_size: int | None 
     if checkpoint.random:
         log.warning("warning     the weights are RANDOM: what follows says nothing about a trained model")
     return model, checkpoint
+
+
+def replay(config: Config) -> Config:
+    """`config` with the bits of every layer in the package that quant.bits_from names, if it names one."""
+    from converters.package import load_package
+
+    quant, path = config.quant, Path(config.quant.bits_from)
+    if not quant.bits_from:
+        return config
+    rows = load_package(path / "package.pt" if path.is_dir() else path).summary()["layers"]
+    wgts = replace(quant.wgts, bits={row["name"]: row["bits"] for row in rows})
+    return replace(config, quant=replace(quant, wgts=wgts, bits_from=""))
 
 
 def command_line(args: argparse.Namespace, flags: list[str]) -> str:

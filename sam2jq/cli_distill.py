@@ -16,14 +16,12 @@ from tqdm import tqdm
 
 from sam2jq import __version__, cdpq
 from sam2jq import config as settings
+from sam2jq.calibrate import fingerprint
 from sam2jq.cli import job_folder, load_model, stage
 from sam2jq.config import DistillConfig
 from sam2jq.controller import ladder
-from sam2jq.data.images import read_image
 from sam2jq.data.reader import check_disjoint, find_items, split_of
-from sam2jq.eval.compare import compare, summarize
-from sam2jq.eval.evaluate import evaluate_images, find_samples
-from sam2jq.eval.metrics import relative_error
+from sam2jq.eval.cost import STAGE_IMAGES, find_truth, layer_figures, measure
 from sam2jq.models.sam2 import SAM2
 from sam2jq.quant.act import quantize_inputs
 from sam2jq.quant.bits import error_by_width
@@ -31,8 +29,10 @@ from sam2jq.quant.fake_quant import frozen, innermost, learning, student
 from sam2jq.quant.ops import effective, effective_params
 from sam2jq.quant.qtensor import QTensor
 from sam2jq.quant.recipe import activation_specs, check_prefixes, weight_specs
+from sam2jq.quant.recipe import layers as all_layers
 from sam2jq.quant.transform import each_layer, simulated
 from sam2jq.report import curves, text
+from sam2jq.report.run import layer_rows, merged, save_run
 from sam2jq.track import tracker
 from sam2jq.tree import flatten, kernels, layer_name
 
@@ -40,50 +40,75 @@ COMPARED = 16  # held-out clips whose masks are compared at the end
 log = logging.getLogger("sam2jq")
 
 
-def run(config: DistillConfig, job: str) -> None:
-    """Teacher + student + frames -> <output.root>/<job>/ with package, vanilla checkpoint and curves."""
+def run(config: DistillConfig, job: str, command: str) -> None:
+    """Teacher + student + frames -> <output.root>/<job>/ with package, vanilla checkpoint, curves and page."""
     from converters.package import load_package, save_package
     from converters.vanilla import save_vanilla
 
     join_processes(config.distributed)
-    final = Path(config.output.root) / (config.output.job or job)
+    final, record = Path(config.output.root) / (config.output.job or job), []
+    timed = partial(stage, record=record)
     with shared_folder(final, settings.dump(config)) as folder:
-        with stage("data", f"{config.data.train}, {config.data.val}"):
+        with timed("data", f"{config.data.train}, {config.data.val}"):
             study = find_study(config)
         load = partial(load_model, cache=config.cache.root, image_size=config.data.image_size)
         (teaching, teacher), (model, checkpoint) = load(config.teacher), load(config.student)
         check_pair(teaching, model)
         known = cdpq.Teacher(teaching, effective_params(teacher.params))
+        full = known.params if teaching == model else effective_params(checkpoint.params)
         begin = start(checkpoint.params, config)
         steps = len(study.train) // config.train.batch_size * config.train.epochs
-        log.info("student     %d layers learn, %d steps", len(learning(begin)), steps)
-        what = f"{len(study.train)} clips, {config.train.epochs} epochs"
+        what = f"{len(study.train)} clips, {config.train.epochs} epochs, {len(learning(begin))} layers learn"
         watched = tracker(config, folder), progress(steps, config.train.batch_size)
-        with stage("distill", what), watched[0] as track, watched[1] as show:
+        with timed("distill", what), watched[0] as track, watched[1] as show:
             best = cdpq.distill(model, begin, known, study, config, folder, lambda row: (track(row), show(row)))
         if jax.process_index():
             return
-        quantized = frozen(best)
-        with stage("compare", f"held-out frames of {config.data.val}"):
-            results = measure(model, known, quantized, study, config)
-        with stage("write", "package.pt, vanilla.pt, curves.png"):
-            rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        names, asked = [item.frames[0] for item in study.val[:COMPARED]], measured_as(config, len(study.val))
+        truth, reached = find_truth(asked), {"start": frozen(begin), "distill": frozen(best)}
+        kinds = {"full precision": full} | {name: simulated(tree) for name, tree in reached.items()}
+        results, errors, gallery = measure(model, kinds, reached, names, truth, asked, timed)
+        layers = layer_figures(full, reached["distill"], {})
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        told = history(rows)
+        with timed("write", "package.pt, vanilla.pt, curves.png"):
+            config_as = settings.to_dict(config) | {"model": settings.to_dict(config.student)}
             metadata = {
                 "model": settings.to_dict(config.student) | {"image_size": model.variant.image_size},
                 "names": checkpoint.names,
+                "checkpoint": fingerprint(full),
                 "random_weights": checkpoint.random,
-                "config": settings.to_dict(config),
+                "config": config_as,
                 "results": results,
-                "history": history(rows),
+                "history": told,
                 "versions": {"sam2jq": __version__} | {name: version(name) for name in ("jax", "flax", "torch")},
             }
-            save_package(folder / "package.pt", quantized, weight_errors(known, quantized), metadata)
-            save_vanilla(folder / "vanilla.pt", quantized, checkpoint.random)
+            errors_of = {layer: row["relative_error"] for layer, row in layers.items()}
+            save_package(folder / "package.pt", reached["distill"], errors_of, metadata)
+            save_vanilla(folder / "vanilla.pt", reached["distill"], checkpoint.random)
+            curves.draw(told).savefig(folder / "curves.png", dpi=120)
             summary = load_package(folder / "package.pt").summary()
-            (folder / "metrics.json").write_text(json.dumps(summary, indent=1))
-            curves.draw(metadata["history"]).savefig(folder / "curves.png", dpi=120)
+        metrics = summary | {
+            "layers": layer_rows(summary["layers"], layers, {}),
+            "unquantized": [layer for layer in all_layers(full) if layer not in layers],
+            "stages": [row | errors.get(row["name"], {}) for row in merged(record)],
+            "stage_images": min(STAGE_IMAGES, len(names)),
+            "images_id": fingerprint({}, names, [Path(one.name).name for found in truth for one in found]),
+            "asked": config_as,
+            "command": command,
+            "history": told,
+        }
+        save_run(folder, metrics, gallery)
         log.info("\n%s", text.totals(summary))
-        log.info("\nwritten     %s (all layers: sam2jq inspect %s; curves: %s)", final, final, final / "curves.png")
+    log.info("\nwritten     %s (all layers: sam2jq inspect %s; curves: %s)", final, final, final / "curves.png")
+    log.info("report      %s", final / "report.html")
+
+
+def measured_as(config: DistillConfig, held_out: int) -> settings.Config:
+    """The settings under which `quantize` would measure the student; images are those of validation."""
+    calib = settings.CalibConfig(config.data.val, held_out)
+    quant = settings.QuantConfig(calib, config.quant.wgts, config.quant.ipts)
+    return settings.Config(config.student, quant=quant, measure=config.measure, seed=config.seed)
 
 
 def join_processes(config: settings.DistributedConfig) -> None:
@@ -180,31 +205,6 @@ def start(params: dict, config: DistillConfig) -> dict:
     bare = [layer for path, layer in zip(flat, layers) if not isinstance(innermost(flat[path]), QTensor)]
     inputs = {layer: spec for layer, spec in activation_specs(quant.ipts, specs).items() if layer in bare}
     return each_layer(partial(quantize_inputs, static=quant.ipts.static), inputs).apply(made, {})
-
-
-def measure(model: SAM2, teacher: cdpq.Teacher, quantized: dict, study: cdpq.Study, config: DistillConfig) -> dict:
-    """Feature error and mask IoU against the teacher, and mIoU of both where the masks are known."""
-    items = study.val[:COMPARED]
-    results = {"images": len(items)}
-    plain = simulated(quantized)
-    if teacher.model == model:
-        images = ([read_image(item.frames[0])] for item in items)
-        results = summarize(list(compare(model, teacher.params, plain, images, 4)))
-    if config.data.val.startswith("scenes:"):
-        samples = find_samples(config.data.val, len(study.val))
-        results["miou"] = {
-            "teacher": evaluate_images(teacher.model, teacher.params, samples)["miou"],
-            "student": evaluate_images(model, plain, samples)["miou"],
-        }
-    return results
-
-
-def weight_errors(teacher: cdpq.Teacher, quantized: dict) -> dict[str, float]:
-    """{layer: how far its weight is from the teacher's, relative}; 0 where the teacher has no such layer."""
-    theirs, own = flatten(teacher.params), flatten(effective_params(quantized))
-    rounded = [path for path, leaf in kernels(flatten(quantized)).items() if not hasattr(leaf, "dtype")]
-    alike = lambda path: path in theirs and theirs[path].shape == own[path].shape
-    return {layer_name(path): relative_error(own[path], theirs[path]) if alike(path) else 0.0 for path in rounded}
 
 
 def history(rows: list[dict]) -> dict:

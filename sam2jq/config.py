@@ -220,7 +220,8 @@ class RotationConfig:
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """integer: layers whose weight and input are both quantized multiply codes, not what the codes stand for."""
+    """bits_from: a package whose bits the layers take, such as one that was distilled; integer: layers whose weight and
+    input are both quantized multiply codes, not what the codes stand for."""
 
     calib: CalibConfig = field(default_factory=CalibConfig)
     wgts: WeightsConfig = field(default_factory=WeightsConfig)
@@ -228,9 +229,14 @@ class QuantConfig:
     opts: OutputsConfig = field(default_factory=OutputsConfig)
     smooth: SmoothConfig = field(default_factory=SmoothConfig)
     rotation: RotationConfig = field(default_factory=RotationConfig)
+    bits_from: str = ""
     integer: bool = False
 
     def __post_init__(self):
+        if self.bits_from and (self.wgts.mixed or self.wgts.bits):
+            raise ValueError(
+                "quant.bits_from: the package tells all bits: leave wgts.bits, target_bits and target_mb out"
+            )
         if self.calib.sequential and self.wgts.mixed:
             raise ValueError("quant.calib.sequential: bits for a target are chosen in one pass: run that first, and "
                              "this with the bits in its config.yaml")  # fmt: skip
@@ -502,7 +508,7 @@ class TrackConfig:
 @dataclass(frozen=True)
 class DistillConfig:
     """teacher and student: as in `model`; the student may be a package, whose bits and leaves it keeps. Its dtype is
-    that of the computation, weights stay float32."""
+    that of the computation, weights stay float32. measure: as for quantize, drawn scenes of data.val when empty."""
 
     teacher: ModelConfig = field(default_factory=ModelConfig)
     student: ModelConfig = field(default_factory=ModelConfig)
@@ -510,6 +516,7 @@ class DistillConfig:
     quant: StudentConfig = field(default_factory=StudentConfig)
     distill: LessonConfig = field(default_factory=LessonConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)

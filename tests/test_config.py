@@ -6,6 +6,7 @@ from sam2jq import config
 from sam2jq.config import Config
 
 NEEDED = ["--model.checkpoint", "random:0", "--quant.calib.path", "scenes:0"]
+OTHERS = {"task": config.EvaluateConfig, "teacher": config.DistillConfig}  # by a key that only they have
 EXPERIMENTS = sorted((Path(__file__).parents[1] / "experiments").glob("*.yaml"))
 
 
@@ -15,8 +16,9 @@ def load(*flags: str) -> Config:
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_every_shipped_config_loads(path):
-    measures = "task" in config.read_yaml(str(path))
-    config.load(str(path), [] if measures else NEEDED, config.EvaluateConfig if measures else config.Config)
+    found = config.read_yaml(str(path))
+    other = next((kind for key, kind in OTHERS.items() if key in found), None)
+    config.load(str(path), [] if other else NEEDED, other or config.Config)
 
 
 def test_flags_win_over_the_file_and_the_resolved_config_reads_back(tmp_path):
@@ -87,3 +89,38 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
         (tmp_path / "c.yaml").write_text(text)
         with pytest.raises(ValueError, match=message):
             config.load(str(tmp_path / "c.yaml"), [])
+
+
+DISTILL = ["--teacher.name", "nano", "--student.name", "nano", "--data.train", "scenes:1", "--data.val", "scenes:2"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--quant.min_bits", "7", "--quant.initial_bits", "6"],
+            "quant.min_bits 7: must be in 2..6, where the student",
+        ),
+        (["--quant.initial_bits", "9"], "quant.initial_bits must be in 2..8, got 9"),
+        (["--quant.target_bits", "3"], "quant.target_bits 3.0 is under quant.min_bits 4"),
+        (["--quant.wgts.kernel_gptq", "{}"], "run quantize first, and give its package as student.checkpoint"),
+        (["--quant.ipts", "{dtype: uint8, group_shapes: [[-1, -1]], static: true}"], "ranges come from calibration"),
+        (["--data.val", ""], "data.val is not set"),
+        (["--distill.confidence_method", "varience"], "did you mean 'variance'"),
+        (["--distill.layers", "0"], "confidence looks at the losses of layers"),
+        (["--distill.objects", "5"], "at most half of the 8 prompts"),
+        (["--train.parallel", "xmap"], "allowed are jit, pmap"),
+        (["--train.ema", "1"], "train.ema must be in 0..1"),
+        (["--distributed.coordinator", "localhost:1"], "coordinator HOST:PORT, processes and index belong together"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_a_distillation_that_cannot_be_is_an_error(flags, message):
+    with pytest.raises(ValueError, match=message):
+        config.load(None, [*DISTILL, *flags], config.DistillConfig)
+
+
+def test_a_student_starts_at_the_bits_of_its_dtype_or_at_initial_bits():
+    load = lambda *flags: config.load(None, [*DISTILL, *flags], config.DistillConfig).quant.starts_at
+    assert load("--quant.wgts.dtype", "sint6") == 6
+    assert load("--quant.wgts.dtype", "sint6", "--quant.initial_bits", "5") == 5

@@ -170,8 +170,8 @@ def main() -> None:
         tell("W3.5A16", "6 bits to nearest, lowered to 3.5", runs("to 3.5", "lowered"))
     print(
         "\nnano: the first row in percent, the others the change in points. "
-        f"Distilled on {TRAINED} drawn scenes without their masks; a range is that of {len(SEEDS)} runs on other scenes "
-        f"in another order, before it their median. mIoU of {IMAGES[1]} held-out images of {IMAGES[0]}; J&F of "
+        f"Distilled on {TRAINED} drawn scenes without their masks; a range is that of {len(SEEDS)} runs on other "
+        f"scenes in another order, before it their median. mIoU of {IMAGES[1]} held-out images of {IMAGES[0]}; J&F of "
         f"{CLIPS[1]} clips of {CLIPS[0]}, of the first run. "
         "`python experiments/cdpq/table.py > experiments/cdpq/table.md`."
     )
