@@ -8,7 +8,6 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,12 +87,13 @@ def make_trials(loss: Callable) -> Callable:
 
 def try_bits(trials: Callable, params: dict, bits: np.ndarray, lessons: Sequence[Lesson]) -> tuple[np.ndarray, dict]:
     """The mean losses [n] over the batches `lessons` of assignments bits [n, L], and the mean parts of the first."""
-    _, whole = devices()
+    split, whole = devices()
     count = jax.device_count()
     padded = np.concatenate([bits, np.repeat(bits[-1:], -len(bits) % count, 0)])
     params, totals, parts = jax.device_put(params, whole), [], []
     for i in range(0, len(padded), count):
-        found = [trials(params, padded[i : i + count], batch) for batch in lessons]
+        some = jax.device_put(padded[i : i + count], split)
+        found = [trials(params, some, batch) for batch in lessons]
         totals.append(np.mean([np.asarray(total) for total, _ in found], 0))
         parts = parts or [{name: float(value[0]) for name, value in told["parts"].items()} for _, told in found]
     return np.concatenate(totals)[: len(bits)], {name: np.mean([p[name] for p in parts]) for name in parts[0]}
@@ -163,41 +163,48 @@ def to_local(x: Array) -> np.ndarray:
 
 
 class Study(NamedTuple):
-    """What a student learns from: items to train and to validate on, which share no frame."""
+    """What a student learns from.
 
-    train: Sequence[Item]
-    val: Sequence[Item]
+    loss: as `distillation_loss` makes it; batches(first): lessons of the steps after the first so many; exam: batches
+    of held-out lessons, whole in every process; epoch: steps.
+    """
+
+    loss: Callable
+    batches: Callable[[int], Iterator[Lesson]]
+    exam: Sequence[Lesson]
+    epoch: int
+
+
+def study_of(model: SAM2, teacher: Teacher, train: Sequence[Item], val: Sequence[Item], config: DistillConfig) -> Study:
+    """The lessons of a teacher on items that share no frame."""
+    ask, batch, seed = config.distill, config.train.batch_size, config.seed
+    kept = Path(config.cache.root) / "lessons" / fingerprint(teacher.params, teacher.model, ask.prompts, seed)
+    taught = partial(lessons_on, teacher, config=ask, seed=seed, kept=kept if ask.cache_teacher else None)
+    learned, held_out = taught(train), taught(val)
+    whole = np.arange(len(val) // batch * batch).reshape(-1, batch)
+    return Study(
+        distillation_loss(model, {part: getattr(ask, part) for part in PARTS}, config.student.dtype, ask.layers > 0),
+        lambda first: learned(order(len(train), batch, seed, first)),
+        [multihost_utils.process_allgather(lessons, tiled=True) for lessons in held_out(iter(whole))],
+        len(train) // batch,
+    )
 
 
 def distill(
-    model: SAM2,
-    student: dict,
-    teacher: Teacher,
-    study: Study,
-    config: DistillConfig,
-    folder: Path,
-    tell: Callable[[Row], None] = lambda row: None,
+    student: dict, study: Study, config: DistillConfig, folder: Path, tell: Callable[[Row], None] = lambda row: None
 ) -> dict:
     """The params that validated best at the lowest mean bits, of a `student` as fake_quant.student makes it.
 
     folder: holds checkpoints, from which a killed run goes on to the very same end, and metrics.jsonl, whose rows
     tell(row) gets too. ValueError: a loss is not finite; the step and the layer are named.
     """
-    train, ask = config.train, config.distill
-    kept = Path(config.cache.root) / "lessons" / fingerprint(teacher.params, teacher.model, ask.prompts, config.seed)
-    taught = partial(lessons_on, teacher, config=ask, seed=config.seed, kept=kept if ask.cache_teacher else None)
-    whole = np.arange(len(study.val) // train.batch_size * train.batch_size).reshape(-1, train.batch_size)
-    exam = [multihost_utils.process_allgather(batch, tiled=True) for batch in taught(study.val)(iter(whole))]
-
-    weights = {part: getattr(ask, part) for part in PARTS}
-    loss = distillation_loss(model, weights, config.student.dtype, watch=ask.layers > 0)
-    epoch = len(study.train) // train.batch_size  # in steps
-    optimizer = make_optimizer(train, epoch * train.epochs, student, config.quant.learn_clipping)
-    step = make_train_step(loss, optimizer, train.parallel)
-    finish = partial(end_epoch, make_trials(loss), exam, config, learning(student), weights_of(student))
+    train, names = config.train, learning(student)
+    optimizer = make_optimizer(train, study.epoch * train.epochs, student, config.quant.learn_clipping)
+    step = make_train_step(study.loss, optimizer, train.parallel)
+    finish = partial(end_epoch, make_trials(study.loss), study.exam, config, names, weights_of(student))
     state = Progress(
         init_state(jax.tree.map(jnp.copy, student), optimizer, config.seed),  # the step takes its arrays for itself
-        begin(bits_of(student), ask.window),
+        begin(bits_of(student), config.distill.window),
         jax.device_get(student),
         jnp.float32(jnp.inf),
         jnp.float32(jnp.inf),
@@ -206,26 +213,23 @@ def distill(
     options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
     with ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options) as manager:
         if manager.latest_step() is not None:
-            state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
-        first = int(state.train.step)
+            state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(jax.device_get(state)))
+        first, rows = int(state.train.step), []
         log = open_log(folder / "metrics.jsonl", first, tell)
-        numbers = range(first + 1, epoch * train.epochs + 1)
-        batches = taught(study.train)(
-            islice(order(len(study.train), train.batch_size, config.seed, first), len(numbers))
-        )
-        rows = []
-        for number, lessons in zip(numbers, batches):
-            state, row = learn(step, state, lessons, learning(student))
+        numbers = range(first + 1, study.epoch * train.epochs + 1)
+        for number, lessons in zip(numbers, study.batches(first)):
+            state, row = learn(step, state, lessons, names)
             rows.append(row)
-            ends, saves = number % epoch == 0, number % train.checkpoint_every == 0
+            place = {"step": number, "epoch": number // study.epoch}
+            ends, saves = number % study.epoch == 0, number % train.checkpoint_every == 0
             if ends or saves or number % train.log_interval == 0:
-                log({"step": number, "epoch": number // epoch} | summary(rows, number, learning(student)))
+                log(place | summary(rows, number, names))
                 rows = []
             if ends:
-                state, row = finish(state, number // epoch)
-                log({"step": number, "epoch": number // epoch} | row)
+                state, row = finish(state, number // study.epoch)
+                log(place | row)
             if ends or saves:
-                manager.save(number, args=ocp.args.StandardSave(state))
+                manager.save(number, args=ocp.args.StandardSave(jax.device_get(state)))
             if state.stale >= (train.patience or np.inf):
                 break
     return state.best

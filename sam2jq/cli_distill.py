@@ -2,6 +2,8 @@
 
 import json
 import logging
+import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +22,7 @@ from sam2jq.calibrate import fingerprint
 from sam2jq.cli import job_folder, load_model, stage
 from sam2jq.config import DistillConfig
 from sam2jq.controller import ladder
-from sam2jq.data.reader import check_disjoint, find_items, split_of
+from sam2jq.data.reader import Item, check_disjoint, find_items, split_of
 from sam2jq.eval.cost import STAGE_IMAGES, find_truth, layer_figures, measure
 from sam2jq.models.sam2 import SAM2
 from sam2jq.quant.act import quantize_inputs
@@ -50,21 +52,22 @@ def run(config: DistillConfig, job: str, command: str) -> None:
     timed = partial(stage, record=record)
     with shared_folder(final, settings.dump(config)) as folder:
         with timed("data", f"{config.data.train}, {config.data.val}"):
-            study = find_study(config)
+            train, val = find_clips(config)
         load = partial(load_model, cache=config.cache.root, image_size=config.data.image_size)
         (teaching, teacher), (model, checkpoint) = load(config.teacher), load(config.student)
         check_pair(teaching, model)
         known = cdpq.Teacher(teaching, effective_params(teacher.params))
         full = known.params if teaching == model else effective_params(checkpoint.params)
         begin = start(checkpoint.params, config)
-        steps = len(study.train) // config.train.batch_size * config.train.epochs
-        what = f"{len(study.train)} clips, {config.train.epochs} epochs, {len(learning(begin))} layers learn"
-        watched = tracker(config, folder), progress(steps, config.train.batch_size)
+        with timed("teach", f"{len(val)} held-out clips"):
+            study = cdpq.study_of(model, known, train, val, config)
+        what = f"{len(train)} clips, {config.train.epochs} epochs, {len(learning(begin))} layers learn"
+        watched = tracker(config, folder), progress(study.epoch * config.train.epochs, config.train.batch_size)
         with timed("distill", what), watched[0] as track, watched[1] as show:
-            best = cdpq.distill(model, begin, known, study, config, folder, lambda row: (track(row), show(row)))
+            best = cdpq.distill(begin, study, config, folder, lambda row: (track(row), show(row)))
         if jax.process_index():
             return
-        names, asked = [item.frames[0] for item in study.val[:COMPARED]], measured_as(config, len(study.val))
+        names, asked = [item.frames[0] for item in val[:COMPARED]], measured_as(config, len(val))
         truth, reached = find_truth(asked), {"start": frozen(begin), "distill": frozen(best)}
         kinds = {"full precision": full} | {name: simulated(tree) for name, tree in reached.items()}
         results, errors, gallery = measure(model, kinds, reached, names, truth, asked, timed)
@@ -114,23 +117,37 @@ def measured_as(config: DistillConfig, held_out: int) -> settings.Config:
 def join_processes(config: settings.DistributedConfig) -> None:
     """Makes this process one of those that the config names; nothing where it names none.
 
-    ValueError: not all of them came within the time.
+    ValueError: process 0 could not be reached within the time.
     """
     if config.coordinator is None:
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    where = {} if config.coordinator == "auto" else {
-        "coordinator_address": config.coordinator, "num_processes": config.processes, "process_id": config.index,
-    }  # fmt: skip
-    try:
-        jax.distributed.initialize(**where, initialization_timeout=config.timeout)
-    except RuntimeError as error:
-        raise ValueError(
-            f"distributed: process {config.index} of {config.processes} waited {config.timeout} s for the others at "
-            f"{config.coordinator}: start them all with the same coordinator ({str(error).splitlines()[0]})"
-        ) from error
+    if config.coordinator == "auto":
+        jax.distributed.initialize(initialization_timeout=config.timeout)
+    else:
+        if config.index:  # jax itself would end the process without a word of ours
+            reach(config)
+        places = config.coordinator, config.processes, config.index
+        jax.distributed.initialize(*places, initialization_timeout=config.timeout)
     if jax.process_index():
         log.setLevel(logging.WARNING)
+
+
+def reach(config: settings.DistributedConfig) -> None:
+    """Waits until process 0 answers."""
+    host, _, port = config.coordinator.rpartition(":")
+    give_up = time.monotonic() + config.timeout
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=1).close()
+            return
+        except OSError as error:
+            if time.monotonic() > give_up:
+                raise ValueError(
+                    f"distributed: process {config.index} of {config.processes} waited {config.timeout} s for process "
+                    f"0 at {config.coordinator} ({error}): start it there, or correct the address"
+                ) from error
+            time.sleep(0.2)
 
 
 @contextmanager
@@ -151,7 +168,7 @@ def meet(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def find_study(config: DistillConfig) -> cdpq.Study:
+def find_clips(config: DistillConfig) -> tuple[list[Item], list[Item]]:
     """The clips to learn from and to validate on. ValueError: they overlap, or do not fill a batch."""
     data, batch = config.data, config.train.batch_size
     find = partial(find_items, seed=config.seed, frames=data.frames, stride=data.stride)
@@ -166,7 +183,7 @@ def find_study(config: DistillConfig) -> cdpq.Study:
             )
     if batch % jax.device_count():
         raise ValueError(f"train.batch_size {batch} cannot be split evenly over {jax.device_count()} devices")
-    return cdpq.Study(train, val)
+    return train, val
 
 
 def check_pair(teacher: SAM2, model: SAM2) -> None:

@@ -111,11 +111,12 @@ def effective_bits(params: dict) -> float:
 def learned(model, full: dict, params: dict, config: DistillConfig, mark: str) -> dict:
     """`params` after distillation."""
     find = partial(find_items, seed=config.seed)
-    items = cdpq.Study(find(config.data.train, TRAINED), find(config.data.val, config.data.val_samples))
+    teacher, val = cdpq.Teacher(model, full), find(config.data.val, config.data.val_samples)
+    study = cdpq.study_of(model, teacher, find(config.data.train, TRAINED), val, config)
     folder = KEPT / mark
     folder.mkdir(parents=True, exist_ok=True)
     show = lambda row: "val/loss" in row and print(mark, row["epoch"], f"{row['val/loss']:.4f}", file=sys.stderr)
-    return frozen(cdpq.distill(model, start(params, config), cdpq.Teacher(model, full), items, config, folder, show))
+    return frozen(cdpq.distill(start(params, config), study, config, folder, show))
 
 
 def main() -> None:
