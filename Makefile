@@ -35,6 +35,11 @@ OUT ?= comparison.html
 report: setup
 	$(SAM2JQ) report $(RUNS) --out $(OUT) $(ARGS)
 
+# make distill CONFIG=experiments/cdpq_small_to_tiny.yaml ARGS="--data.train sa-v --data.val sa-v"
+distill: CONFIG := $(if $(filter file,$(origin CONFIG)),experiments/cdpq_nano.yaml,$(CONFIG))
+distill: setup
+	$(foreach config,$(CONFIG),$(SAM2JQ) distill --config $(config) $(ARGS) &&) true
+
 # make segment IMAGE=photo.jpg ARGS="--points 500,375 --model.name tiny --model.checkpoint sam2.1_hiera_tiny.pt"
 IMAGE ?= scenes:2002/0002
 segment: ARGS := $(or $(ARGS),--points 75,60 --model.name nano)

@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
@@ -24,19 +23,20 @@ from sam2jq.config import DistillConfig
 from sam2jq.controller import ladder
 from sam2jq.data.reader import Item, check_disjoint, find_items, split_of
 from sam2jq.eval.cost import STAGE_IMAGES, find_truth, layer_figures, measure
+from sam2jq.eval.metrics import relative_error
 from sam2jq.models.sam2 import SAM2
 from sam2jq.quant.act import quantize_inputs
-from sam2jq.quant.bits import error_by_width
 from sam2jq.quant.fake_quant import frozen, innermost, learning, student
-from sam2jq.quant.ops import effective, effective_params
+from sam2jq.quant.ops import effective_params
 from sam2jq.quant.qtensor import QTensor
-from sam2jq.quant.recipe import activation_specs, check_prefixes, weight_specs
+from sam2jq.quant.recipe import activation_specs, check_prefixes, round_weights, weight_specs
 from sam2jq.quant.recipe import layers as all_layers
+from sam2jq.quant.spec import QuantSpec
 from sam2jq.quant.transform import each_layer, simulated
 from sam2jq.report import curves, text
 from sam2jq.report.run import layer_rows, merged, save_run
 from sam2jq.track import tracker
-from sam2jq.tree import flatten, kernels, layer_name
+from sam2jq.tree import flatten, kernels, layer_name, unflatten
 
 COMPARED = 16  # held-out clips whose masks are compared at the end
 log = logging.getLogger("sam2jq")
@@ -105,6 +105,18 @@ def run(config: DistillConfig, job: str, command: str) -> None:
         log.info("\n%s", text.totals(summary))
     log.info("\nwritten     %s (all layers: sam2jq inspect %s; curves: %s)", final, final, final / "curves.png")
     log.info("report      %s", final / "report.html")
+
+
+def errors_by_width(params: dict, specs: dict[str, QuantSpec], widths: list[int]) -> dict[str, dict[int, float]]:
+    """{layer: {bits: |w_hat - w| / |w|}} of rounding to nearest."""
+    plain, errors = flatten(effective_params(params)), {layer: {} for layer in specs}
+    for bits in widths:
+        at = {layer: replace(spec, bits=bits) for layer, spec in specs.items()}
+        rounded = flatten(effective_params(round_weights(unflatten(plain), at)))
+        for path in kernels(plain):
+            if layer_name(path) in specs:
+                errors[layer_name(path)][bits] = relative_error(rounded[path], plain[path])
+    return errors
 
 
 def measured_as(config: DistillConfig, held_out: int) -> settings.Config:
@@ -207,14 +219,8 @@ def start(params: dict, config: DistillConfig) -> dict:
     specs = weight_specs(wgts, layers)
     check_prefixes("quant.target_roots", quant.target_roots, layers)
     if config.distill.confidence_method == "ladder":
-        plain = {layer: effective(flat[path]) for path, layer in zip(flat, layers) if layer in specs}
-        eye = lambda w: np.eye(w.size // w.shape[-1], dtype=np.float32)
-        errors = {
-            layer: dict(zip(range(2, 9), np.sqrt(np.asarray(error_by_width(w, eye(w), specs[layer]))).tolist()))
-            for layer, w in plain.items()
-        }
         rungs = [bits for bits in config.distill.bit_candidates if bits >= quant.min_bits]
-        chosen = ladder(errors, rungs, config.distill.confidence_threshold)
+        chosen = ladder(errors_by_width(params, specs, rungs), rungs, config.distill.confidence_threshold)
         specs = {layer: replace(spec, bits=chosen[layer]) for layer, spec in specs.items()}
     made = student(params, specs)
     if quant.ipts.dtype is None:

@@ -160,7 +160,8 @@ index, share = jax.process_index(), jax.process_count()
 study = toy.study()
 mine = lambda first: (np.split(batch, share)[index] for batch in study.batches(first))
 best = toy.cdpq.distill(toy.begin(), study._replace(batches=mine), config, Path(folder))
-print("ended", jax.device_count(), *(toy.innermost(best[name]["kernel"]).kernel.ravel().tolist() for name in toy.LAYERS))
+kernels = [toy.innermost(best[name]["kernel"]).kernel for name in toy.LAYERS]
+print("ended", jax.device_count(), *(kernel.ravel().tolist() for kernel in kernels))
 """
 
 

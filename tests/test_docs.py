@@ -12,7 +12,12 @@ from sam2jq.cli import command_parser
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 STUBS = "sam2jq() { printf '%s\\x1f' \"$@\"; echo; }; make() { :; }; python() { :; }; ls() { :; };"  # say, don't do
-SCHEMAS = {"evaluate": config.EvaluateConfig, "segment": config.SegmentConfig, "track": config.SegmentConfig}
+SCHEMAS = {
+    "distill": config.DistillConfig,
+    "evaluate": config.EvaluateConfig,
+    "segment": config.SegmentConfig,
+    "track": config.SegmentConfig,
+}
 
 
 def commands(page: Path) -> list[list[str]]:
