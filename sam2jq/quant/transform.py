@@ -95,10 +95,15 @@ def chain(*transforms: Transform) -> Transform:
 def simulated(params: dict) -> dict:
     """`params` with rounded weights as the plain float32 arrays they stand for, inside the leaves around them.
 
-    It computes the same, and faster where a model runs more than once.
+    It computes the same, and faster where a model runs more than once; layers that multiply integers stay as they are.
     """
-    leaf = lambda node: descend(node, None, lambda w, _: effective(w))
+    leaf = lambda node: node if on_integers(node) else descend(node, None, lambda w, _: effective(w))
     return jax.tree.map(leaf, params, is_leaf=lambda node: not isinstance(node, dict))
+
+
+def on_integers(node) -> bool:
+    """Whether a kernel's leaf multiplies codes, not what they stand for."""
+    return getattr(node, "integer", False) or (hasattr(node, "inner") and on_integers(node.inner))
 
 
 def output_error(difference: Array, gram: Array) -> Array:

@@ -10,7 +10,7 @@ from sam2jq.quant.act import ActQuantized, OutQuantized, one_sided, quantize_inp
 from sam2jq.quant.ops import effective, matmul
 from sam2jq.quant.qtensor import QTensor, quantize
 from sam2jq.quant.spec import QuantSpec
-from sam2jq.quant.transform import Stats, descend
+from sam2jq.quant.transform import Stats, descend, simulated
 
 TOKENS, WIDTH, OUTPUTS = 50, 96, 7
 GROUPS = [None, 16, 40, 64]  # 40 and 64 leave a ragged last group
@@ -113,3 +113,12 @@ def test_an_unsigned_grid_of_one_sided_inputs_has_half_the_step():
     rows = jax.nn.relu(jax.random.normal(jax.random.key(0), (500, 8)))
     error = lambda spec: jnp.square(round_inputs(rows, spec) - rows).mean()
     assert error(QuantSpec(8, symmetric=False)) < error(QuantSpec(8)) / 3
+
+
+def test_layers_that_multiply_integers_do_so_where_models_are_measured():
+    leaf = lambda integer: quantize_inputs(
+        quantize(jnp.ones((4, 2)), QuantSpec(4)), None, QuantSpec(8), integer=integer
+    )
+    found = simulated({"a": {"kernel": leaf(True)}, "b": {"kernel": leaf(False)}})
+    assert isinstance(found["a"]["kernel"].inner, QTensor)
+    assert isinstance(found["b"]["kernel"].inner, jax.Array)
