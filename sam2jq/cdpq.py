@@ -178,7 +178,8 @@ class Study(NamedTuple):
 def study_of(model: SAM2, teacher: Teacher, train: Sequence[Item], val: Sequence[Item], config: DistillConfig) -> Study:
     """The lessons of a teacher on items that share no frame."""
     ask, batch, seed = config.distill, config.train.batch_size, config.seed
-    kept = Path(config.cache.root) / "lessons" / fingerprint(teacher.params, teacher.model, ask.prompts, seed)
+    about = ask.prompts, ask.objects, config.data.frames, config.data.stride, seed
+    kept = Path(config.cache.root) / "lessons" / fingerprint(teacher.params, teacher.model, about)
     taught = partial(lessons_on, teacher, config=ask, seed=seed, kept=kept if ask.cache_teacher else None)
     learned, held_out = taught(train), taught(val)
     whole = np.arange(len(val) // batch * batch).reshape(-1, batch)
