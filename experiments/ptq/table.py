@@ -4,6 +4,7 @@ experiments/nano_*.yaml as they are, where that is another combination.
 python experiments/ptq/table.py > experiments/ptq/table.md
 
 Goes on where it was stopped; the names of some grids make only their rows, so that two processes can share the work.
+`fresh` first makes only the first rows and those of the configs, on scenes that no choice was made on: fresh.md.
 """
 
 import json
@@ -31,7 +32,8 @@ from sam2jq.video import VideoPredictor
 GRIDS = ("w8a8", "w4a16", "w4a8", "w4a4", "w3a16")  # weights and inputs as in experiments/nano_*.yaml
 SEEDS = (7, 8, 9)  # of the scenes to calibrate on; figures are medians over these
 CALIBRATED, IMAGES, CLIPS = 32, ("scenes:1001", 48), ("scenes:2002", 4)  # held out
-KEPT = Path("outputs/ptq_table")
+FRESH = ("scenes:4004", 48)  # the configs were chosen on the first 32 of IMAGES
+KEPT = Path("outputs/ptq_table"), Path("outputs/ptq_fresh")
 
 
 def rows(quant: QuantConfig) -> dict[str, QuantConfig]:
@@ -64,9 +66,9 @@ def effective_bits(params: dict) -> float:
         return load_package(path).summary()["effective_bits"]
 
 
-def measure(model, params: dict, clips: bool) -> dict[str, float]:
+def measure(model, params: dict, images: tuple[str, int], clips: bool) -> dict[str, float]:
     """mIoU of each prompt, and J&F of clips if asked for, in percent."""
-    found = evaluate_images(model, params, find_samples(*IMAGES))["miou"]
+    found = evaluate_images(model, params, find_samples(*images))["miou"]
     found = {name: 100 * value for name, value in found.items()}
     if clips:
         found["J&F"] = evaluate_clips(VideoPredictor(model, params), find_clips(CLIPS[0], "", CLIPS[1]), None)["j&f"]
@@ -74,19 +76,21 @@ def measure(model, params: dict, clips: bool) -> dict[str, float]:
 
 
 def main() -> None:
-    model = build("nano")
+    model, grids = build("nano"), sys.argv[1:]
+    fresh = grids[:1] == ["fresh"]
+    grids, images, kept = grids[fresh:] or GRIDS, FRESH if fresh else IMAGES, KEPT[fresh]
     jax.config.update("jax_compilation_cache_dir", str(Path("cache/sam2/compiled").absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     full = effective_params(load_checkpoint("demo", model).params)
-    KEPT.mkdir(parents=True, exist_ok=True)
+    kept.mkdir(parents=True, exist_ok=True)
 
     def known(name: str, make) -> dict[str, float]:
-        path = KEPT / f"{name}.json"
+        path = kept / f"{name}.json"
         if not path.is_file():
             path.write_text(json.dumps(make()))
         return json.loads(path.read_text())
 
-    reference = known("full", lambda: measure(model, full, clips=True))
+    reference = known("full", lambda: measure(model, full, images, clips=not fresh))
 
     def quantized(config: QuantConfig, seed: int) -> dict[str, float]:
         size, names = model.variant.image_size, find_images(f"scenes:{seed}", CALIBRATED, 0)
@@ -94,25 +98,34 @@ def main() -> None:
         cache = Path("cache/sam2/calibration"), names
         needs = ("gram", "tokens")  # of all rows, so that one calibration serves them
         *_, params = quantize_params(model, full, config, clips, seed=seed, needs=needs, cache=cache).reached.values()
-        scores = measure(model, simulated(params), clips=seed == SEEDS[0]) | {"bits": effective_bits(params)}
+        clips = seed == SEEDS[0] and not fresh
+        scores = measure(model, simulated(params), images, clips) | {"bits": effective_bits(params)}
         jax.clear_caches()  # the programs of a hundred models do not fit into one process
         return scores
 
-    columns = ["box", "1 click", "3 clicks", "J&F"]
+    columns = ["box", "1 click", "3 clicks", "J&F"][: 3 + (not fresh)]
     cells = " | ".join(f"{reference[c]:.1f}" for c in columns)
-    print(f"| weights, inputs | | bits a weight | box mIoU | 1 click | 3 clicks | J&F |\n|{'---|' * 7}")
+    print(f"| weights, inputs | | bits a weight | box mIoU | {' | '.join(columns[1:])} |")
+    print(f"|{'---|' * (3 + len(columns))}")
     print(f"| float32 | | 32 | {cells} |", flush=True)
-    for grid in sys.argv[1:] or GRIDS:
-        for name, config in rows(settings.load(f"experiments/nano_{grid}.yaml", []).quant).items():
+    for grid in grids:
+        chosen = settings.load(f"experiments/nano_{grid}.yaml", []).quant
+        for name, config in rows(chosen).items():
+            if fresh and name != "RTN" and config != chosen:
+                continue
             runs = [known(f"{grid} {name} {seed}", lambda c=config, s=seed: quantized(c, s)) for seed in SEEDS]
             change = [statistics.median(run[c] for run in runs if c in run) - reference[c] for c in columns]
             text = " | ".join(f"{x:+.1f}" for x in change)
             print(f"| {grid.upper()} | {name} | {runs[0]['bits']:.2f} | {text} |", flush=True)
     print(
-        f"\nnano: the first row in percent, the others the change in points. mIoU of {IMAGES[1]} held-out images of "
-        f"{IMAGES[0]}, medians over calibrations on {CALIBRATED} images of each of scenes:{SEEDS}; J&F of {CLIPS[1]} "
-        f"clips of {CLIPS[0]}, for the first. `python experiments/ptq/table.py > experiments/ptq/table.md`, "
-        "about two hours of one core."
+        f"\nnano: the first row in percent, the others the change in points. mIoU of {images[1]} held-out images of "
+        f"{images[0]}, medians over calibrations on {CALIBRATED} images of each of scenes:{SEEDS}"
+        + (
+            ". `python experiments/ptq/table.py fresh > experiments/ptq/fresh.md`"
+            if fresh
+            else f"; J&F of {CLIPS[1]} clips of {CLIPS[0]}, for the first. "
+            "`python experiments/ptq/table.py > experiments/ptq/table.md`, about two hours of one core."
+        )
     )
 
 
