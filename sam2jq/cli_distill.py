@@ -242,8 +242,14 @@ def history(rows: list[dict]) -> dict:
             "steps": [row["step"] for row in told],
             "layers": {layer: [row["bits"][layer] for row in told] for layer in layers},
         },
-        "decisions": [{"epoch": row["epoch"]} | one for row in rows for one in row.get("decisions", ())],
+        "decisions": [decided(row["epoch"], one) for row in rows for one in row.get("decisions", ())],
     }
+
+
+def decided(epoch: int, one: dict) -> dict:
+    """A decision in the words of the page."""
+    bits, rest = one["bits"], {key: value for key, value in one.items() if key != "bits"}
+    return {"epoch": epoch, "from": bits, "to": bits - 1} | rest
 
 
 @contextmanager

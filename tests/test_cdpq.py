@@ -15,10 +15,12 @@ import pytest
 
 from sam2jq import cdpq
 from sam2jq import config as settings
+from sam2jq.cli_distill import history
 from sam2jq.distill import PARTS
 from sam2jq.quant.fake_quant import bits_of, frozen, innermost, student
 from sam2jq.quant.spec import QuantSpec
 from sam2jq.quant.transform import simulated
+from sam2jq.report.curves import draw
 
 LAYERS = ("a", "b")
 
@@ -73,6 +75,17 @@ def test_layers_lose_a_bit_an_epoch_until_the_last_ones(tmp_path):
     assert [row["bits"] for row in rounds] == [dict.fromkeys(LAYERS, bits) for bits in (5, 4, 3, 3)]
     np.testing.assert_array_equal(bits_of(best), [3, 3])
     assert [row["quant/updated_layers"] for row in rounds if "decisions" in row] == [2, 2, 2]
+
+
+def test_a_run_s_history_is_what_its_curves_and_its_page_are_drawn_from(tmp_path):
+    cdpq.distill(begin(), study(), config(), tmp_path)
+    told = history(rows_of(tmp_path))
+    assert [step for step, _ in told["val_loss"]] == told["bits"]["steps"] == [5, 10, 15, 20]
+    assert told["bits"]["layers"] == {name: [5, 4, 3, 3] for name in LAYERS}
+    assert set(told["decisions"][0]) == {"epoch", "layer", "from", "to", "impact", "accepted", "reason"}
+    assert [(one["from"], one["to"]) for one in told["decisions"]] == [(6, 5), (6, 5), (5, 4), (5, 4), (4, 3), (4, 3)]
+    draw(told).savefig(tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
 def test_no_layer_falls_below_the_least(tmp_path):
