@@ -9,7 +9,7 @@ import torch
 
 from converters.nunchaku_model import load_nunchaku
 from converters.package import load_package
-from sam2jq.cli import main
+from sam2jq.cli import main, replay
 from sam2jq.config import load
 
 
@@ -92,3 +92,12 @@ def test_a_run_leaves_nunchakus_files_and_deepcompressors(thorough):
     left = model[f"{layer}.weight"] + branch[layer]["b.weight"] @ branch[layer]["a.weight"]
     vanilla = torch.load(thorough / "vanilla.pt", weights_only=True)["model"]
     torch.testing.assert_close(left / smooth[layer], vanilla[f"{layer}.weight"], rtol=1e-4, atol=1e-5)
+
+
+def test_the_bits_of_a_package_are_replayed(thorough):
+    flags = ["--model.name", "nano", "--quant.calib.path", "scenes:0", "--quant.bits_from", str(thorough)]
+    found = replay(load(None, flags)).quant
+    assert found.bits_from == ""
+    assert found.wgts.bits == {row["name"]: 4 for row in json.loads((thorough / "metrics.json").read_text())["layers"]}
+    with pytest.raises(ValueError, match="quant.bits_from: the package tells all bits"):
+        load(None, [*flags, "--quant.wgts.target_bits", "3"])
