@@ -183,8 +183,9 @@ def study_of(model: SAM2, teacher: Teacher, train: Sequence[Item], val: Sequence
     taught = partial(lessons_on, teacher, config=ask, seed=seed, kept=kept if ask.cache_teacher else None)
     learned, held_out = taught(train), taught(val)
     whole = np.arange(len(val) // batch * batch).reshape(-1, batch)
+    learner = model.clone(remat=config.train.remat)
     return Study(
-        distillation_loss(model, {part: getattr(ask, part) for part in PARTS}, config.student.dtype, ask.layers > 0),
+        distillation_loss(learner, {part: getattr(ask, part) for part in PARTS}, config.student.dtype, ask.layers > 0),
         lambda first: learned(order(len(train), batch, seed, first)),
         [multihost_utils.process_allgather(lessons, tiled=True) for lessons in held_out(iter(whole))],
         len(train) // batch,

@@ -32,7 +32,7 @@ from sam2jq.eval.evaluate import drawn_video, evaluate_clips, evaluate_images, f
 from sam2jq.files import whole
 from sam2jq.models.sam2 import SAM2, TRUNK_LINEAR, build
 from sam2jq.predict import ImagePredictor
-from sam2jq.ptq import UNROUNDED, Quantized, quantize_params, smoothed_by
+from sam2jq.ptq import FOLDED, UNROUNDED, Quantized, quantize_params, smoothed_by
 from sam2jq.quant.ops import effective_params
 from sam2jq.quant.recipe import layers as all_layers
 from sam2jq.quant.recipe import onto, weight_specs
@@ -155,7 +155,7 @@ def quantize(args: argparse.Namespace, flags: list[str]) -> None:
         measured = [name for name in ("weights", "inputs", "outputs") if name in done.reached]
         kinds |= {name: simulated(done.reached[name]) for name in measured}
         *_, quantized = done.reached.values()
-        layers = layer_figures(full, quantized, done.stats)
+        layers = layer_figures(done.reached.get(FOLDED, full), quantized, done.stats)
         if config.convert_nunchaku:
             kinds["nunchaku"] = convert_nunchaku(config, model, checkpoint, full, done, folder)
         results, errors, gallery = measure(model, kinds, done.reached, names, truth, config, timed)

@@ -208,14 +208,18 @@ class SmoothConfig:
 
 @dataclass(frozen=True)
 class RotationConfig:
-    """transforms: [hadamard] turns what enters qkv, attn.proj and both MLP layers of the trunk; random: with signs."""
+    """transforms: [hadamard] turns what enters qkv, attn.proj and both MLP layers of the trunk; random: with signs;
+    fold_heads: what enters attn.proj is turned head by head and for nothing, by the layer that makes the values."""
 
     transforms: list[str] = field(default_factory=list)
     random: bool = False
+    fold_heads: bool = False
 
     def __post_init__(self):
         for name in self.transforms:
             one_of("quant.rotation.transforms", name, ("hadamard",))
+        if self.fold_heads and not self.transforms:
+            raise ValueError("quant.rotation.fold_heads: set transforms to [hadamard] too")
 
 
 @dataclass(frozen=True)
@@ -446,8 +450,8 @@ class LessonConfig:
 class TrainConfig:
     """batch_size: clips a step, over all devices; schedule: cosine or constant, after warmup_steps; accumulate: steps
     whose gradients make one update; ema: decay of the average of params that is validated and written, 0 for none;
-    parallel: jit or pmap; patience: epochs without a better validation loss before it stops; checkpoint_every,
-    log_interval: steps."""
+    parallel: jit or pmap; remat: compute the trunk's blocks once more for their gradient, for a quarter of the memory;
+    patience: epochs without a better validation loss before it stops; checkpoint_every, log_interval: steps."""
 
     epochs: int = 5
     batch_size: int = 1
@@ -459,6 +463,7 @@ class TrainConfig:
     accumulate: int = 1
     ema: float = 0.0
     parallel: str = "jit"
+    remat: bool = False
     patience: int | None = None
     checkpoint_every: int = 100
     log_interval: int = 10

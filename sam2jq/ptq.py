@@ -11,18 +11,28 @@ import numpy as np
 
 from sam2jq.calibrate import collect, fingerprint
 from sam2jq.config import QuantConfig
-from sam2jq.models.sam2 import FLOW, SAM2, TRUNK_LINEAR
+from sam2jq.models.sam2 import FLOW, SAM2, TRUNK_LINEAR, trunk_of
 from sam2jq.quant.ops import effective_params
-from sam2jq.quant.recipe import activation_specs, choose_bits, choose_unsigned, smoothing, stages, weight_specs
+from sam2jq.quant.recipe import (
+    activation_specs,
+    choose_bits,
+    choose_unsigned,
+    rotation_spec,
+    smoothing,
+    stages,
+    weight_specs,
+)
+from sam2jq.quant.rotate import draw_signs, fold_heads
 from sam2jq.quant.transform import Stats
 from sam2jq.tree import flatten, kernels, layer_name, unflatten
 
 Clips = Callable[[int], Iterable[np.ndarray]]
-UNROUNDED = "unrounded"
+FOLDED, UNROUNDED = "fold", "unrounded"
 
 
 class Quantized(NamedTuple):
-    """reached: {stage: the params tree after it}, UNROUNDED before any weight is; the last is the quantized model.
+    """reached: {stage: the params tree after it}, UNROUNDED before any weight is; the last is the quantized model. The
+    tree at FOLDED, where there is one, computes what the model did, with other weights: those to compare with.
 
     stats: {layer: Stats}, empty where nothing needed them. config: with the bits that were chosen for a target.
     """
@@ -54,7 +64,11 @@ def quantize_params(
     allowed = config.ipts.allow_unsigned
     wanted = set(needs) | ({"gram"} if config.wgts.mixed else set()) | ({"range"} if allowed else set())
     stages(config, shapes, TRUNK_LINEAR, seed)  # what cannot be is an error before any work
-    at, stats, reached = params, {}, {}
+    reached = {}
+    if config.rotation.fold_heads:
+        with watch(FOLDED, describe(config, FOLDED)):
+            params = reached[FOLDED] = fold_rotations(model, params, config, seed)
+    at, stats = params, {}
     # sequentially one program, compiled once, looks at all layers; else only at those that are quantized
     looked_at = None if config.calib.sequential else frozenset(weight_specs(config.wgts, shapes))
     groups = in_order(weights) if config.calib.sequential else [list(weights)]
@@ -80,6 +94,17 @@ def quantize_params(
                 at = step.apply(at, stats)
             merge(reached, name, params, at, group)
     return Quantized(reached, stats, config)
+
+
+def fold_rotations(model: SAM2, params: dict, config: QuantConfig, seed: int) -> dict:
+    """`params` of the same model, the values of whose trunk's attentions come in the rotated form that proj takes."""
+    flat = flatten(params)
+    for i, block in enumerate(trunk_of(model.variant).blocks()):
+        layer = f"image_encoder.trunk/blocks.{i}/attn"
+        paths = [f"{layer}/{name}" for name in ("qkv/kernel", "qkv/bias", "proj/kernel")]
+        signs = draw_signs(rotation_spec(config, f"{layer}/proj", seed), block.features)
+        flat |= zip(paths, fold_heads(*(flat[path] for path in paths), heads=block.heads, signs=signs))
+    return unflatten(flat)
 
 
 def merge(reached: dict[str, dict], name: str, params: dict, at: dict, group: list[str]) -> None:
@@ -138,6 +163,8 @@ def describe(config: QuantConfig, name: str) -> str:
             return f"{config.smooth.proj.strategy}, alpha {config.smooth.proj.alpha}, beta {config.smooth.proj.beta}"
         case "low rank":
             return f"rank {config.wgts.low_rank.rank}, {config.wgts.low_rank.num_iters} rounds"
+        case "fold":
+            return "values come in the rotated form that attn.proj takes"
         case "rotation":
             return "Hadamard" + ", random signs" * config.rotation.random
         case _:

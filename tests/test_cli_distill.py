@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from converters.package import load_package
-from sam2jq import build
+from sam2jq import build, cdpq, layers
 from sam2jq.cli import main
-from sam2jq.cli_distill import check_pair, start
+from sam2jq.cli_distill import check_pair, find_clips, start
 from sam2jq.config import DistillConfig, load
 from sam2jq.eval.metrics import relative_error
 from sam2jq.models.sam2 import init_params
@@ -89,6 +89,26 @@ def test_bad_data_is_one_line_before_any_work(flags, message, tmp_path, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.slow  # compiles the gradient of a whole SAM 2: minutes
+@pytest.mark.parametrize("pair", ["small_to_tiny", "large_to_base_plus"])
+def test_every_eligible_layer_of_the_originals_pairs_learns(pair, tmp_path):
+    """All of them in three steps, where in the original none ever did."""
+    few = ["--teacher.checkpoint", "random:0", "--student.checkpoint", "random:1", "--data.image_size", "128"]
+    few += ["--data.train", "scenes:1", "--data.train_samples", "3", "--data.val", "scenes:2"]
+    few += ["--data.val_samples", "1", "--distill.prompts", "2", "--distill.objects", "1", "--train.epochs", "1"]
+    how = load(f"experiments/cdpq_{pair}.yaml", [*few, "--cache.root", str(tmp_path)], DistillConfig)
+    teaching, model = (build(one.name, one.version, 128) for one in (how.teacher, how.student))
+    known = cdpq.Teacher(teaching, init_params(teaching, 0))
+    begin = start(init_params(model, 1), how)
+    end = cdpq.distill(begin, cdpq.study_of(model, known, *find_clips(how), how), how, tmp_path)
+    before, after = parts(begin), parts(end)
+    assert len(learning(begin)) == len(layers(begin)) == {"tiny": 171, "base-plus": 219}[how.student.name]
+    assert [layer for layer in before if not (before[layer].kernel != after[layer].kernel).any()] == []
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [3, 3]
+    assert all(np.isfinite(value) for row in rows for value in row.values() if isinstance(value, float))
 
 
 @pytest.mark.slow  # compiles three programs of the whole model: minutes

@@ -67,15 +67,8 @@ def test_masks_are_at_no_distance_from_themselves_and_the_gradient_leads_there()
     np.testing.assert_allclose(jax.grad(mask_distance)(wanted, wanted), 0, atol=1e-6)
 
 
-@pytest.fixture(scope="module")
-def quick():
-    """Compiling takes most of the time here, and less so without optimizations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-def test_every_weight_that_may_learn_gets_a_gradient_from_a_teacher_of_another_size(quick):
+@pytest.mark.slow
+def test_every_weight_that_may_learn_gets_a_gradient_from_a_teacher_of_another_size():
     """In the original none did; there a student had to be as wide as its teacher."""
     small, large = SAM2(SMALL), SAM2(LARGE)
     params = init_params(small, 1)

@@ -18,6 +18,7 @@ from sam2jq.models.layers import (
     declare,
     gelu,
     in_chunks,
+    recomputed,
     resize,
 )
 
@@ -108,7 +109,7 @@ class BlockSpec(NamedTuple):
 
 
 class Hiera(nn.Module):
-    """Image [B, H, W, 3] -> the last map of each stage, at strides 4, 8, 16, 32."""
+    """Image [B, H, W, 3] -> the last map of each stage, at strides 4, 8, 16, 32. remat: blocks are `recomputed`."""
 
     embed_dim: int
     num_heads: int
@@ -116,6 +117,7 @@ class Hiera(nn.Module):
     global_blocks: tuple[int, ...]
     windows: tuple[int, ...]
     position_size: int
+    remat: bool = False
 
     def blocks(self) -> list[BlockSpec]:
         """Widths, heads and windows block by block; a stage's first block still has the window of the stage before."""
@@ -135,7 +137,8 @@ class Hiera(nn.Module):
         x = x + self.position(*x.shape[1:3]).astype(x.dtype)
         outputs = []
         for i, spec in enumerate(self.blocks()):
-            x = Block(*spec, name=f"blocks.{i}")(x)
+            block = Block(*spec, name=f"blocks.{i}")
+            x = recomputed(block, x) if self.remat and not self.is_initializing() else block(x)
             outputs.append(x)
         ends = [sum(self.stages[: stage + 1]) - 1 for stage in range(len(self.stages))]
         maps = [outputs[end] for end in ends]

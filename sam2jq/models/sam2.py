@@ -81,18 +81,18 @@ class ObjectOutput(NamedTuple):
 class SAM2(nn.Module):
     """All of SAM 2 as pure functions of a params tree: `model.apply({"params": params}, ..., method="encode_image")`.
 
-    B images or objects, P prompts, S the image's size, C = variant.features, channels last.
+    B images or objects, P prompts, S the image's size, C = variant.features, channels last. remat: gradients of the
+    trunk take less memory, and a third more time.
     """
 
     variant: Variant
     version: str = "2.1"
+    remat: bool = False
 
     def setup(self):
         v = self.variant
-        trunk = Hiera(
-            v.embed_dim, v.num_heads, v.stages, v.global_blocks, v.windows, v.position_size, name="image_encoder.trunk"
-        )
-        self.trunk, self.neck = trunk, Neck(v.features, name="image_encoder.neck")
+        self.trunk = trunk_of(v, remat=self.remat, name="image_encoder.trunk")
+        self.neck = Neck(v.features, name="image_encoder.neck")
         self.sam_prompt_encoder = PromptEncoder(v.features, v.image_size)
         self.sam_mask_decoder = MaskDecoder(v.features)
         self.memory_attention = MemoryAttention(v.memory_layers, v.memory_hidden)
@@ -227,6 +227,10 @@ class SAM2(nn.Module):
         memory = self.encode_memory(features[-1], mask, shown.object_score)[:, None]
         coarse = self.attend_memory(features[-1], memory, jnp.zeros(1, int), shown.pointer[:, None], jnp.ones((1, 1)))
         return self.decode_object([*features[:-1], coarse], None, multimask=True)
+
+
+def trunk_of(v: Variant, **settings) -> Hiera:
+    return Hiera(v.embed_dim, v.num_heads, v.stages, v.global_blocks, v.windows, v.position_size, **settings)
 
 
 def build(name: str, version: str = "2.1", image_size: int | None = None) -> SAM2:

@@ -45,10 +45,8 @@ def stages(
     trunk = [layer for layer in weights if linear.fullmatch(layer)]
     found = {}
     if config.rotation.transforms:
-        signs = {
-            layer: RotationSpec(config.rotation.random, (seed + zlib.crc32(layer.encode())) % 2**32) for layer in trunk
-        }
-        found["rotation"] = each_layer(rotate, signs)
+        turned = [layer for layer in trunk if not (config.rotation.fold_heads and layer.endswith("attn.proj"))]
+        found["rotation"] = each_layer(rotate, {layer: rotation_spec(config, layer, seed) for layer in turned})
     if config.wgts.ridge:
         found["ridge"] = each_layer(ridge, dict.fromkeys(weights, config.wgts.ridge), frozenset({"gram"}))
     if proj := config.smooth.proj:
@@ -71,6 +69,11 @@ def stages(
     if outputs:
         found["outputs"] = rounding_outputs(outputs)
     return found
+
+
+def rotation_spec(config: QuantConfig, layer: str, seed: int) -> RotationSpec:
+    """The rotation of a layer, with signs of its own."""
+    return RotationSpec(config.rotation.random, (seed + zlib.crc32(layer.encode())) % 2**32)
 
 
 def choose_bits(config: WeightsConfig, flat: Mapping[str, object], stats: Mapping[str, Stats]) -> WeightsConfig:

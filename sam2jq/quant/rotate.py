@@ -63,8 +63,12 @@ def rotate(w: Array, stats: Stats | None, spec: RotationSpec) -> Rotated:
     ValueError: not the kernel of a Dense, rounded already, not finite, or no Hadamard matrix has size K.
     """
     check_kernel(w)
-    signs = jax.random.rademacher(jax.random.key(spec.seed), w.shape[:1], jnp.float32) if spec.random else None
+    signs = draw_signs(spec, len(w))
     return Rotated(turn(w.astype(jnp.float32).T, signs).T, signs)
+
+
+def draw_signs(spec: RotationSpec, inputs: int) -> Array | None:
+    return jax.random.rademacher(jax.random.key(spec.seed), (inputs,), jnp.float32) if spec.random else None
 
 
 def turn(x: Array, signs: Array | None) -> Array:

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from sam2jq.models.hiera import from_windows, to_windows
-from sam2jq.models.layers import QUERY_CHUNK, attend, resize
+from sam2jq.models.hiera import Hiera, from_windows, to_windows
+from sam2jq.models.layers import OUTPUTS, QUERY_CHUNK, attend, resize
 from sam2jq.models.sam2 import build, init_params
+from sam2jq.tree import flatten
 
 
 def normal(*shape: int) -> np.ndarray:
@@ -32,6 +33,28 @@ def test_attention_in_chunks_has_torchs_gradients(queries):
     grads = jax.grad(lambda qkv: (attend(*qkv, jnp.asarray(seen)) * aim).sum())(arrays)
     for got, tensor in zip(grads, tensors):
         np.testing.assert_allclose(got, tensor.grad.numpy(), atol=1e-4)  # sums of a thousand terms near 1
+
+
+def test_what_is_computed_once_more_has_the_same_gradient_in_less_memory():
+    """And leaves the same to whom looks at its layers, whose gradient counts too."""
+    found, image = {}, normal(1, 128, 128, 3)
+    for remat in (False, True):
+        trunk = Hiera(8, 2, (4,), (), (4,), 7, remat)
+        shapes = jax.eval_shape(trunk.init, jax.random.key(0), image)["params"]
+        params = jax.tree.map(lambda leaf: 0.1 * normal(*leaf.shape), shapes)
+
+        def loss(params, trunk=trunk):
+            maps, told = trunk.apply({"params": params}, image, mutable=[OUTPUTS])
+            moments = {path: leaf for path, leaf in flatten(told[OUTPUTS]).items() if path.endswith("moments")}
+            return jnp.square(maps[0]).mean() + sum(jnp.square(leaf[0]).sum() for leaf in moments.values()), moments
+
+        run = jax.jit(jax.grad(loss, has_aux=True)).lower(params).compile()
+        found[remat] = (*run(params), run.memory_analysis().temp_size_in_bytes)
+    (plain, seen, whole), (grads, told, part) = found[False], found[True]
+    assert len(seen) == 1 + 4 * 4
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), (plain, seen), (grads, told))
+    assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
+    assert part < whole / 2
 
 
 @pytest.mark.parametrize(("height", "width", "size"), [(8, 8, 4), (10, 13, 4), (3, 5, 7)])

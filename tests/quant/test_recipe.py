@@ -1,12 +1,13 @@
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam2jq import abstract_params, build
+from sam2jq import abstract_params, build, init_params
 from sam2jq.config import (
     CalibConfig,
     InputsConfig,
@@ -18,10 +19,11 @@ from sam2jq.config import (
     load,
 )
 from sam2jq.models.sam2 import TRUNK_LINEAR
-from sam2jq.ptq import in_order
+from sam2jq.ptq import fold_rotations, in_order
 from sam2jq.quant.act import OutQuantized
 from sam2jq.quant.qtensor import QTensor, dequantize, quantize
 from sam2jq.quant.recipe import activation_specs, choose_unsigned, layers, round_weights, stages, weight_specs
+from sam2jq.quant.rotate import Rotated
 from sam2jq.quant.spec import QuantSpec
 from sam2jq.quant.transform import Stats
 from sam2jq.tree import flatten, kernels, layer_name, unflatten
@@ -55,6 +57,25 @@ def test_group_shapes_mean_what_the_schema_says(shapes, spec):
 def test_a_prefix_that_matches_nothing_is_an_error(where):
     with pytest.raises(ValueError, match=r"no layer under t\.blocks\.2; did you mean 't\.blocks\.1"):
         specs(**where)
+
+
+def test_a_folded_rotation_changes_no_feature_and_leaves_attn_proj_to_itself():
+    model = build("nano", image_size=64)
+    params, quant = (
+        init_params(model, 0),
+        QuantConfig(CalibConfig("photos"), rotation=RotationConfig(["hadamard"], True, True)),
+    )
+    folded = fold_rotations(model, params, quant, 0)
+    encode = jax.jit(partial(model.apply, method="encode_image"))
+    image = np.random.default_rng(0).standard_normal((1, 64, 64, 3)).astype(np.float32)
+    for got, expected in zip(*(encode({"params": tree}, image) for tree in (folded, params))):
+        np.testing.assert_allclose(got, expected, atol=1e-4)
+    shapes = {layer_name(path): leaf.shape for path, leaf in kernels(flatten(params)).items()}
+    turned = flatten(stages(quant, shapes, TRUNK_LINEAR, 0)["rotation"].apply(folded, {}))
+    block = "image_encoder.trunk/blocks.1"
+    assert turned[f"{block}/attn/proj/kernel"] is flatten(folded)[f"{block}/attn/proj/kernel"]
+    assert isinstance(turned[f"{block}/attn/qkv/kernel"], Rotated)
+    assert not np.allclose(flatten(folded)[f"{block}/attn/qkv/kernel"], flatten(params)[f"{block}/attn/qkv/kernel"])
 
 
 def test_only_chosen_kernels_are_rounded():
