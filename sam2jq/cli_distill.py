@@ -12,33 +12,36 @@ from importlib.metadata import version
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from sam2jq import __version__, cdpq
 from sam2jq import config as settings
-from sam2jq.calibrate import fingerprint
+from sam2jq.calibrate import collect, fingerprint
 from sam2jq.cli import job_folder, load_model, stage
 from sam2jq.config import DistillConfig
 from sam2jq.controller import ladder
-from sam2jq.data.reader import Item, check_disjoint, find_items, split_of
+from sam2jq.data.reader import Item, check_disjoint, find_items, read_item, split_of
 from sam2jq.eval.cost import STAGE_IMAGES, find_truth, layer_figures, measure
 from sam2jq.eval.metrics import relative_error
 from sam2jq.models.sam2 import SAM2
 from sam2jq.quant.act import quantize_inputs
+from sam2jq.quant.bits import WIDTHS, error_by_width
 from sam2jq.quant.fake_quant import frozen, innermost, learning, student
 from sam2jq.quant.ops import effective_params
 from sam2jq.quant.qtensor import QTensor
 from sam2jq.quant.recipe import activation_specs, check_prefixes, round_weights, weight_specs
 from sam2jq.quant.recipe import layers as all_layers
 from sam2jq.quant.spec import QuantSpec
-from sam2jq.quant.transform import each_layer, simulated
+from sam2jq.quant.transform import Stats, each_layer, simulated
 from sam2jq.report import curves, text
 from sam2jq.report.run import layer_rows, merged, save_run
 from sam2jq.track import tracker
 from sam2jq.tree import flatten, kernels, layer_name, unflatten
 
 COMPARED = 16  # held-out clips whose masks are compared at the end
+LOOKED_AT = 32  # clips that tell the ladder what enters a layer
 log = logging.getLogger("sam2jq")
 
 
@@ -58,7 +61,7 @@ def run(config: DistillConfig, job: str, command: str) -> None:
         check_pair(teaching, model)
         known = cdpq.Teacher(teaching, effective_params(teacher.params))
         full = known.params if teaching == model else effective_params(checkpoint.params)
-        begin = start(checkpoint.params, config)
+        begin = start(checkpoint.params, config, what_enters(model, checkpoint.params, train, config.distill))
         with timed("teach", f"{len(val)} held-out clips"):
             study = cdpq.study_of(model, known, train, val, config)
         what = f"{len(train)} clips, {config.train.epochs} epochs, {len(learning(begin))} layers learn"
@@ -107,9 +110,28 @@ def run(config: DistillConfig, job: str, command: str) -> None:
     log.info("report      %s", final / "report.html")
 
 
-def errors_by_width(params: dict, specs: dict[str, QuantSpec], widths: list[int]) -> dict[str, dict[int, float]]:
-    """{layer: {bits: |w_hat - w| / |w|}} of rounding to nearest."""
+def what_enters(model: SAM2, params: dict, clips: list[Item], config: settings.LessonConfig) -> dict[str, Stats]:
+    """{layer: Stats} of the first of `clips` where the ladder goes by outputs, else nothing."""
+    if (config.confidence_method, config.confidence_on) != ("ladder", "output"):
+        return {}
+    size = model.variant.image_size
+    with stage("calibrate", f"what enters each layer, {len(clips[:LOOKED_AT])} clips"):
+        frames = lambda n: (read_item(clip, size) for clip in clips[n:LOOKED_AT])
+        return collect(model, effective_params(params), frames, {"gram"})
+
+
+def errors_by_width(
+    params: dict, specs: dict[str, QuantSpec], widths: list[int], stats: dict[str, Stats]
+) -> dict[str, dict[int, float]]:
+    """{layer: {bits: error}} of rounding to nearest: |x w_hat - x w| / |x w| for the inputs x of layers in `stats`,
+    |w_hat - w| / |w| of others."""
     plain, errors = flatten(effective_params(params)), {layer: {} for layer in specs}
+    if stats:
+        for path, w in kernels(plain).items():
+            if spec := specs.get(layer := layer_name(path)):
+                lost = np.sqrt(error_by_width(w, stats[layer].gram, spec)).tolist()
+                errors[layer] = dict(zip(WIDTHS, lost))
+        return errors
     for bits in widths:
         at = {layer: replace(spec, bits=bits) for layer, spec in specs.items()}
         rounded = flatten(effective_params(round_weights(unflatten(plain), at)))
@@ -209,8 +231,11 @@ def check_pair(teacher: SAM2, model: SAM2) -> None:
             )
 
 
-def start(params: dict, config: DistillConfig) -> dict:
-    """The student: layers of the checkpoint that are quantized keep their grids, the others start on the config's."""
+def start(params: dict, config: DistillConfig, stats: dict[str, Stats] | None = None) -> dict:
+    """The student: layers of the checkpoint that are quantized keep their grids, the others start on the config's.
+
+    stats: as `what_enters` finds them, for a ladder that goes by outputs.
+    """
     quant, flat = config.quant, kernels(flatten(params))
     wgts = quant.wgts
     if quant.initial_bits is not None:
@@ -220,7 +245,7 @@ def start(params: dict, config: DistillConfig) -> dict:
     check_prefixes("quant.target_roots", quant.target_roots, layers)
     if config.distill.confidence_method == "ladder":
         rungs = [bits for bits in config.distill.bit_candidates if bits >= quant.min_bits]
-        chosen = ladder(errors_by_width(params, specs, rungs), rungs, config.distill.confidence_threshold)
+        chosen = ladder(errors_by_width(params, specs, rungs, stats or {}), rungs, config.distill.confidence_threshold)
         specs = {layer: replace(spec, bits=chosen[layer]) for layer, spec in specs.items()}
     made = student(params, specs)
     if quant.ipts.dtype is None:

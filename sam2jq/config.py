@@ -408,7 +408,8 @@ class LessonConfig:
 
     confidence_method: baseline lowers layers whose mean loss over the last `window` steps is at most layer_threshold,
     variance those whose loss also varies by at most variance_threshold of its square; ladder takes for each layer the
-    lowest of bit_candidates whose weight errs by at most confidence_threshold, once; fixed lowers none.
+    lowest of bit_candidates whose weight, or, with confidence_on output, whose outputs on the first clips err by at
+    most confidence_threshold, once; fixed lowers none.
     impact_threshold: by how much of the validation loss one layer's bit may raise it; impact_budget: all bits of an
     epoch together; impact_floor: losses below count as this; candidates: layers tried an epoch, all when null;
     settle_epochs: the last ones, in which no bit is taken; cache_teacher: keep the teacher's answers in cache.root.
@@ -428,6 +429,7 @@ class LessonConfig:
     variance_threshold: float = 0.05
     bit_candidates: list[int] = field(default_factory=lambda: [8, 6, 4])
     confidence_threshold: float = 0.03
+    confidence_on: str = "weight"
     impact_threshold: float = 0.3
     impact_budget: float = 1.0
     impact_floor: float = 0.01
@@ -437,6 +439,7 @@ class LessonConfig:
 
     def __post_init__(self):
         one_of("distill.confidence_method", self.confidence_method, METHODS)
+        one_of("distill.confidence_on", self.confidence_on, ("weight", "output"))
         wrong = [name for name in ("prompts", "objects", "window") if getattr(self, name) < 1]
         if wrong:
             raise ValueError(f"distill.{wrong[0]} must be at least 1")

@@ -1,5 +1,6 @@
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ from sam2jq.quant.act import ActQuantized
 from sam2jq.quant.fake_quant import innermost, learning
 from sam2jq.quant.qtensor import dequantize, quantize
 from sam2jq.quant.spec import QuantSpec
+from sam2jq.quant.transform import Stats
 from sam2jq.tree import flatten, kernels, layer_name, unflatten
 
 NANO = ["--teacher.name", "nano", "--student.name", "nano", "--data.train", "scenes:1", "--data.val", "scenes:2"]
@@ -63,6 +65,22 @@ def test_the_ladder_gives_each_layer_the_lowest_width_that_errs_little(params):
         assert float(learned[layer].bits) == min(b for b in error if max(error[a] for a in error if a >= b) <= 0.02)
     with pytest.raises(ValueError, match=r"even 8 bits err by .* over distill.confidence_threshold 1e-05"):
         start(params, config(*flags, "--distill.confidence_threshold", "0.00001"))
+
+
+@pytest.mark.parametrize(("inputs", "bits"), [("white", 6), ("of one row", 8)])
+def test_a_ladder_that_goes_by_outputs_counts_what_inputs_there_are(inputs, bits, params):
+    """White inputs make it the error of the weight; a row that rounding ruins counts for as much as it is excited."""
+    layer = "obj_ptr_proj.layers.0"
+    flat = flatten(params)
+    path = "obj_ptr_proj/layers.0/kernel"
+    flat[path] = flat[path].at[0].mul(0.2)
+    one = jnp.eye(64) * (inputs == "white") + jnp.zeros((64, 64)).at[0, 0].set(1.0)
+    stats = dict.fromkeys((layer_name(path) for path in kernels(flat)), Stats(None, None, None, one, None))
+    rest = [name for name in stats if name != layer]
+    flags = ["--distill.confidence_method", "ladder", "--distill.confidence_on", "output"]
+    flags += ["--distill.confidence_threshold", "0.05", "--quant.wgts.skips", str(rest)]
+    made = start(unflatten(flat), config(*flags), stats)
+    assert float(parts(made)[layer].bits) == bits
 
 
 def test_a_root_that_names_no_layer_is_an_error(params):

@@ -4,8 +4,8 @@ python experiments/bench/distill.py [--student tiny] [--teacher small] [--runs 8
 
 1024 x 1024, batch 1, float32, random weights: the teacher's features, the student's under 4-bit weights with straight-
 through gradients (one scale an output channel, fixed to the range of now), the relative square error of the three maps,
-and AdamW on all of the encoder. Both frameworks live in one process and run A B A B; their losses are compared step by
-step. Peak memory is each one's own, measured in a process that runs only it.
+and AdamW on all of the encoder. All live in one process and run A B C A B C; their losses are compared step by step.
+Peak memory is each one's own, measured in a process that runs only it.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -41,9 +42,9 @@ def encoder_of(params: dict) -> dict:
     return unflatten({path: leaf for path, leaf in flatten(params).items() if path.startswith(ENCODER)})
 
 
-def jax_step(student_name: str, teacher_name: str, image: np.ndarray):
-    """A function that takes one step and returns its loss."""
-    teacher, model = build(teacher_name), build(student_name)
+def jax_step(student_name: str, teacher_name: str, image: np.ndarray, remat: bool = False):
+    """A function that takes one step and returns its loss; remat: as train.remat."""
+    teacher, model = build(teacher_name), build(student_name).clone(remat=remat)
     known, params = init_params(teacher, 0), encoder_of(init_params(model, 1))
     layers = [layer_name(path) for path in kernels(flatten(params))]
     begin = student(params, dict.fromkeys(layers, QuantSpec(BITS)))
@@ -107,12 +108,12 @@ def torch_step(student_name: str, teacher_name: str, image: np.ndarray):
     return run
 
 
-STEPS = {"jax": jax_step, "torch": torch_step}
+STEPS = {"sam2jq": jax_step, "sam2jq, `train.remat`": partial(jax_step, remat=True), "torch": torch_step}
 
 
-def peak_gigabytes(args: argparse.Namespace, framework: str) -> float:
-    """Of a fresh process that takes two steps in one framework."""
-    command = [sys.executable, __file__, "--alone", framework, "--student", args.student, "--teacher", args.teacher]
+def peak_gigabytes(args: argparse.Namespace, name: str) -> float:
+    """Of a fresh process that takes two steps of one of STEPS."""
+    command = [sys.executable, __file__, "--alone", name, "--student", args.student, "--teacher", args.teacher]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]) / 1e6
 
 
@@ -130,34 +131,36 @@ def main() -> None:
         run(), run()
         print(proc("self/status", "VmHWM").split()[0])
         return
+    memory = {name: peak_gigabytes(args, name) for name in STEPS}
     steps = {name: make(args.student, args.teacher, image) for name, make in STEPS.items()}
-    begin = time.perf_counter()
-    losses = {name: [run()] for name, run in steps.items()}
-    compiled = time.perf_counter() - begin
-    pairs = []
+    losses, first = {name: [] for name in steps}, {}
+    for name, run in steps.items():
+        first[name] = seconds(lambda name=name, run=run: losses[name].append(run()))
+    times = {name: [] for name in steps}
     for _ in range(args.runs):
-        pairs.append([])
         for name, run in steps.items():
-            pairs[-1].append(seconds(lambda name=name, run=run: losses[name].append(run())))
-    ratios = [a / b for a, b in pairs]
-    ours, theirs = (statistics.median(column) for column in zip(*pairs))
-    apart = max(abs(a / b - 1) for a, b in zip(losses["jax"], losses["torch"]))
-    memory = [peak_gigabytes(args, name) for name in STEPS]
+            times[name].append(seconds(lambda name=name, run=run: losses[name].append(run())))
+    wanted = losses["torch"]
+    apart = max(abs(a / b - 1) for found in losses.values() for a, b in zip(found, wanted))
     lines = [
         "# A distillation step: sam2jq against torch",
         "",
         f"`python experiments/bench/distill.py --student {args.student} --teacher {args.teacher} --runs {args.runs}`",
         f"on {os.cpu_count()} cores of {proc('cpuinfo', 'model name')}, jax {version('jax')}, "
         f"torch {version('torch')};",
-        f"1024 x 1024, batch 1, float32, encoders only. Medians of {args.runs} steps in turn; ratio: median (range) of "
-        f"the pairs' ratios. Losses of the {args.runs + 1} steps differ by {apart:.1e} at most, relative "
-        f"({losses['jax'][0]:.4f} at the first, {losses['jax'][-1]:.4f} at the last).",
+        f"{args.teacher} teaches {args.student}, 1024 x 1024, batch 1, float32, encoders only. Medians of {args.runs} "
+        f"steps in turn; ratio to torch: median (range) of the turns' ratios. Losses of the {args.runs + 1} steps "
+        f"differ by {apart:.1e} at most, relative ({wanted[0]:.4f} at the first, {wanted[-1]:.4f} at the last).",
         "",
-        "| student, teacher | sam2jq s | torch s | ratio | first step s, both | peak GB sam2jq | peak GB torch |",
-        "|---|---|---|---|---|---|---|",
-        f"| {args.student}, {args.teacher} | {ours:.2f} | {theirs:.2f} | {statistics.median(ratios):.3f} "
-        f"({min(ratios):.2f}-{max(ratios):.2f}) | {compiled:.0f} | {memory[0]:.2f} | {memory[1]:.2f} |",
+        "| step | s | ratio | first step s | peak GB |",
+        "|---|---|---|---|---|",
     ]
+    for name, found in times.items():
+        ratios = [a / b for a, b in zip(found, times["torch"])]
+        lines.append(
+            f"| {name} | {statistics.median(found):.2f} | {statistics.median(ratios):.3f} ({min(ratios):.2f}-"
+            f"{max(ratios):.2f}) | {first[name]:.0f} | {memory[name]:.2f} |"
+        )
     print("\n".join(lines))
     if args.out:
         args.out.write_text("\n".join(lines) + "\n")
