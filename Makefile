@@ -81,6 +81,7 @@ lint: setup
 bench: setup
 	$(VENV)/bin/python experiments/bench/encoder.py
 	$(VENV)/bin/python experiments/bench/ptq.py
+	$(VENV)/bin/python experiments/bench/distill.py
 
 # runs every command and program of docs/ that needs no files but the project's own
 docs-check: setup

@@ -13,7 +13,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -38,21 +37,24 @@ SIDE, BITS, RATE = 1024, 4, 1e-4
 ENCODER = ("image_encoder", "sam_mask_decoder/conv_s")
 
 
-def encoder_of(params: dict) -> dict:
-    return unflatten({path: leaf for path, leaf in flatten(params).items() if path.startswith(ENCODER)})
+def encoder_of(params: dict) -> tuple[dict, dict]:
+    """What belongs to the encoder of a whole SAM 2, and the rest."""
+    flat = flatten(params)
+    ours = {path: leaf for path, leaf in flat.items() if path.startswith(ENCODER)}
+    return unflatten(ours), {path: leaf for path, leaf in flat.items() if path not in ours}
 
 
 def jax_step(student_name: str, teacher_name: str, image: np.ndarray, remat: bool = False):
     """A function that takes one step and returns its loss; remat: as train.remat."""
     teacher, model = build(teacher_name), build(student_name).clone(remat=remat)
-    known, params = init_params(teacher, 0), encoder_of(init_params(model, 1))
+    known, (params, rest) = init_params(teacher, 0), encoder_of(init_params(model, 1))
     layers = [layer_name(path) for path in kernels(flatten(params))]
     begin = student(params, dict.fromkeys(layers, QuantSpec(BITS)))
     encode = lambda model, params, x: model.apply({"params": params}, x, method="encode_image")
 
     def loss(params, batch, key):
         wanted = encode(teacher, known, batch)
-        got = encode(model, simulated(params), batch)
+        got = encode(model, unflatten(rest | flatten(simulated(params))), batch)
         return sum(relative(a, b) for a, b in zip(got, wanted)) / 3, {}
 
     stays = jax.tree.map(lambda mark: not mark, learns(begin, clipping=False))
