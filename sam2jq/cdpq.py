@@ -203,7 +203,8 @@ def distill(
     train, names = config.train, learning(student)
     optimizer = make_optimizer(train, study.epoch * train.epochs, student, config.quant.learn_clipping)
     step = make_train_step(study.loss, optimizer, train.parallel)
-    finish = partial(end_epoch, make_trials(study.loss), study.exam, config, names, weights_of(student))
+    trials, sizes = make_trials(study.loss), weights_of(student)
+    finish = partial(end_epoch, trials, study.exam, config, names, sizes)
     state = Progress(
         init_state(jax.tree.map(jnp.copy, student), optimizer, config.seed),  # the step takes its arrays for itself
         begin(bits_of(student), config.distill.window),
@@ -217,7 +218,10 @@ def distill(
         if manager.latest_step() is not None:
             state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(jax.device_get(state)))
         first, rows = int(state.train.step), []
-        log = open_log(folder / "metrics.jsonl", first, tell)
+        log = open_log(folder / "metrics.jsonl", first or -1, tell)
+        if first == 0:  # what rounding alone does; the end is never worse, unless it has fewer bits
+            state, row = validate(trials, study.exam, sizes, state)
+            log({"step": 0, "epoch": 0} | row | told_bits(np.asarray(state.schedule.bits), names, sizes))
         numbers = range(first + 1, study.epoch * train.epochs + 1)
         for number, lessons in zip(numbers, study.batches(first)):
             state, row = learn(step, state, lessons, names)
@@ -270,22 +274,26 @@ def average(bits: Array, sizes: np.ndarray) -> float:
     return float((np.asarray(bits) * sizes).sum() / sizes.sum())
 
 
+def validate(trials: Callable, exam: Sequence[Lesson], sizes: np.ndarray, state: Progress) -> tuple[Progress, Row]:
+    """`state`, whose best is the student of now unless one before had fewer bits, or did better; and how it did."""
+    now, bits = student_of(state.train), np.asarray(state.schedule.bits)
+    (loss,), parts = try_bits(trials, now, bits[None], exam)
+    mean = average(bits, sizes)
+    if (round(mean, 6), loss) < (round(float(state.best_bits), 6), float(state.best_loss)):
+        best = jax.device_get(now)
+        state = state._replace(best=best, best_loss=jnp.float32(loss), best_bits=jnp.float32(mean), stale=jnp.int32(0))
+    else:
+        state = state._replace(stale=state.stale + 1)
+    return state, {"val/loss": float(loss)} | {f"val/{name}": float(value) for name, value in parts.items()}
+
+
 def end_epoch(
     trials: Callable, exam: Sequence[Lesson], config: DistillConfig, names: Sequence[str], sizes: np.ndarray,
     state: Progress, epoch: int,
 ) -> tuple[Progress, Row]:  # fmt: skip
     """`state` after validation and, but for the last epochs, with a bit less for the layers that bear it; and why."""
-    now, bits = student_of(state.train), np.asarray(state.schedule.bits)
-    (before,), parts = try_bits(trials, now, bits[None], exam)
-    row = {"val/loss": float(before)} | {f"val/{name}": float(value) for name, value in parts.items()}
-    mean = average(bits, sizes)
-    if (round(mean, 6), before) < (round(float(state.best_bits), 6), float(state.best_loss)):
-        best = jax.device_get(now)
-        state = state._replace(
-            best=best, best_loss=jnp.float32(before), best_bits=jnp.float32(mean), stale=jnp.int32(0)
-        )
-    else:
-        state = state._replace(stale=state.stale + 1)
+    state, row = validate(trials, exam, sizes, state)
+    now, before, bits = student_of(state.train), row["val/loss"], np.asarray(state.schedule.bits)
     ask, roots = config.distill, config.quant.target_roots
     if ask.confidence_method in ("baseline", "variance") and epoch <= config.train.epochs - ask.settle_epochs:
         sure = confident(state.schedule, ask.confidence_method, ask.layer_threshold, ask.variance_threshold)
@@ -301,10 +309,11 @@ def end_epoch(
         state = state._replace(schedule=schedule, train=state.train._replace(params=params))
         row |= told_decisions(decisions)
         bits = np.asarray(schedule.bits)
-    return state, row | {
-        "train/avg_bit_width": average(bits, sizes),
-        "bits": dict(zip(names, bits.astype(int).tolist())),
-    }
+    return state, row | told_bits(bits, names, sizes)
+
+
+def told_bits(bits: np.ndarray, names: Sequence[str], sizes: np.ndarray) -> Row:
+    return {"train/avg_bit_width": average(bits, sizes), "bits": dict(zip(names, bits.astype(int).tolist()))}
 
 
 def told_decisions(decisions: Sequence[Decision]) -> Row:

@@ -72,7 +72,7 @@ def rows_of(folder):
 def test_layers_lose_a_bit_an_epoch_until_the_last_ones(tmp_path):
     best = cdpq.distill(begin(), study(), config(), tmp_path)
     rounds = [row for row in rows_of(tmp_path) if "val/loss" in row]
-    assert [row["bits"] for row in rounds] == [dict.fromkeys(LAYERS, bits) for bits in (5, 4, 3, 3)]
+    assert [row["bits"] for row in rounds] == [dict.fromkeys(LAYERS, bits) for bits in (6, 5, 4, 3, 3)]
     np.testing.assert_array_equal(bits_of(best), [3, 3])
     assert [row["quant/updated_layers"] for row in rounds if "decisions" in row] == [2, 2, 2]
 
@@ -80,8 +80,8 @@ def test_layers_lose_a_bit_an_epoch_until_the_last_ones(tmp_path):
 def test_a_run_s_history_is_what_its_curves_and_its_page_are_drawn_from(tmp_path):
     cdpq.distill(begin(), study(), config(), tmp_path)
     told = history(rows_of(tmp_path))
-    assert [step for step, _ in told["val_loss"]] == told["bits"]["steps"] == [5, 10, 15, 20]
-    assert told["bits"]["layers"] == {name: [5, 4, 3, 3] for name in LAYERS}
+    assert [step for step, _ in told["val_loss"]] == told["bits"]["steps"] == [0, 5, 10, 15, 20]
+    assert told["bits"]["layers"] == {name: [6, 5, 4, 3, 3] for name in LAYERS}
     assert set(told["decisions"][0]) == {"epoch", "layer", "from", "to", "impact", "accepted", "reason"}
     assert [(one["from"], one["to"]) for one in told["decisions"]] == [(6, 5), (6, 5), (5, 4), (5, 4), (4, 3), (4, 3)]
     draw(told).savefig(tmp_path / "curves.png")
@@ -114,7 +114,7 @@ class Killed(Exception):
 AVERAGED = ["--train.accumulate", "2", "--train.ema", "0.9"]
 
 
-@pytest.mark.parametrize(("step", "flags"), [(3, []), (5, []), (20, []), (7, AVERAGED)], ids=str)
+@pytest.mark.parametrize(("step", "flags"), [(1, []), (3, []), (20, []), (7, AVERAGED)], ids=str)
 def test_a_killed_run_ends_as_one_that_was_not(tmp_path, step, flags):
     """To the bit, and with the same log."""
 
@@ -156,7 +156,15 @@ def test_one_program_serves_every_step_and_one_every_trial(tmp_path):
 def test_a_run_without_progress_ends_early(tmp_path):
     fixed = config("--distill.confidence_method", "fixed", "--train.learning_rate", "0", "--train.patience", "2")
     cdpq.distill(begin(), study(), fixed, tmp_path)
-    assert max(row["epoch"] for row in rows_of(tmp_path)) == 3
+    assert max(row["epoch"] for row in rows_of(tmp_path)) == 2
+
+
+def test_a_run_that_only_does_harm_ends_as_it_began(tmp_path):
+    fixed = config("--distill.confidence_method", "fixed", "--train.learning_rate", "3", "--train.warmup_steps", "0")
+    best = cdpq.distill(begin(), study(), fixed, tmp_path)
+    first, *rest = [row["val/loss"] for row in rows_of(tmp_path) if "val/loss" in row]
+    assert min(rest) > first
+    jax.tree.map(np.testing.assert_array_equal, frozen(best), frozen(begin()))
 
 
 PROGRAM = """

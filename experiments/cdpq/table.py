@@ -4,7 +4,7 @@ and while bits are lowered step by step.
 python experiments/cdpq/table.py > experiments/cdpq/table.md
 
 Goes on where it was stopped; the names of some rows make only these, so that two processes can share the work; with
---kept it runs nothing and tells what is there.
+--kept it runs nothing and tells what is there. curves.png beside it shows how the held-out loss fell.
 """
 
 import json
@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import matplotlib.pyplot as plt
 
 from converters.checkpoint import load_checkpoint
 from converters.package import load_package, save_package
@@ -59,13 +60,14 @@ STARTS = {
     "W2A16": grid("uint2", None),
     "to 3.5": grid("sint4", None),
 }
+ROWS = [(name, kind) for name in STARTS for kind in ("to nearest", "PTQ") if (name, kind) != ("to 3.5", "to nearest")]
 FIXED = {"confidence_method": "fixed"}
 LOWERED = {"impact_threshold": 3.0, "impact_budget": 1000.0, "impact_floor": 0.05, "layer_threshold": 0.3}
 
 
 def config_of(name: str, seed: int, kind: str) -> DistillConfig:
     """The settings of a row: the grid to start on, whether its bits fall, and a lower rate where it starts well."""
-    rate = 1e-3 if kind == "to nearest" else 3e-4 if name == "W2A16" else 1e-4
+    rate = 1e-4 if name == "to 3.5" else 1e-3 if kind == "to nearest" or name == "W2A16" else 3e-4
     data = DataConfig(f"scenes:{11 + seed}", "scenes:21", TRAINED, 4)
     falls = name == "to 3.5"
     quant = StudentConfig(**STARTS[name], min_bits=2, target_bits=3.5 if falls else None)
@@ -118,6 +120,27 @@ def learned(model, full: dict, params: dict, config: DistillConfig, mark: str) -
     return frozen(cdpq.distill(start(params, config), study, config, folder, show))
 
 
+def draw_curves(path: Path) -> None:
+    """The held-out loss of every run after each epoch, one colour a row of the table."""
+    figure, (fixed, falls) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    bits = falls.twinx()
+    for i, (name, kind) in enumerate(ROWS):
+        for seed in SEEDS:
+            log = KEPT / f"{name} {kind} {seed}" / "metrics.jsonl"
+            rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+            rows = [row for row in rows if "val/loss" in row]
+            steps, about = [row["step"] for row in rows], {"color": f"C{i}", "alpha": 0.8}
+            axes = falls if name == "to 3.5" else fixed
+            axes.plot(steps, [row["val/loss"] for row in rows], **about, label=f"{name} {kind}" if seed == 0 else None)
+            if name == "to 3.5":
+                bits.plot(steps, [row["train/avg_bit_width"] for row in rows], "--", **about)
+    fixed.set(xlabel="step", ylabel="held-out loss", yscale="log", title="bits stay")
+    falls.set(xlabel="step", ylabel="held-out loss", title="W4A16 PTQ, lowered to 3.5 bits")
+    bits.set(ylabel="mean bits a weight (dashed)")
+    fixed.legend(frameon=False)
+    figure.savefig(path, dpi=100)
+
+
 def main() -> None:
     model, kept = build("nano"), "--kept" in sys.argv
     jax.config.update("jax_compilation_cache_dir", str(Path("cache/sam2/compiled").absolute()))
@@ -166,11 +189,12 @@ def main() -> None:
         bits = statistics.median(result["bits"] for result in results)
         print(f"| {name} | {what} | {len(results)} | {bits:.2f} | " + " | ".join(cells) + " |", flush=True)
 
-    for name in filter(chosen, STARTS):
-        shown, after = ("W4A16", "lowered to 3.5 bits") if name == "to 3.5" else (name, "distilled")
-        for kind in ("PTQ",) if name == "to 3.5" else ("to nearest", "PTQ"):
+    for name, kind in ROWS:
+        if chosen(name):
+            shown, after = ("W4A16", "lowered to 3.5 bits") if name == "to 3.5" else (name, "distilled")
             tell(shown, kind, [row(f"{name} {kind}", partial(begin, name, kind))])
             tell(shown, f"{kind}, {after}", runs(name, kind))
+    draw_curves(Path(__file__).with_name("curves.png"))
     print(
         "\nnano: the first row in percent, the others the change in points. "
         f"Distilled on {TRAINED} drawn scenes without their masks; where there are several runs, on other scenes in "
