@@ -24,7 +24,8 @@ from sam2jq import __version__
 from sam2jq import config as settings
 from sam2jq.calibrate import fingerprint
 from sam2jq.config import Config, DistillConfig
-from sam2jq.data import find_images, preprocess, read_image
+from sam2jq.data import read_image
+from sam2jq.data.reader import find_items, read_item
 from sam2jq.data.sav import write_mask
 from sam2jq.data.video import open_video
 from sam2jq.eval.cost import STAGE_IMAGES, find_truth, layer_figures, measure
@@ -124,29 +125,26 @@ def quantize(args: argparse.Namespace, flags: list[str]) -> None:
         timed = partial(stage, record=record)
         calib = config.quant.calib
         with timed("images", calib.path):  # all are read once, so that a broken one is found before the work
-            names = find_images(calib.path, calib.num_samples, config.seed)
-            if len(names) < calib.num_samples:
-                raise ValueError(
-                    f"{calib.path} holds {len(names)} images, fewer than quant.calib.num_samples {calib.num_samples}: "
-                    f"add some, or give --quant.calib.num_samples {len(names)}"
-                )
-            for name in names:
+            items = find_items(calib.path, calib.num_samples, config.seed, calib.frames, calib.stride)
+            files = [frame for item in items for frame in item.frames]
+            for name in files:
                 read_image(name)
             truth = find_truth(config)
         config = replay(config)
         model, checkpoint = load_model(config.model, config.cache.root, calib.image_size)
 
         full = effective_params(checkpoint.params)
-        images = [name if name.startswith("scenes:") else fingerprint({}, Path(name).read_bytes()) for name in names]
+        images = [name if name.startswith("scenes:") else fingerprint({}, Path(name).read_bytes()) for name in files]
+        names = [item.frames[0] for item in items]
         size = model.variant.image_size
         done = quantize_params(
             model,
             full,
             config.quant,
-            lambda n: (preprocess(read_image(k), size)[None] for k in tqdm(names[n:], leave=False, disable=None)),
+            lambda n: (read_item(item, size) for item in tqdm(items[n:], leave=False, disable=None)),
             seed=config.seed,
             needs={"gram"} if config.convert_nunchaku else (),
-            cache=(Path(config.cache.root) / "calibration", (__version__, images)),
+            cache=(Path(config.cache.root) / "calibration", (__version__, images, calib.frames, calib.stride)),
             watch=timed,
         )
         asked, config = config, replace(config, quant=done.config)

@@ -40,12 +40,15 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class CalibConfig:
-    """path: a folder of images (plain, COCO, SA-1B or SA-V), one image, or scenes:<seed>; image_size in pixels,
-    the model's own when null; sequential: part after part, each told of inputs that the parts before it, quantized,
-    make, which takes a pass over the images for every part."""
+    """path: a folder of images (plain, COCO, SA-1B or SA-V), one image, or scenes:<seed>; frames: of the clips that
+    are taken instead of images, from SA-V, a folder of folders of frames, or scenes, 1 for images; stride: frames from
+    one of them to the next; image_size in pixels, the model's own when null; sequential: part after part, each told of
+    inputs that the parts before it, quantized, make, which takes a pass over the images for every part."""
 
     path: str = ""
     num_samples: int = 128
+    frames: int = 1
+    stride: int = 4
     batch_size: int = 1
     image_size: int | None = None
     sequential: bool = False
@@ -53,7 +56,7 @@ class CalibConfig:
     def __post_init__(self):
         if not self.path:
             raise ValueError("quant.calib.path is not set: give a folder of images, or scenes:0 for drawn ones")
-        for name in ("num_samples", "batch_size"):
+        for name in ("num_samples", "frames", "stride", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"quant.calib.{name} must be at least 1, got {getattr(self, name)}")
 

@@ -15,11 +15,12 @@ from sam2jq.config import load
 
 @pytest.fixture(scope="module")
 def thorough(flags) -> Path:
-    """The folder of a run with every stage but rotation, of one block, and of nothing else, to be quick."""
+    """The folder of a run with every stage but rotation, calibrated on clips, of one block only, to be quick."""
     others = ["memory_attention", "memory_encoder", "obj_ptr_proj", "obj_ptr_tpos_proj", "sam_mask_decoder"]
     others += ["sam_prompt_encoder", "mask_downsample", "image_encoder.neck", "image_encoder.trunk.patch_embed"]
     others += [f"image_encoder.trunk.blocks.{i}" for i in range(1, 7)]
     settings = {
+        "calib": "{path: scenes:5, num_samples: 2, frames: 2}",
         "wgts.skips": f"[{', '.join(others)}]",
         "wgts.dtype": "uint4",
         "wgts.group_shapes": "[[1, 32]]",

@@ -56,7 +56,8 @@ def find_items(spec: str, num_samples: int | None, seed: int, frames: int = 1, s
             chosen = np.random.default_rng(seed).choice(len(items), num_samples, replace=False)
             items = [items[i] for i in sorted(chosen)]
     if not items or (num_samples is not None and len(items) < num_samples):
-        raise ValueError(f"{spec} holds {len(items)} clips of {frames} frames, fewer than the {num_samples} asked for")
+        held = f"{len(items)} images" if frames == 1 else f"{len(items)} clips of {frames} frames"
+        raise ValueError(f"{spec} holds {held}, fewer than num_samples {num_samples}: add some, or ask for fewer")
     return items
 
 

@@ -37,7 +37,7 @@ def test_clips_are_runs_of_frames_that_do_not_overlap(sav):
     assert [[name[-9:-4] for name in clip.frames] for clip in clips] == [["00000", "00003"], ["00004", "00007"]]
     assert read_item(clips[1], 8).shape == (2, 8, 8, 3)
     assert not np.array_equal(*read_item(clips[1], 8))
-    with pytest.raises(ValueError, match="fewer than the 3"):
+    with pytest.raises(ValueError, match="fewer than num_samples 3"):
         find_items(str(sav / "sav_train"), 3, 0, frames=2, stride=3)
 
 
