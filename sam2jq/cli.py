@@ -180,7 +180,8 @@ def quantize(args: argparse.Namespace, flags: list[str]) -> None:
             "unquantized": [layer for layer in all_layers(full) if layer not in layers],
             "stages": [row | errors.get(row["name"], {}) for row in merged(record)],
             "stage_images": min(STAGE_IMAGES, len(names)),
-            "images_id": fingerprint({}, images, [Path(one.name).name for found in truth for one in found]),
+            "images_id": fingerprint({}, images),
+            "truth_id": fingerprint({}, [Path(one.name).name for found in truth for one in found]),
             "asked": settings.to_dict(asked),
             "command": command_line(args, flags),
         }

@@ -17,7 +17,7 @@ def runs_page(runs: Mapping[Path, dict]) -> str:
     """The HTML that compares `runs`, {folder: metrics}. ValueError: they are not comparable."""
     check_comparable(runs)
     rows, keys = table(runs)
-    names = shared_scores(rows)
+    names = shared_scores(runs)
     chosen = [name for name in names if not name.startswith(verdict.AGREEMENT)] or names
     points = [row | {"front": {name for name in chosen if on_front(row, rows, name)}} for row in rows]
     first = next(iter(runs.values()))
@@ -35,7 +35,8 @@ def runs_page(runs: Mapping[Path, dict]) -> str:
 
 
 def check_comparable(runs: Mapping[Path, dict]) -> None:
-    """ValueError unless all runs are of one checkpoint, measured on the same images and clips."""
+    """ValueError unless all runs are of one checkpoint, and measured on the same images or clips with known masks, or
+    else, without masks, on the same images."""
     (one, first), *others = runs.items()
     facts = lambda metrics: ([metrics["model"][key] for key in MODEL], metrics["checkpoint"])
     for other, metrics in others:
@@ -43,7 +44,7 @@ def check_comparable(runs: Mapping[Path, dict]) -> None:
             names = [" ".join(map(str, facts(m)[0])) + f" from {m['model']['checkpoint']}" for m in (first, metrics)]
             raise ValueError(f"{one} and {other} are runs of different models, {names[0]} and {names[1]}: give "
                              "runs of one")  # fmt: skip
-        if metrics["images_id"] != first["images_id"]:
+        if metrics["truth_id"] != first["truth_id"] or not shared_scores({one: first, other: metrics}):
             raise ValueError(f"{one} and {other} were measured on different images or clips: give runs with the same "
                              "quant.calib and measure")  # fmt: skip
 
@@ -74,9 +75,12 @@ def table(runs: Mapping[Path, dict]) -> tuple[list[dict], list[str]]:
     return rows, keys
 
 
-def shared_scores(rows: list[dict]) -> list[str]:
-    """The names of the scores that all runs have."""
-    return [name for name in rows[0]["scores"] if all(name in row["scores"] for row in rows)]
+def shared_scores(runs: Mapping[Path, dict]) -> list[str]:
+    """The names of the scores that all runs have; agreement with full precision only where it is on the same images."""
+    found = [[score["name"] for score in verdict.scores(metrics)] for metrics in runs.values()]
+    alike = len({metrics["images_id"] for metrics in runs.values()}) == 1
+    common = [name for name in found[0] if all(name in names for names in found)]
+    return [name for name in common if alike or not name.startswith(verdict.AGREEMENT)]
 
 
 def settings_of(config: dict) -> dict[str, str]:
@@ -120,7 +124,7 @@ def compared(entries: list[tuple[Path, dict]]) -> dict:
 def runs_csv(runs: Mapping[Path, dict]) -> str:
     """The table of `runs` as CSV, one row a run."""
     rows, keys = table(runs)
-    names = shared_scores(rows)
+    names = shared_scores(runs)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(

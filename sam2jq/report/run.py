@@ -15,8 +15,8 @@ from sam2jq.report.page import run_page
 
 REPORT_VERSION = 1  # of metrics.json, as far as pages are made of it
 NEEDED = (
-    *("model", "checkpoint", "images_id", "asked", "config", "command", "versions", "random_weights", "results"),
-    *("layers", "unquantized", "stages", "stage_images", "gallery"),
+    *("model", "checkpoint", "images_id", "truth_id", "asked", "config", "command", "versions", "random_weights"),
+    *("results", "layers", "unquantized", "stages", "stage_images", "gallery"),
 )
 
 

@@ -55,6 +55,7 @@ def metrics(bits: int, miou: float) -> dict:
         "model": asked["model"] | {"image_size": 256},
         "checkpoint": "c0ffee",
         "images_id": "1",
+        "truth_id": "1",
         "config": asked,
         "asked": asked,
         "command": f"sam2jq quantize --job {MARKUP}",

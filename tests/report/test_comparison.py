@@ -3,6 +3,8 @@ import json
 
 import pytest
 
+from sam2jq import config
+from sam2jq.report import verdict
 from sam2jq.report.comparison import check_comparable, letter, on_front, runs_csv, runs_page, table
 from sam2jq.report.run import read_metrics, read_runs
 
@@ -44,12 +46,30 @@ def test_letters_do_not_end():
     ("changes", "message"),
     [
         ({"checkpoint": "bead"}, "runs of different models, nano 2.1 256 from demo and"),
-        ({"images_id": "2"}, "measured on different images"),
+        ({"truth_id": "2"}, "measured on different images"),
     ],
 )
 def test_runs_of_different_things_are_refused(make_run, changes, message):
     with pytest.raises(ValueError, match=f"a and .*b (are|were) {message}.*: give runs"):
         check_comparable(read_runs([make_run("a"), make_run("b", **changes)]))
+
+
+def test_a_distilled_run_is_compared_on_the_masks_that_are_known(make_run):
+    """What it was distilled on is not what the other was calibrated on, so how far both agree with full precision is
+    left out; where no masks are known nothing is left."""
+    asked = config.to_dict(config.load(None, ["--teacher.name", "nano", "--student.name", "nano", "--data.train", "a",
+                                              "--data.val", "b"], config.DistillConfig))  # fmt: skip
+    other = {"asked": asked | {"model": asked["student"]}, "images_id": "2"}
+    runs = read_runs([make_run("ptq"), make_run("distilled", 3, 0.59, **other)])
+    rows = list(csv.DictReader(runs_csv(runs).splitlines()))
+    assert [row["distill.impact_threshold"] for row in rows] == ["on", "0.3"]
+    assert not any(verdict.AGREEMENT in column for column in rows[0])
+    assert "mIoU, box" in runs_page(runs)
+    unknown = {
+        "results": {"mask_iou": 0.9, "images": 2, "prompts_per_image": 16, "kinds": ["full precision", "weights"]}
+    }
+    with pytest.raises(ValueError, match="measured on different images"):
+        check_comparable(read_runs([make_run("a", **unknown), make_run("b", **unknown, images_id="2")]))
 
 
 def test_a_folder_that_is_no_finished_run_is_named(make_run, tmp_path):
