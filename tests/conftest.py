@@ -17,6 +17,7 @@ from sam2jq import SAM2, abstract_params, build, init_params
 from sam2jq.data import draw_scene
 
 COMPILED = "JAX_COMPILATION_CACHE_DIR"
+LONGEST = ("test_cli", "test_demo_model", "test_parity", "test_cdpq", "test_video", "test_stages")
 SHARED = Path(__file__).parents[2] / "shared"
 
 
@@ -30,6 +31,11 @@ def pytest_configure(config):
     jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_compilation_cache_dir", os.environ[COMPILED])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest go first, so that no process is left with one of them at the end."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 @pytest.fixture(scope="module", autouse=True)

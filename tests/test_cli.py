@@ -260,20 +260,19 @@ def test_a_file_that_is_no_package_is_named(tmp_path, capsys):
     assert "no package at" in failure(capsys, "inspect", str(tmp_path))
 
 
-def test_random_weights_are_named_in_every_output(tmp_path, capsys):
-    flags = ["--model.name", "nano", "--model.checkpoint", "random:0", "--quant.calib.path", "scenes:0"]
-    places = ["--output.root", str(tmp_path), "--output.job", "r", "--cache.root", str(tmp_path / "cache")]
-    assert main(["quantize", *flags, *places, "--quant.calib.num_samples", "1"]) == 0
+def test_random_weights_are_named_in_every_output(flags, tmp_path, capsys):
+    random = ["--model.name", "nano", "--model.checkpoint", "random:0"]
+    places = ["--output.root", str(tmp_path), "--output.job", "r", "--quant.calib.num_samples", "1"]
+    assert main(["quantize", *flags, *random, *places]) == 0
     assert "RANDOM" in capsys.readouterr().out
     assert "RANDOM" in (tmp_path / "r" / "run.log").read_text()
     metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
     assert metrics["random_weights"]
-    assert set(metrics["results"]["miou"]) == {"full precision", "weights"}  # the masks of scenes are known
     vanilla = load_checkpoint(str(tmp_path / "r" / "vanilla.pt"), build("nano"))
     assert vanilla.random
     assert main(["inspect", str(tmp_path / "r")]) == 0
     printed = capsys.readouterr().out
     assert "RANDOM" in printed
     assert "hydra_overrides_extra=['++model.image_encoder.trunk.embed_dim=32'" in printed
-    assert main(["segment", "scenes:0/0000", *flags[:4], "--points", "1,2", "--out", str(tmp_path / "m.png")]) == 0
+    assert main(["segment", "scenes:0/0000", *random, "--points", "1,2", "--out", str(tmp_path / "m.png")]) == 0
     assert "RANDOM" in capsys.readouterr().out

@@ -116,6 +116,7 @@ def test_every_eligible_layer_of_the_originals_pairs_learns(pair, tmp_path):
     few = ["--teacher.checkpoint", "random:0", "--student.checkpoint", "random:1", "--data.image_size", "128"]
     few += ["--data.train", "scenes:1", "--data.train_samples", "3", "--data.val", "scenes:2"]
     few += ["--data.val_samples", "1", "--distill.prompts", "2", "--distill.objects", "1", "--train.epochs", "1"]
+    few += ["--train.remat", "true"]
     how = load(f"experiments/cdpq_{pair}.yaml", [*few, "--cache.root", str(tmp_path)], DistillConfig)
     teaching, model = (build(one.name, one.version, 128) for one in (how.teacher, how.student))
     known = cdpq.Teacher(teaching, init_params(teaching, 0))

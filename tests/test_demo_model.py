@@ -24,7 +24,7 @@ def demo():
 
 def test_different_clicks_give_different_masks_that_hold_the_click(demo):
     held, overlaps = [], []
-    for index in range(12):
+    for index in range(6):
         scene = draw_scene(scene_seed(f"scenes:1001/{index:04d}"))
         found = segment_objects(*demo, scene.image, scene.masks)["1 click"]
         held += [mask[widest(wanted)[0][::-1]] for mask, wanted in zip(found, scene.masks)]
@@ -41,8 +41,8 @@ def test_scores_are_those_of_the_card(demo):
 
 
 def test_objects_are_followed_through_a_clip(demo):
-    """J&F of two clips far over chance, 10, which is what a memory that was never trained scores."""
-    clips = find_clips("scenes:2002", "", 2)
+    """J&F of a clip far over chance, 10, which is what a memory that was never trained scores."""
+    clips = find_clips("scenes:2002", "", 1)
     assert evaluate_clips(VideoPredictor(*demo), clips, None)["j&f"] > 30
 
 
@@ -51,7 +51,7 @@ def test_two_bits_hurt_and_eight_do_not(demo):
     scores = {}
     for bits in (8, 2):
         specs = dict.fromkeys(layers(params), QuantSpec(bits))
-        scores[bits] = evaluate_images(model, effective_params(round_weights(params, specs)), IMAGES[:8])["miou"]["box"]
-    full = evaluate_images(model, params, IMAGES[:8])["miou"]["box"]
+        scores[bits] = evaluate_images(model, effective_params(round_weights(params, specs)), IMAGES[:4])["miou"]["box"]
+    full = evaluate_images(model, params, IMAGES[:4])["miou"]["box"]
     assert abs(full - scores[8]) < 0.02
     assert scores[2] < full - 0.1

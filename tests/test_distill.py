@@ -67,8 +67,9 @@ def test_masks_are_at_no_distance_from_themselves_and_the_gradient_leads_there()
     np.testing.assert_allclose(jax.grad(mask_distance)(wanted, wanted), 0, atol=1e-6)
 
 
-@pytest.mark.slow
-def test_every_weight_that_may_learn_gets_a_gradient_from_a_teacher_of_another_size():
+@pytest.mark.slow  # compiles the gradient of a whole SAM 2
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_every_weight_that_may_learn_gets_a_gradient_from_a_teacher_of_another_size(dtype):
     """In the original none did; there a student had to be as wide as its teacher."""
     small, large = SAM2(SMALL), SAM2(LARGE)
     params = init_params(small, 1)
@@ -77,7 +78,7 @@ def test_every_weight_that_may_learn_gets_a_gradient_from_a_teacher_of_another_s
     shapes = jax.eval_shape(ask, init_params(large, 0), jnp.zeros((2, 64, 64, 3)), jax.random.key(0))
     rng = np.random.default_rng(0)  # answers of no model, which spares compiling one
     batch = jax.tree.map(lambda leaf: np.abs(rng.normal(size=(1, *leaf.shape))).astype(leaf.dtype), shapes)
-    loss = distillation_loss(small, dict.fromkeys(PARTS, 1.0))
+    loss = distillation_loss(small, dict.fromkeys(PARTS, 1.0), dtype)
     grads, told = jax.jit(jax.grad(loss, has_aux=True))(begin, batch)
     sizes = {
         layer_name(path): float(jnp.abs(innermost(node).kernel).max()) for path, node in kernels(flatten(grads)).items()

@@ -69,6 +69,8 @@ def test_every_stage_is_named_with_its_seconds_and_what_it_left_is_measured(thor
         assert 0 < row["output_error"] < row["relative_error"]  # what GPTQ is for
     assert len(metrics["unquantized"]) == 127
     assert metrics["results"]["nunchaku"]["mask_iou"] > 0.3  # its kernels round activations to 4 bits
+    rounded = {"full precision", "weights", "inputs", "outputs", "nunchaku"}
+    assert set(metrics["results"]["miou"]) == rounded  # the masks of scenes are known
 
 
 def test_inputs_after_gelu_are_unsigned_and_the_config_names_them(thorough):

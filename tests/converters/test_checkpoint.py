@@ -12,7 +12,11 @@ from sam2jq import VARIANTS, abstract_params, build, init_params
 from tests.conftest import twin
 
 CHECKPOINTS = [(name, version) for name in VARIANTS for version in ("2.0", "2.1")]
-LONG = [("large", "2.0"), ("base-plus", "2.0")]  # versions differ in a few layers of memory, as those of tiny show
+LONG = [
+    ("large", "2.0"),
+    ("base-plus", "2.0"),
+    ("small", "2.0"),
+]  # versions differ in a few layers of memory, as those of tiny show
 QUICK = [pytest.param(*one, marks=pytest.mark.slow if one in LONG else ()) for one in CHECKPOINTS]
 
 

@@ -10,7 +10,8 @@ from tests.conftest import nchw, nhwc, relative, twin
 MODELS = [("nano", "2.1"), ("tiny", "2.0")]
 models = pytest.mark.parametrize(("name", "version"), MODELS)
 # only memory differs between the versions
-both_versions = pytest.mark.parametrize(("name", "version"), [*MODELS, ("nano", "2.0"), ("tiny", "2.1")])
+SLOW = pytest.param("tiny", "2.1", marks=pytest.mark.slow)
+both_versions = pytest.mark.parametrize(("name", "version"), [*MODELS, ("nano", "2.0"), SLOW])
 SIZE = 256
 
 
