@@ -23,6 +23,7 @@ from sam2jq.config import DistillConfig, LessonConfig, TrainConfig
 from sam2jq.controller import Decision, Schedule, begin, candidates, confident, lower, observe
 from sam2jq.data.reader import Item, ahead, order, read_item
 from sam2jq.distill import PARTS, Lesson, distillation_loss, teach
+from sam2jq.files import whole
 from sam2jq.models.sam2 import SAM2
 from sam2jq.quant.fake_quant import FakeQuant, bits_of, innermost, learning, learns, with_bits
 from sam2jq.train import Averaged, TrainState, averaged, devices, init_state, make_train_step
@@ -150,10 +151,8 @@ def modified(name: str) -> object:
 
 def keep(path: Path, lesson: Lesson) -> None:
     """Writes a lesson, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.npz")
-    np.savez(temporary, **{str(i): leaf for i, leaf in enumerate(jax.tree.leaves(lesson))})
-    os.replace(temporary, path)
+    with whole(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **{str(i): leaf for i, leaf in enumerate(jax.tree.leaves(lesson))})
 
 
 def to_local(x: Array) -> np.ndarray:
@@ -332,8 +331,10 @@ def open_log(path: Path, step: int, tell: Callable[[Row], None]) -> Callable[[Ro
     """A function that appends a row; rows after `step`, which a killed run had written, are taken out first."""
     if jax.process_index():
         return lambda row: None
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows if row["step"] <= step))
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]  # it may have been killed in the middle of one
+    with whole(path) as temporary:
+        temporary.write_text("".join(f"{json.dumps(row)}\n" for row in rows if row["step"] <= step))
 
     def log(row: Row) -> None:
         with path.open("a") as file:

@@ -125,6 +125,8 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path, step, flags):
     whole = cdpq.distill(begin(), study(), config(*flags), tmp_path / "whole")
     with pytest.raises(Killed):
         cdpq.distill(begin(), study(), config(*flags), tmp_path / "cut", dies)
+    with (tmp_path / "cut" / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 99, "tr')  # killed while it wrote
     cut = cdpq.distill(begin(), study(), config(*flags), tmp_path / "cut")
     jax.tree.map(np.testing.assert_array_equal, frozen(cut), frozen(whole))
     assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
