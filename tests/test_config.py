@@ -46,6 +46,8 @@ def test_a_version_may_be_written_as_a_number_and_a_switch_without_a_value():
         (["--quant.wgts.bits", "{a: 9}"], "quant.wgts.bits: bits must be in 2..8, got {'a': 9}"),
         (["--quant.wgts.group_shapes", "[[2, 8]]"], r"group_shapes \[\[2, 8\]\]: allowed are"),
         (["--quant.calib.num_samples", "0"], "quant.calib.num_samples must be at least 1, got 0"),
+        (["--quant.calib.frames", "0"], "quant.calib.frames must be at least 1, got 0"),
+        (["--quant.rotation.fold_heads", "true"], "quant.rotation.fold_heads: set transforms"),
         (
             ["--quant.ipts", "{dtype: fp8, allow_unsigned: true}"],
             "quant.ipts.allow_unsigned: dtype fp8 has no",
