@@ -59,18 +59,19 @@ STARTS = {
     "W3A8": grid("sint3", "uint8"),
     "W2A16": grid("uint2", None),
     "to 3.5": grid("sint4", None),
+    "to 3": grid("sint4", None),
 }
-ROWS = [(name, kind) for name in STARTS for kind in ("to nearest", "PTQ") if (name, kind) != ("to 3.5", "to nearest")]
+ROWS = [(name, kind) for name in STARTS for kind in ("to nearest", "PTQ") if not (name[:3] == "to " and kind != "PTQ")]
 FIXED = {"confidence_method": "fixed"}
 LOWERED = {"impact_threshold": 3.0, "impact_budget": 1000.0, "impact_floor": 0.05, "layer_threshold": 0.3}
 
 
 def config_of(name: str, seed: int, kind: str) -> DistillConfig:
     """The settings of a row: the grid to start on, whether its bits fall, and a lower rate where it starts well."""
-    rate = 1e-4 if name == "to 3.5" else 1e-3 if kind == "to nearest" or name == "W2A16" else 3e-4
+    falls = name.startswith("to ")
+    rate = 1e-4 if falls else 1e-3 if kind == "to nearest" or name == "W2A16" else 3e-4
     data = DataConfig(f"scenes:{11 + seed}", "scenes:21", TRAINED, 4)
-    falls = name == "to 3.5"
-    quant = StudentConfig(**STARTS[name], min_bits=2, target_bits=3.5 if falls else None)
+    quant = StudentConfig(**STARTS[name], min_bits=2, target_bits=float(name[3:]) if falls else None)
     ask = LessonConfig(**LOWERED if falls else FIXED, settle_epochs=3, cache_teacher=True)
     train = TrainConfig(epochs=5, batch_size=4, learning_rate=rate, checkpoint_every=10**6)
     nano = ModelConfig("nano")
@@ -130,14 +131,15 @@ def draw_curves(path: Path) -> None:
             rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
             rows = [row for row in rows if "val/loss" in row]
             steps, about = [row["step"] for row in rows], {"color": f"C{i}", "alpha": 0.8}
-            axes = falls if name == "to 3.5" else fixed
+            axes = falls if name.startswith("to ") else fixed
             axes.plot(steps, [row["val/loss"] for row in rows], **about, label=f"{name} {kind}" if seed == 0 else None)
-            if name == "to 3.5":
+            if axes is falls:
                 bits.plot(steps, [row["train/avg_bit_width"] for row in rows], "--", **about)
     fixed.set(xlabel="step", ylabel="held-out loss", yscale="log", title="bits stay")
-    falls.set(xlabel="step", ylabel="held-out loss", title="W4A16 PTQ, lowered to 3.5 bits")
+    falls.set(xlabel="step", ylabel="held-out loss", title="W4A16 PTQ, bits fall")
     bits.set(ylabel="mean bits a weight (dashed)")
     fixed.legend(frameon=False)
+    falls.legend(frameon=False)
     figure.savefig(path, dpi=100)
 
 
@@ -184,14 +186,15 @@ def main() -> None:
         for column in columns:
             drops = [result[column] - base[column] for result in results if column in result]
             span = f" ({min(drops):+.1f} to {max(drops):+.1f})" if len(drops) > 1 else ""
-            cells.append(f"{statistics.median(drops):+.1f}{span}")
+            cells.append(f"{statistics.median(drops):+.1f}{span}" if drops else "")
         bits = statistics.median(result["bits"] for result in results)
         print(f"| {name} | {what} | {len(results)} | {bits:.2f} | " + " | ".join(cells) + " |", flush=True)
 
     for name, kind in ROWS:
         if chosen(name):
-            shown, after = ("W4A16", "lowered to 3.5 bits") if name == "to 3.5" else (name, "distilled")
-            tell(shown, kind, [row(f"{name} {kind}", partial(begin, name, kind))])
+            shown, after = ("W4A16", f"lowered {name} bits") if name.startswith("to ") else (name, "distilled")
+            if name != "to 3":  # which starts as the row before
+                tell(shown, kind, [row(f"{name} {kind}", partial(begin, name, kind))])
             tell(shown, f"{kind}, {after}", runs(name, kind))
     draw_curves(Path(__file__).with_name("curves.png"))
     print(
