@@ -3,7 +3,8 @@
 python experiments/bench/ptq.py [--model tiny] [--runs 5] [--out experiments/bench/ptq.md]
 
 All linears of the trunk, calibrated on two drawn images, random weights; W4 in groups of 32, which divide every width,
-A8. Both frameworks live in one process and run A B A B. Peak memory of calibration is that of a fresh process each.
+A8. Both frameworks live in one process and run A B A B. Peak memory of calibration is that of a fresh process each, for
+the encoder and, on the fewest images, for the whole model.
 """
 
 import argparse
@@ -40,14 +41,14 @@ W4, A8 = QuantSpec(4, group_size=32), QuantSpec(8)
 RANK, BLOCK, DAMP = 32, 128, 0.01
 
 
-def calibrated(name: str, images: int, size: int | None, needs: tuple[str, ...]) -> tuple[dict, dict]:
-    """Kernels and Stats of the trunk's linears, by layer."""
+def calibrated(name: str, images: int, size: int | None, needs: tuple[str, ...], everything: bool = False) -> tuple:
+    """Kernels and Stats of the trunk's linears, by layer, calibrated alone or with everything."""
     model = build(name, image_size=size)
     params, side = init_params(model, 0), model.variant.image_size
     clips = lambda n: (preprocess(draw_scene(seed, side).image, side)[None] for seed in range(n, images))
-    stats = collect(model, params, clips, needs)
     weights = {layer_name(path): w for path, w in kernels(flatten(params)).items()}
     chosen = [layer for layer in weights if TRUNK_LINEAR.fullmatch(layer)]
+    stats = collect(model, params, clips, needs, layers=None if everything else chosen)
     return {layer: weights[layer] for layer in chosen}, {layer: stats[layer] for layer in chosen}
 
 
@@ -119,10 +120,13 @@ def products(runs: int) -> list[str]:
     return lines
 
 
-def peak_gigabytes(name: str, images: int) -> float:
-    """Of a fresh process that calibrates on so many images."""
-    command = [sys.executable, __file__, "--alone", str(images), "--model", name]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]) / 1e6
+def peak(name: str, images: int, *whole: str) -> str:
+    """Memory and time of a fresh process that calibrates on so many images at the model's own size."""
+    begin, command = time.perf_counter(), [sys.executable, __file__, "--alone", str(images), "--model", name, *whole]
+    found = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]) / 1e6
+    told = f"{images} images{', the whole model' if whole else ''}: {found:.2f} GB, {time.perf_counter() - begin:.0f} s"
+    print(told, flush=True)
+    return told
 
 
 def main() -> None:
@@ -133,9 +137,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("experiments/bench/ptq.md"))
     parser.add_argument("--memory", type=int, nargs="*", default=[8, 128], help="numbers of images")
     parser.add_argument("--alone", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--whole", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.alone:
-        calibrated(args.model, args.alone, args.size, ("gram",))
+        calibrated(args.model, args.alone, args.size, ("gram",), args.whole)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         return
 
@@ -156,7 +161,8 @@ def main() -> None:
             lambda: [torch_svd(w) for w in ws.values()], args.runs),
         row("low rank 32, ten rounds", over(low_rank, branch(num_iters=10)), None, args.runs),
     ]  # fmt: skip
-    memory = [f"{n} images {peak_gigabytes(args.model, n):.2f} GB" for n in args.memory]
+    memory = [peak(args.model, n) for n in args.memory]
+    memory += [peak(args.model, min(args.memory), "--whole")] if memory else []
     text = "\n".join(
         [
             "| of all trunk linears | first call, s | JAX, s | torch, s | JAX / torch |",
@@ -166,7 +172,7 @@ def main() -> None:
             f"{args.model}, {len(weights)} linears, 2 images at {args.size or 'its own size'}, {os.cpu_count()} cores; "
             f"medians of {args.runs} alternating runs. "
             f"jax {version('jax')}, torch {version('torch')}. Calibration: {taken:.0f} s, of which most is compiling; "
-            f"peak memory of a whole process: {', '.join(memory)}.",
+            f"peak memory and time of a process that does only that: {'; '.join(memory)}.",
             "",
             "| one linear, ms | float32 | codes multiplied in float32 | in int8 with int32 sums |",
             "|---|---|---|---|",

@@ -6,6 +6,7 @@ Names match torch's: a flax path is a torch key. Shapes, channels last: B batch,
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -48,6 +49,17 @@ def observe(module: nn.Module, x: Array, real: Array | None = None) -> None:
         real = None if real is None else real.reshape(-1)
         for name, fold in FOLDS.items():
             module.sow(name, "input", (rows, real), reduce_fn=fold, init_fn=lambda: None)
+
+
+def observe_patches(module: nn.Module, images: Array, rows: Callable[[Array], Array]) -> None:
+    """As `observe` with the rows of all images: of one after the other, since they may be 49 times the images."""
+    for name, fold in FOLDS.items():
+        module.sow(name, "input", images, reduce_fn=partial(fold_each, fold, rows), init_fn=lambda: None)
+
+
+def fold_each(fold: Callable, rows: Callable[[Array], Array], state: Array | tuple | None, images: Array):
+    after = lambda state, image: fold(state, (rows(image).astype(jnp.float32), None))
+    return jax.lax.scan(lambda *of: (after(*of), None), after(state, images[0]), images[1:])[0]
 
 
 def tell(module: nn.Module, y: Array) -> Array:
@@ -118,12 +130,16 @@ class Conv(nn.Module):
         shape = (self.size, self.size, x.shape[-1] // self.groups, self.features)
         kernel = declare(self, "kernel", *shape)
         bias = declare(self, "bias", self.features)
-        if wanted(self, *FOLDS):  # patches are large; a grouped kernel sees one group at a time
-            seen = patches(x, self.size, self.stride, self.padding)
-            grouped = seen.reshape(*seen.shape[:-1], self.size**2, self.groups, -1)
-            observe(self, grouped.swapaxes(-2, -3).reshape(-1, math.prod(shape[:-1])))
+        if wanted(self, *FOLDS):
+            observe_patches(self, x, lambda image: self.rows(image, math.prod(shape[:-1])))
         y = ops.conv(kernel, x, stride=self.stride, padding=self.padding, groups=self.groups)
         return tell(self, ops.finish(kernel, y + bias.astype(x.dtype)))
+
+    def rows(self, image: Array, inputs: int) -> Array:
+        """What a kernel of so many `inputs` is multiplied by, [n, inputs], one group of its channels after another."""
+        seen = patches(image[None], self.size, self.stride, self.padding)
+        grouped = seen.reshape(*seen.shape[:-1], self.size**2, self.groups, -1)
+        return grouped.swapaxes(-2, -3).reshape(-1, inputs)
 
 
 class ConvTranspose(nn.Module):
