@@ -7,7 +7,7 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint 
 CONFIG ?= experiments/demo_w8.yaml experiments/demo_w4.yaml
 ARGS ?=
 
-.PHONY: setup quantize sweep report segment track evaluate inspect export demo-model test lint bench docs-check pictures
+.PHONY: setup quantize distill sweep report segment track evaluate inspect export demo-model test lint bench docs-check pictures
 setup: $(READY)
 
 # sam2 comes as source and is built against the torch that is there: in its own build environment it would fetch

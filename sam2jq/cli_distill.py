@@ -2,8 +2,6 @@
 
 import json
 import logging
-import socket
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,6 +24,7 @@ from sam2jq.data.reader import Item, check_disjoint, find_items, read_item, spli
 from sam2jq.eval.cost import STAGE_IMAGES, find_truth, layer_figures, measure
 from sam2jq.eval.metrics import relative_error
 from sam2jq.models.sam2 import SAM2
+from sam2jq.processes import join_processes
 from sam2jq.quant.act import quantize_inputs
 from sam2jq.quant.bits import WIDTHS, error_by_width
 from sam2jq.quant.fake_quant import frozen, innermost, learning, student
@@ -51,6 +50,8 @@ def run(config: DistillConfig, job: str, command: str) -> None:
     from converters.vanilla import save_vanilla
 
     join_processes(config.distributed)
+    if jax.process_index():
+        log.setLevel(logging.WARNING)
     final, record = Path(config.output.root) / (config.output.job or job), []
     timed = partial(stage, record=record)
     with shared_folder(final, settings.dump(config)) as folder:
@@ -147,42 +148,6 @@ def measured_as(config: DistillConfig, held_out: int) -> settings.Config:
     calib = settings.CalibConfig(config.data.val, held_out)
     quant = settings.QuantConfig(calib, config.quant.wgts, config.quant.ipts)
     return settings.Config(config.student, quant=quant, measure=config.measure, seed=config.seed)
-
-
-def join_processes(config: settings.DistributedConfig) -> None:
-    """Makes this process one of those that the config names; nothing where it names none.
-
-    ValueError: process 0 could not be reached within the time.
-    """
-    if config.coordinator is None:
-        return
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    if config.coordinator == "auto":
-        jax.distributed.initialize(initialization_timeout=config.timeout)
-    else:
-        if config.index:  # jax itself would end the process without a word of ours
-            reach(config)
-        places = config.coordinator, config.processes, config.index
-        jax.distributed.initialize(*places, initialization_timeout=config.timeout)
-    if jax.process_index():
-        log.setLevel(logging.WARNING)
-
-
-def reach(config: settings.DistributedConfig) -> None:
-    """Waits until process 0 answers."""
-    host, _, port = config.coordinator.rpartition(":")
-    give_up = time.monotonic() + config.timeout
-    while True:
-        try:
-            socket.create_connection((host, int(port)), timeout=1).close()
-            return
-        except OSError as error:
-            if time.monotonic() > give_up:
-                raise ValueError(
-                    f"distributed: process {config.index} of {config.processes} waited {config.timeout} s for process "
-                    f"0 at {config.coordinator} ({error}): start it there, or correct the address"
-                ) from error
-            time.sleep(0.2)
 
 
 @contextmanager

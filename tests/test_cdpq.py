@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from itertools import count
 
 import jax
@@ -16,7 +17,9 @@ import pytest
 from sam2jq import cdpq
 from sam2jq import config as settings
 from sam2jq.cli_distill import history
+from sam2jq.config import DistributedConfig
 from sam2jq.distill import PARTS
+from sam2jq.processes import join_processes
 from sam2jq.quant.fake_quant import bits_of, frozen, innermost, student
 from sam2jq.quant.spec import QuantSpec
 from sam2jq.quant.transform import simulated
@@ -173,7 +176,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 import numpy as np
-from sam2jq.cli_distill import join_processes
+from sam2jq.processes import join_processes
 from tests import test_cdpq as toy
 folder, *flags = sys.argv[1:]
 config = toy.config(*flags)
@@ -188,8 +191,9 @@ print("ended", jax.device_count(), *(kernel.ravel().tolist() for kernel in kerne
 """
 
 
-def start_process(folder, *flags, devices=1):
+def start_process(folder, *flags, devices=1, variables=()):
     environment = os.environ | {
+        **dict(variables),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": os.getcwd(),
     }
@@ -219,20 +223,33 @@ def test_four_devices_learn_what_one_does(alone, tmp_path, parallel):
     np.testing.assert_allclose(found, alone, atol=1e-5)
 
 
-def test_two_processes_learn_what_one_does_and_the_first_writes(alone, tmp_path):
-    """Each reads its own half of every batch; they add gradients over the loopback."""
+def free_port() -> int:
+    """Of the highest 4096, where Slurm's jobs meet."""
     with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    flags = [
-        "--distributed.coordinator",
-        f"127.0.0.1:{port}",
-        "--distributed.processes",
-        "2",
-        "--distributed.timeout",
-        "60",
-    ]
-    both = [start_process(tmp_path, *flags, "--distributed.index", str(index)) for index in (0, 1)]
+        for port in range(61440, 65536):
+            with suppress(OSError):
+                free.bind(("127.0.0.1", port))
+                return port
+    raise OSError("no port is free")
+
+
+def named(port: int, index: int) -> tuple[list[str], dict[str, str]]:
+    return [f"127.0.0.1:{port}", "--distributed.processes", "2", "--distributed.index", str(index)], {}
+
+
+def under_slurm(port: int, index: int) -> tuple[list[str], dict[str, str]]:
+    """The port follows from the job's number."""
+    told = {"JOB_ID": port - 61440, "STEP_NODELIST": "127.0.0.1", "NTASKS": 2, "PROCID": index, "LOCALID": index}
+    return ["auto"], {f"SLURM_{name}": str(value) for name, value in told.items()}
+
+
+@pytest.mark.parametrize("told", [named, under_slurm])
+def test_two_processes_learn_what_one_does_and_the_first_writes(alone, tmp_path, told):
+    """Each reads its own half of every batch; they add gradients over the loopback."""
+    port, both = free_port(), []
+    for flags, variables in (told(port, index) for index in (0, 1)):
+        flags = ["--distributed.timeout", "60", "--distributed.coordinator", *flags]
+        both.append(start_process(tmp_path, *flags, variables=variables))
     for process in both:
         count, found = weights_of(process)
         assert count == 2
@@ -240,9 +257,17 @@ def test_two_processes_learn_what_one_does_and_the_first_writes(alone, tmp_path)
     assert len(rows_of(tmp_path)) == len({json.dumps(row) for row in rows_of(tmp_path)})
 
 
-def test_a_process_that_never_comes_is_named(tmp_path):
-    flags = ["--distributed.coordinator", "127.0.0.1:1", "--distributed.processes", "2", "--distributed.timeout", "1"]
-    process = start_process(tmp_path, *flags, "--distributed.index", "1")
-    _, err = process.communicate(timeout=120)
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [(0, "process 0 of 3 waited 1 s for process 1, 2: start it"), (1, "process 1 of 3 waited 1 s for process 0 at")],
+)
+def test_a_process_that_never_comes_is_named(index, message):
+    config = DistributedConfig(f"127.0.0.1:{free_port()}", 3, index, timeout=1)
+    with pytest.raises(ValueError, match=message):
+        join_processes(config)
+
+
+def test_a_place_that_nobody_tells_is_an_error(tmp_path):
+    process = start_process(tmp_path, "--distributed.coordinator", "auto")
+    assert "no Slurm job and no TPU pod; give HOST:PORT" in process.communicate(timeout=120)[1]
     assert process.returncode
-    assert "distributed: process 1 of 2 waited 1 s for process 0 at 127.0.0.1:1" in err
