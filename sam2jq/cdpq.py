@@ -21,12 +21,12 @@ from jax.experimental import multihost_utils
 from sam2jq.calibrate import fingerprint
 from sam2jq.config import DistillConfig, LessonConfig, TrainConfig
 from sam2jq.controller import Decision, Schedule, begin, candidates, confident, lower, observe
-from sam2jq.data.reader import Item, ahead, order, read_item
+from sam2jq.data.reader import Item, order, prefetched, read_item
 from sam2jq.distill import PARTS, Lesson, distillation_loss, teach
 from sam2jq.files import whole
 from sam2jq.models.sam2 import SAM2
 from sam2jq.quant.fake_quant import FakeQuant, bits_of, innermost, learning, learns, with_bits
-from sam2jq.train import Averaged, TrainState, averaged, devices, init_state, make_train_step
+from sam2jq.train import Averaged, TrainState, ahead, averaged, devices, init_state, make_train_step
 from sam2jq.tree import flatten, kernels, under
 
 Array = jax.Array
@@ -83,7 +83,7 @@ def make_trials(loss: Callable) -> Callable:
     def trials(params: dict, bits: Array, lessons: Lesson) -> tuple[Array, dict]:
         return jax.vmap(lambda one: loss(with_bits(params, one), lessons))(bits)
 
-    return jax.jit(trials, in_shardings=(whole, split, whole), out_shardings=whole)
+    return ahead(jax.jit(trials, in_shardings=(whole, split, whole), out_shardings=whole))
 
 
 def try_bits(trials: Callable, params: dict, bits: np.ndarray, lessons: Sequence[Lesson]) -> tuple[np.ndarray, dict]:
@@ -116,7 +116,7 @@ def lessons_on(
 
     frame = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     structure = jax.tree.structure(jax.eval_shape(one, params, frame, jnp.uint32(0))) if kept else None
-    run = jax.jit(jax.vmap(one, (None, 0, 0)), in_shardings=(whole, split, split), out_shardings=split)
+    run = ahead(jax.jit(jax.vmap(one, (None, 0, 0)), in_shardings=(whole, split, split), out_shardings=split))
     put = partial(jax.make_array_from_process_local_data, split)
     mark = lambda item: fingerprint({}, item.name, *map(modified, item.frames))
 
@@ -133,7 +133,7 @@ def lessons_on(
 
     def batches(indices: Iterator[np.ndarray]) -> Iterator[Lesson]:
         mine = (np.split(which, jax.process_count())[jax.process_index()] for which in indices)
-        for which, files, found in ahead(read, mine):
+        for which, files, found in prefetched(read, mine):
             if isinstance(found, np.ndarray):
                 marks = np.array([zlib.crc32(items[i].name.encode()) for i in which], np.uint32)
                 found = jax.tree.map(to_local, run(params, put(found), put(marks)))

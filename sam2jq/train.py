@@ -1,5 +1,6 @@
 """Training on any number of devices: one step, its state, and checkpoints that a killed run goes on from."""
 
+import ctypes
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,10 +63,27 @@ def make_train_step(loss: Loss, optimizer: optax.GradientTransformation, paralle
         )
         deal = lambda x: np.reshape(x, (count, -1, *x.shape[1:]))
         return lambda state, batch: mapped(state, jax.tree.map(deal, batch))
-    compiled = jax.jit(step, in_shardings=(whole, split), out_shardings=whole, donate_argnums=0)
+    compiled = ahead(jax.jit(step, in_shardings=(whole, split), out_shardings=whole, donate_argnums=0))
     spread = lambda x: jax.make_array_from_process_local_data(split, np.asarray(x))
     # a state that lies elsewhere, as a new one does, would have the step compiled twice
     return lambda state, batch: compiled(jax.device_put(state, whole), jax.tree.map(spread, batch))
+
+
+def ahead(program: Callable) -> Callable:
+    """The jitted `program`, compiled for the first arguments it is called with, which all others must be like.
+
+    What compiling took is given back to the system before it runs: a gigabyte that Linux' malloc would keep.
+    """
+    ready = []
+
+    def run(*args):
+        if not ready:
+            ready.append(program.lower(*args).compile())
+            if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+                trim(0)
+        return ready[0](*args)
+
+    return run
 
 
 class Averaged(NamedTuple):

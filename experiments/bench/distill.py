@@ -38,23 +38,25 @@ ENCODER = ("image_encoder", "sam_mask_decoder/conv_s")
 
 
 def encoder_of(params: dict) -> tuple[dict, dict]:
-    """What belongs to the encoder of a whole SAM 2, and the rest."""
+    """The encoder of a whole SAM 2, and the few arrays beside it that the model wants to see."""
     flat = flatten(params)
     ours = {path: leaf for path, leaf in flat.items() if path.startswith(ENCODER)}
-    return unflatten(ours), {path: leaf for path, leaf in flat.items() if path not in ours}
+    return unflatten(ours), {path: leaf for path, leaf in flat.items() if "/" not in path}
 
 
 def jax_step(student_name: str, teacher_name: str, image: np.ndarray, remat: bool = False):
     """A function that takes one step and returns its loss; remat: as train.remat."""
     teacher, model = build(teacher_name), build(student_name).clone(remat=remat)
-    known, (params, rest) = init_params(teacher, 0), encoder_of(init_params(model, 1))
+    (known, other), (params, rest) = encoder_of(init_params(teacher, 0)), encoder_of(init_params(model, 1))
+    known |= other
     layers = [layer_name(path) for path in kernels(flatten(params))]
     begin = student(params, dict.fromkeys(layers, QuantSpec(BITS)))
     encode = lambda model, params, x: model.apply({"params": params}, x, method="encode_image")
 
     def loss(params, batch, key):
-        wanted = encode(teacher, known, batch)
-        got = encode(model, unflatten(rest | flatten(simulated(params))), batch)
+        image, known, rest = batch  # not constants of the program, whose compilation would hold them several times
+        wanted = encode(teacher, known, image)
+        got = encode(model, unflatten(rest | flatten(simulated(params))), image)
         return sum(relative(a, b) for a, b in zip(got, wanted)) / 3, {}
 
     stays = jax.tree.map(lambda mark: not mark, learns(begin, clipping=False))
@@ -63,7 +65,7 @@ def jax_step(student_name: str, teacher_name: str, image: np.ndarray, remat: boo
 
     def run() -> float:
         nonlocal state
-        state, metrics = step(state, image)
+        state, metrics = step(state, (image, known, rest))
         return float(metrics["loss"])
 
     return run
@@ -116,7 +118,7 @@ STEPS = {"sam2jq": jax_step, "sam2jq, `train.remat`": partial(jax_step, remat=Tr
 def peak_gigabytes(args: argparse.Namespace, name: str) -> float:
     """Of a fresh process that takes two steps of one of STEPS."""
     command = [sys.executable, __file__, "--alone", name, "--student", args.student, "--teacher", args.teacher]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]) / 1e6
+    return 1024 * int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]) / 1e9
 
 
 def main() -> None:

@@ -53,7 +53,7 @@ def seconds(run) -> float:
 def peak_gigabytes(name: str, framework: str) -> float:
     """Of a fresh process that loads the weights and runs one framework's encoder twice."""
     command = [sys.executable, __file__, "--alone", framework, "--models", name]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]) / 1e6
+    return 1024 * int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]) / 1e9
 
 
 def row(name: str, runs: int) -> str:

@@ -123,7 +123,7 @@ def products(runs: int) -> list[str]:
 def peak(name: str, images: int, *whole: str) -> str:
     """Memory and time of a fresh process that calibrates on so many images at the model's own size."""
     begin, command = time.perf_counter(), [sys.executable, __file__, "--alone", str(images), "--model", name, *whole]
-    found = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]) / 1e6
+    found = 1024 * int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]) / 1e9
     told = f"{images} images{', the whole model' if whole else ''}: {found:.2f} GB, {time.perf_counter() - begin:.0f} s"
     print(told, flush=True)
     return told

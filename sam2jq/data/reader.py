@@ -104,7 +104,7 @@ def order(number: int, batch: int, seed: int, first: int) -> Iterator[np.ndarray
         yield mixed[place * batch : (place + 1) * batch]
 
 
-def ahead(make: Callable, things: Iterator, workers: int = 2, depth: int = 4) -> Iterator:
+def prefetched(make: Callable, things: Iterator, workers: int = 2, depth: int = 4) -> Iterator:
     """Yields make(thing) in order, made by threads `depth` things ahead."""
     with ThreadPoolExecutor(workers) as pool:
         pending = deque()

@@ -191,15 +191,15 @@ class MLP(nn.Module):
         return rows.reshape(*x.shape[:-1], self.widths[-1])
 
 
-def in_chunks(f: Callable[[Array], Array], x: Array, rows: int) -> Array:
-    """f(x), at most `rows` of the leading axis at a time, for an `f` to which each row of x [N, ...] is a case of
-    its own. Layers that `f` calls may read parameters but not sow.
+def in_chunks(f: Callable, x: Array, rows: int):
+    """f(x), an array or several, at most `rows` of the leading axis at a time, for an `f` to which each row of
+    x [N, ...] is a case of its own. Layers that `f` calls may read parameters but not sow.
     """
     if len(x) <= rows:
         return f(x)
     rows = next(size for size in range(rows, 0, -1) if len(x) % size == 0)  # all chunks alike, and none padded
     out = jax.lax.map(f, x.reshape(-1, rows, *x.shape[1:]))
-    return out.reshape(-1, *out.shape[2:])
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), out)
 
 
 def cached_rows(width: int) -> int:
@@ -221,7 +221,7 @@ def attend(q: Array, k: Array, v: Array, seen: Array | None = None) -> Array:
     q, k, v = (x.swapaxes(1, 2) for x in (q * channels**-0.5, k, v))  # batched products want the heads in front
     hidden = None if seen is None else jnp.where(seen, 0.0, HIDDEN)[:, None, None]
     if length <= QUERY_CHUNK:
-        return weigh(q, k, v, hidden).swapaxes(1, 2)
+        return weigh(q, k, v, hidden)[0].swapaxes(1, 2)
     head = lambda each: weigh_in_chunks(*each)
     at_once = min(batch * heads, cached_rows(QUERY_CHUNK * k.shape[2]))  # heads whose scores stay in the caches
     flat = tuple(x.reshape(batch * heads, -1, channels) for x in (q, k, v))
@@ -232,43 +232,47 @@ def attend(q: Array, k: Array, v: Array, seen: Array | None = None) -> Array:
 @jax.custom_vjp
 def weigh_in_chunks(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
     """`weigh` of one head, QUERY_CHUNK rows of q at a time."""
-    return in_chunks(lambda rows: weigh(rows, k, v, bias), q, QUERY_CHUNK)
+    return _weigh_forward(q, k, v, bias)[0]
 
 
 def _weigh_forward(q: Array, k: Array, v: Array, bias: Array | None):
-    y = weigh_in_chunks(q, k, v, bias)
-    return y, (q, k, v, bias, y)
+    y, level = in_chunks(lambda rows: weigh(rows, k, v, bias), q, QUERY_CHUNK)
+    return y, (q, k, v, bias, y, level)
 
 
 def _weigh_backward(kept, dy: Array):
     """Scores are computed once more, chunk by chunk (as in FlashAttention, arXiv 2205.14135)."""
-    q, k, v, bias, y = kept
+    q, k, v, bias, y, level = kept
     rows = next(size for size in range(min(QUERY_CHUNK, len(q)), 0, -1) if len(q) % size == 0)
     chunked = lambda x: x.reshape(-1, rows, x.shape[-1])
 
     def chunk(sums, part):
-        (dk, dv), (q, y, dy) = sums, part
+        (dk, dv), (q, y, level, dy) = sums, part
         scores = (q @ k.T).astype(jnp.float32)
         scores = scores if bias is None else scores + bias
-        scores = jnp.exp(scores - scores.max(-1, keepdims=True))
-        shares = (scores / scores.sum(-1, keepdims=True)).astype(v.dtype)
+        shares = jnp.exp(scores - level).astype(v.dtype)
         grow = (dy @ v.T - (dy * y).sum(-1, keepdims=True)) * shares
-        return (dk + grow.T @ q, dv + shares.T @ dy), grow @ k
+        return (dk + q.T @ grow, dv + dy.T @ shares), grow @ k
 
-    zeros = jnp.zeros_like(k), jnp.zeros_like(v)
-    (dk, dv), dq = jax.lax.scan(chunk, zeros, tuple(map(chunked, (q, y, dy))))
-    return dq.reshape(q.shape), dk, dv, None if bias is None else jnp.zeros_like(bias)
+    zeros = jnp.zeros_like(k.T), jnp.zeros_like(v.T)  # transposed, so that the scores need not be
+    (dk, dv), dq = jax.lax.scan(chunk, zeros, tuple(map(chunked, (q, y, level, dy))))
+    return dq.reshape(q.shape), dk.T, dv.T, None if bias is None else jnp.zeros_like(bias)
 
 
 weigh_in_chunks.defvjp(_weigh_forward, _weigh_backward)
 
 
-def weigh(q: Array, k: Array, v: Array, bias: Array | None = None) -> Array:
-    """softmax(q kT + bias) v, [..., N, C]; dividing the few outputs, not the many scores, saves a pass over them."""
+def weigh(q: Array, k: Array, v: Array, bias: Array | None = None) -> tuple[Array, Array]:
+    """softmax(q kT + bias) v, [..., N, C], and the logarithm of the softmax' sums, [..., N, 1].
+
+    Dividing the few outputs, not the many scores, saves a pass over them.
+    """
     scores = (q @ k.swapaxes(-1, -2)).astype(jnp.float32)
     scores = scores if bias is None else scores + bias
-    scores = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))  # no share in the gradient
-    return (scores.astype(v.dtype) @ v / scores.sum(-1, keepdims=True)).astype(v.dtype)
+    top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))  # no share in the gradient
+    scores = jnp.exp(scores - top)
+    sums = scores.sum(-1, keepdims=True)
+    return (scores.astype(v.dtype) @ v / sums).astype(v.dtype), top + jnp.log(sums)
 
 
 def sine_position(height: int, width: int, channels: int) -> Array:

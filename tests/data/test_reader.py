@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam2jq.data.reader import ahead, check_disjoint, find_items, order, read_item, split_of
+from sam2jq.data.reader import check_disjoint, find_items, order, prefetched, read_item, split_of
 
 
 def frame(path, value=0):
@@ -56,8 +56,8 @@ def test_a_reader_that_was_cut_goes_on_where_it_was():
 
 
 def test_reading_ahead_keeps_the_order():
-    assert list(ahead(lambda x: x * x, iter(range(20)), workers=3)) == [x * x for x in range(20)]
-    assert list(islice(ahead(lambda x: x, iter(range(10**9))), 3)) == [0, 1, 2]
+    assert list(prefetched(lambda x: x * x, iter(range(20)), workers=3)) == [x * x for x in range(20)]
+    assert list(islice(prefetched(lambda x: x, iter(range(10**9))), 3)) == [0, 1, 2]
 
 
 def test_too_few_items_for_a_batch_are_an_error():
