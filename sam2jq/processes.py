@@ -40,7 +40,7 @@ def gather(config: DistributedConfig) -> None:
                 here.append(calls.enter_context(server.accept()[0]))
                 here[-1].settimeout(1)
                 absent.discard(here[-1].recv(16).decode(errors="replace"))
-            except TimeoutError as error:
+            except OSError as error:  # nobody came, or one that went again
                 if time.monotonic() > give_up:
                     who = ", ".join(sorted(absent, key=int))
                     raise ValueError(f"{waited(config)} {who}: start it, with {config.coordinator}") from error

@@ -64,7 +64,9 @@ def make_train_step(loss: Loss, optimizer: optax.GradientTransformation, paralle
         deal = lambda x: np.reshape(x, (count, -1, *x.shape[1:]))
         return lambda state, batch: mapped(state, jax.tree.map(deal, batch))
     compiled = ahead(jax.jit(step, in_shardings=(whole, split), out_shardings=whole, donate_argnums=0))
-    spread = lambda x: jax.make_array_from_process_local_data(split, np.asarray(x))
+    spread = lambda x: jax.device_put(x, split)  # which copies nothing that is there
+    if jax.process_count() > 1:
+        spread = lambda x: jax.make_array_from_process_local_data(split, np.asarray(x))
     # a state that lies elsewhere, as a new one does, would have the step compiled twice
     return lambda state, batch: compiled(jax.device_put(state, whole), jax.tree.map(spread, batch))
 
