@@ -123,23 +123,26 @@ def learned(model, full: dict, params: dict, config: DistillConfig, mark: str) -
 
 def draw_curves(path: Path) -> None:
     """The held-out loss of every run after each epoch, one colour a row of the table."""
-    figure, (fixed, falls) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    plt.style.use("tableau-colorblind10")
+    figure, (fixed, falls) = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
     bits = falls.twinx()
     for i, (name, kind) in enumerate(ROWS):
+        label = f"W4A16 PTQ, lowered {name} bits" if name.startswith("to ") else f"{name} {kind}"
         for seed in SEEDS:
             log = KEPT / f"{name} {kind} {seed}" / "metrics.jsonl"
-            rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-            rows = [row for row in rows if "val/loss" in row]
+            if not log.is_file() or not (KEPT / f"{name} {kind} distilled {seed}.json").is_file():
+                continue
+            rows = [row for row in map(json.loads, log.read_text().splitlines()) if "val/loss" in row]
             steps, about = [row["step"] for row in rows], {"color": f"C{i}", "alpha": 0.8}
             axes = falls if name.startswith("to ") else fixed
-            axes.plot(steps, [row["val/loss"] for row in rows], **about, label=f"{name} {kind}" if seed == 0 else None)
+            axes.plot(steps, [row["val/loss"] for row in rows], **about, label=label)
+            label = None  # one a row
             if axes is falls:
                 bits.plot(steps, [row["train/avg_bit_width"] for row in rows], "--", **about)
     fixed.set(xlabel="step", ylabel="held-out loss", yscale="log", title="bits stay")
-    falls.set(xlabel="step", ylabel="held-out loss", title="W4A16 PTQ, bits fall")
+    falls.set(xlabel="step", ylabel="held-out loss", title="bits fall")
     bits.set(ylabel="mean bits a weight (dashed)")
-    fixed.legend(frameon=False)
-    falls.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=100)
 
 
