@@ -117,7 +117,7 @@ class Killed(Exception):
 AVERAGED = ["--train.accumulate", "2", "--train.ema", "0.9"]
 
 
-@pytest.mark.parametrize(("step", "flags"), [(1, []), (3, []), (20, []), (7, AVERAGED)], ids=str)
+@pytest.mark.parametrize(("step", "flags"), [(1, []), (20, []), (7, AVERAGED)], ids=str)
 def test_a_killed_run_ends_as_one_that_was_not(tmp_path, step, flags):
     """To the bit, and with the same log."""
 
@@ -243,7 +243,7 @@ def under_slurm(port: int, index: int) -> tuple[list[str], dict[str, str]]:
     return ["auto"], {f"SLURM_{name}": str(value) for name, value in told.items()}
 
 
-@pytest.mark.parametrize("told", [named, under_slurm])
+@pytest.mark.parametrize("told", [named, pytest.param(under_slurm, marks=pytest.mark.slow)])
 def test_two_processes_learn_what_one_does_and_the_first_writes(alone, tmp_path, told):
     """Each reads its own half of every batch; they add gradients over the loopback."""
     port, both = free_port(), []

@@ -46,6 +46,7 @@ def test_objects_are_followed_through_a_clip(demo):
     assert evaluate_clips(VideoPredictor(*demo), clips, None)["j&f"] > 30
 
 
+@pytest.mark.slow  # experiments/rtn/table.md has all widths
 def test_two_bits_hurt_and_eight_do_not(demo):
     model, params = demo
     scores = {}

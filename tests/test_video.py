@@ -67,6 +67,7 @@ def test_two_objects_over_twelve_frames_match_the_original(version, clip):
     compare(both(predictors(version), clip, run))
 
 
+@pytest.mark.slow  # the same programs as above on more ways to call them
 def test_corrections_masks_and_both_directions_match_the_original(pair, clip):
     """One long session, for each call to meet the state that all before it left.
 

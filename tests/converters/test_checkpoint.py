@@ -14,6 +14,7 @@ from tests.conftest import twin
 CHECKPOINTS = [(name, version) for name in VARIANTS for version in ("2.0", "2.1")]
 LONG = [
     ("large", "2.0"),
+    ("large", "2.1"),
     ("base-plus", "2.0"),
     ("small", "2.0"),
 ]  # versions differ in a few layers of memory, as those of tiny show

@@ -64,6 +64,7 @@ def test_a_package_loads_strictly_in_build_sam2(tmp_path, nano):
     assert package.metadata == METADATA
 
 
+@pytest.mark.slow  # test_vanilla.py compares masks of such a file
 @torch.no_grad()
 def test_the_vanilla_file_computes_what_the_quantized_model_computes(tmp_path):
     pair = twin("tiny", "2.1", 256)

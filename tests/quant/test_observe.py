@@ -99,7 +99,7 @@ def test_collecting_changes_no_output():
     np.testing.assert_allclose(seen, module.apply(params, x), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("version", ["2.0", "2.1"])
+@pytest.mark.parametrize("version", [pytest.param("2.0", marks=pytest.mark.slow), "2.1"])
 def test_calibration_reaches_every_layer_of_the_model(version):
     model = build("nano", version)
     params, clip = abstract_params(model), jax.ShapeDtypeStruct((1, 256, 256, 3), jnp.float32)
