@@ -28,7 +28,7 @@ from sam2jq.data import read_image
 from sam2jq.data.reader import find_items, read_item
 from sam2jq.data.sav import write_mask
 from sam2jq.data.video import open_video
-from sam2jq.eval.cost import STAGE_IMAGES, find_truth, layer_figures, measure
+from sam2jq.eval.cost import STAGE_IMAGES, find_truth, layer_figures, measure, truth_id
 from sam2jq.eval.evaluate import drawn_video, evaluate_clips, evaluate_images, find_clips, find_samples
 from sam2jq.files import whole
 from sam2jq.models.sam2 import SAM2, TRUNK_LINEAR, build
@@ -181,7 +181,7 @@ def quantize(args: argparse.Namespace, flags: list[str]) -> None:
             "stages": [row | errors.get(row["name"], {}) for row in merged(record)],
             "stage_images": min(STAGE_IMAGES, len(names)),
             "images_id": fingerprint({}, images),
-            "truth_id": fingerprint({}, [Path(one.name).name for found in truth for one in found]),
+            "truth_id": truth_id(truth),
             "asked": settings.to_dict(asked),
             "command": command_line(args, flags),
         }

@@ -21,7 +21,7 @@ from sam2jq.cli import job_folder, load_model, stage
 from sam2jq.config import DistillConfig
 from sam2jq.controller import ladder
 from sam2jq.data.reader import Item, check_disjoint, find_items, read_item, split_of
-from sam2jq.eval.cost import STAGE_IMAGES, find_truth, layer_figures, measure
+from sam2jq.eval.cost import STAGE_IMAGES, find_truth, layer_figures, measure, truth_id
 from sam2jq.eval.metrics import relative_error
 from sam2jq.models.sam2 import SAM2
 from sam2jq.processes import join_processes
@@ -101,7 +101,7 @@ def run(config: DistillConfig, job: str, command: str) -> None:
             "stages": [row | errors.get(row["name"], {}) for row in merged(record)],
             "stage_images": min(STAGE_IMAGES, len(names)),
             "images_id": fingerprint({}, names),
-            "truth_id": fingerprint({}, [Path(one.name).name for found in truth for one in found]),
+            "truth_id": truth_id(truth),
             "asked": config_as,
             "command": command,
             "history": told,

@@ -117,7 +117,9 @@ class Killed(Exception):
 AVERAGED = ["--train.accumulate", "2", "--train.ema", "0.9"]
 
 
-@pytest.mark.parametrize(("step", "flags"), [(1, []), (20, []), (7, AVERAGED)], ids=str)
+@pytest.mark.parametrize(
+    ("step", "flags"), [(1, []), pytest.param(3, [], marks=pytest.mark.slow), (20, []), (7, AVERAGED)], ids=str
+)
 def test_a_killed_run_ends_as_one_that_was_not(tmp_path, step, flags):
     """To the bit, and with the same log."""
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from sam2jq.calibrate import fingerprint
 from sam2jq.config import Config
 from sam2jq.data import read_image
 from sam2jq.eval.compare import Compared, compare, summarize
@@ -33,6 +34,11 @@ def find_truth(config: Config) -> tuple[list[Sample], list[Annotated]]:
         source, number = calib.path, calib.num_samples
     samples = find_samples(source, number) if source else []
     return samples, find_clips(wanted.clips, wanted.split, wanted.num_clips) if wanted.clips else []
+
+
+def truth_id(truth: tuple[list[Sample], list[Annotated]]) -> str:
+    """What only runs share that are measured on the same images and clips with known masks, wherever these lie."""
+    return fingerprint({}, [Path(one.name).name for found in truth for one in found])
 
 
 def measure(
