@@ -34,10 +34,10 @@ from sam2jq.files import whole
 from sam2jq.models.sam2 import SAM2, TRUNK_LINEAR, build
 from sam2jq.predict import ImagePredictor
 from sam2jq.ptq import FOLDED, UNROUNDED, Quantized, quantize_params, smoothed_by
+from sam2jq.quant.act import simulated
 from sam2jq.quant.ops import effective_params
 from sam2jq.quant.recipe import layers as all_layers
 from sam2jq.quant.recipe import onto, weight_specs
-from sam2jq.quant.transform import simulated
 from sam2jq.report import figures, text
 from sam2jq.report.comparison import runs_csv, runs_page, settings_of
 from sam2jq.report.page import run_page

@@ -25,7 +25,7 @@ from sam2jq.eval.cost import STAGE_IMAGES, find_truth, layer_figures, measure, t
 from sam2jq.eval.metrics import relative_error
 from sam2jq.models.sam2 import SAM2
 from sam2jq.processes import join_processes
-from sam2jq.quant.act import quantize_inputs
+from sam2jq.quant.act import quantize_inputs, simulated
 from sam2jq.quant.bits import WIDTHS, error_by_width
 from sam2jq.quant.fake_quant import frozen, innermost, learning, student
 from sam2jq.quant.ops import effective_params
@@ -33,7 +33,7 @@ from sam2jq.quant.qtensor import QTensor
 from sam2jq.quant.recipe import activation_specs, check_prefixes, round_weights, weight_specs
 from sam2jq.quant.recipe import layers as all_layers
 from sam2jq.quant.spec import QuantSpec
-from sam2jq.quant.transform import Stats, each_layer, simulated
+from sam2jq.quant.transform import Stats, each_layer
 from sam2jq.report import curves, text
 from sam2jq.report.run import layer_rows, merged, save_run
 from sam2jq.track import tracker

@@ -15,7 +15,7 @@ from sam2jq.data import prompts
 from sam2jq.losses import soft_dice
 from sam2jq.models.layers import OUTPUTS, resize
 from sam2jq.models.sam2 import SAM2
-from sam2jq.quant.transform import simulated
+from sam2jq.quant.act import simulated
 from sam2jq.tree import flatten
 
 Array = jax.Array

@@ -37,7 +37,8 @@ class Tracked(NamedTuple):
 class MemoryBank(NamedTuple):
     """All that B objects are remembered by. Its shape stays the same however many frames have passed.
 
-    Entry i of the recent frames is i + 1 frames ago; `recent` tells which entries are there.
+    Entry i of the recent frames is i + 1 frames ago; `recent` tells which entries are there. A bank for a clip of T
+    frames that are prompted once may have as few as T - 2 of them.
     """
 
     prompted: Array  # int32 [B, K] frame numbers, or NEVER
@@ -58,9 +59,10 @@ class Now(NamedTuple):
 
 def look_back(sam: SAM2, coarse: Array, bank: MemoryBank, now: Now) -> Array:
     """`coarse` [B, h, w, C] of the current frame having looked at the bank; pointers from the future do not count."""
-    times = np.array([0] * bank.prompted.shape[1] + list(range(MEMORIES - 1, 0, -1)))
+    slots = bank.recent_memory.shape[1]
+    times = np.array([0] * bank.prompted.shape[1] + list(range(MEMORIES - 1, MEMORIES - 1 - slots, -1)))
     ages, there = (now.frame - bank.prompted) * now.direction, bank.prompted != NEVER
-    recent_ages = jnp.arange(1, POINTERS + 1)
+    recent_ages = jnp.arange(1, bank.recent.shape[1] + 1)
     recent = bank.recent & (recent_ages <= now.span)
     join = lambda *parts: jnp.concatenate(parts, axis=1)
     return sam.attend_memory(
@@ -69,7 +71,7 @@ def look_back(sam: SAM2, coarse: Array, bank: MemoryBank, now: Now) -> Array:
         times,
         join(bank.prompted_pointer, bank.recent_pointer).astype(coarse.dtype),
         join(ages, jnp.broadcast_to(recent_ages, recent.shape)) / now.span,
-        join(there, bank.recent[:, : MEMORIES - 1], there & (ages >= 0), recent),
+        join(there, bank.recent[:, :slots], there & (ages >= 0), recent),
     )
 
 

@@ -20,9 +20,9 @@ from sam2jq.cli_distill import history
 from sam2jq.config import DistributedConfig
 from sam2jq.distill import PARTS
 from sam2jq.processes import join_processes
+from sam2jq.quant.act import simulated
 from sam2jq.quant.fake_quant import bits_of, frozen, innermost, student
 from sam2jq.quant.spec import QuantSpec
-from sam2jq.quant.transform import simulated
 from sam2jq.report.curves import draw
 
 LAYERS = ("a", "b")

@@ -138,6 +138,22 @@ def test_the_bank_does_not_grow(pair):
     assert shapes[0] == shapes[1]
 
 
+def test_empty_places_of_the_bank_change_nothing(pair):
+    """To 1e-5: a bank with room for two frames, both there, as they are in one with room for all that it can hold."""
+    _, predictor = pair
+    state = predictor.init_state(draw_clip(4, 4).frames)
+    predictor.add_new_points_or_box(state, 0, 1, points=[[60, 80]], labels=[1])
+    list(predictor.propagate_in_video(state))
+    bank = predictor._bank(list(state.objects.values()), 3, False)
+    short = bank._replace(**{name: getattr(bank, name)[:, :2] for name in bank._fields if name.startswith("recent")})
+    coarse = np.random.default_rng(0).standard_normal((1, 16, 16, 64)).astype(np.float32)
+    look = lambda bank: predictor.model.apply(
+        {"params": predictor.params}, coarse, bank, tracking.Now(3, 1, 3.0), method=tracking.look_back
+    )
+    assert bank.recent.sum() == 2
+    np.testing.assert_allclose(look(short), look(bank), atol=1e-5)
+
+
 def test_bad_input_is_named(pair):
     _, predictor = pair
     state = predictor.init_state(np.zeros((2, 40, 60, 3), np.uint8))

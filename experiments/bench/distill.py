@@ -27,9 +27,9 @@ from converters.names import to_torch
 from converters.vanilla import build_original
 from sam2jq import build, init_params
 from sam2jq.distill import relative
+from sam2jq.quant.act import simulated
 from sam2jq.quant.fake_quant import learns, student
 from sam2jq.quant.spec import QuantSpec
-from sam2jq.quant.transform import simulated
 from sam2jq.train import init_state, make_train_step
 from sam2jq.tree import flatten, kernels, layer_name, unflatten
 

@@ -37,9 +37,9 @@ from sam2jq.data import find_images, preprocess, read_image
 from sam2jq.data.reader import find_items
 from sam2jq.eval.evaluate import evaluate_clips, evaluate_images, find_clips, find_samples
 from sam2jq.ptq import quantize_params
+from sam2jq.quant.act import simulated
 from sam2jq.quant.fake_quant import frozen
 from sam2jq.quant.ops import effective_params
-from sam2jq.quant.transform import simulated
 from sam2jq.tree import flatten, kernels, layer_name
 from sam2jq.video import VideoPredictor
 

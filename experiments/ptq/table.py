@@ -24,8 +24,8 @@ from sam2jq.config import GptqConfig, LowRankConfig, QuantConfig, RotationConfig
 from sam2jq.data import find_images, preprocess, read_image
 from sam2jq.eval.evaluate import evaluate_clips, evaluate_images, find_clips, find_samples
 from sam2jq.ptq import quantize_params
+from sam2jq.quant.act import simulated
 from sam2jq.quant.ops import effective_params
-from sam2jq.quant.transform import simulated
 from sam2jq.tree import flatten, kernels, layer_name
 from sam2jq.video import VideoPredictor
 

@@ -132,6 +132,7 @@ def fit(w: Array, gram: Array | None, x: Array | None, spec: LowRankSpec) -> tup
     else:
         weigh = weighing(x.T @ x / len(x) if gram is None else gram, None if spec.inputs is None else read - x)
     error = measure(w, gram if spec.inputs is None else None, x, read)
+    find = nearest(w.shape, weigh, spec.rank)
 
     def attempt(down: Array, up: Array) -> tuple[Branch, Array]:
         """The branch with its error, and w - Q(w - L)."""
@@ -140,7 +141,7 @@ def fit(w: Array, gram: Array | None, x: Array | None, spec: LowRankSpec) -> tup
 
     def one_round(state: tuple) -> tuple:
         i, target, best, errors = state
-        branch, target = attempt(*approximate(target, weigh, spec.rank))
+        branch, target = attempt(*find(target))
         return i + 1, target, better(best, branch), errors.at[i + 1].set(branch.error)
 
     def goes_on(state: tuple) -> Array:
@@ -150,11 +151,8 @@ def fit(w: Array, gram: Array | None, x: Array | None, spec: LowRankSpec) -> tup
 
     none, rest = attempt(jnp.zeros((len(w), spec.rank)), jnp.zeros((spec.rank, w.shape[1])))
     errors = jnp.full(1 + spec.num_iters, none.error)
-    if spec.compensate:
-        start = 0, rest, none, errors
-    else:
-        start = 0, w, better(none, attempt(*approximate(rest, weigh, spec.rank))[0]), errors
-    _, _, best, errors = lax.while_loop(goes_on, one_round, start)
+    target, best = (rest, none) if spec.compensate else (w, better(none, attempt(*find(rest))[0]))
+    _, _, best, errors = lax.while_loop(goes_on, one_round, (0, target, best, errors))
     return w - best.down @ best.up, best, errors
 
 
@@ -182,22 +180,29 @@ def weighing(gram: Array, noise: Array | None) -> Callable[[Array], Array]:
     return lambda m: gram @ m + damping * m + NOISE / len(noise) * (noise.T @ (noise @ m))
 
 
-def approximate(target: Array, weigh: Callable[[Array], Array], rank: int) -> tuple[Array, Array]:
-    """down [K, r] and up [r, N], columns and rows of equal length: the L with the least |C^T (target - L)|, H = C C^T,
-    in bfloat16, which what is left to round makes up for.
+def nearest(shape: tuple[int, int], weigh: Callable[[Array], Array], rank: int) -> Callable[[Array], tuple]:
+    """find(target [K, N]): down [K, r] and up [r, N], columns and rows of equal length: the L with the least
+    |C^T (target - L)|, H = C C^T, in bfloat16, which what is left to round makes up for.
 
     With b = C^T target = U S V^T it is C^-T U_r U_r^T b, which is target V_r V_r^T. U and V are the eigenvectors of
     b b^T [K, K] and b^T b [N, N]; those of the smaller are several times cheaper than all of b's decomposition.
     """
-    inputs, outputs = target.shape
-    if inputs < outputs:
-        root = jnp.linalg.cholesky(weigh(jnp.eye(inputs)))
+    inputs, outputs = shape
+    root = jnp.linalg.cholesky(weigh(jnp.eye(inputs))) if inputs < outputs else None
+
+    def find(target: Array) -> tuple[Array, Array]:
+        if root is None:
+            v = jnp.linalg.eigh(target.T @ weigh(target))[1][:, -rank:]
+            return even(target @ v, v.T)
         b = root.T @ target
         u = jnp.linalg.eigh(b @ b.T)[1][:, -rank:]
-        down, up = solve_triangular(root, u, trans="T", lower=True), u.T @ b
-    else:
-        v = jnp.linalg.eigh(target.T @ weigh(target))[1][:, -rank:]
-        down, up = target @ v, v.T
+        return even(solve_triangular(root, u, trans="T", lower=True), u.T @ b)
+
+    return find
+
+
+def even(down: Array, up: Array) -> tuple[Array, Array]:
+    """The same L = down @ up in bfloat16, each column of `down` as long as its row of `up`."""
     lengths = jnp.linalg.norm(down, axis=0), jnp.linalg.norm(up, axis=1)
     down_to, up_to = (jnp.sqrt(lengths[0] * lengths[1]) / jnp.where(one > 0, one, 1) for one in lengths)
     half = partial(lax.reduce_precision, exponent_bits=8, mantissa_bits=7)

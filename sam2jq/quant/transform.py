@@ -10,7 +10,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sam2jq.quant.ops import effective
 from sam2jq.tree import flatten, layer_name, unflatten
 
 Array = jax.Array
@@ -89,21 +88,6 @@ def chain(*transforms: Transform) -> Transform:
         return reduce(lambda params, transform: transform.apply(params, stats), transforms, params)
 
     return Transform(frozenset().union(*(t.needs for t in transforms)), apply)
-
-
-@jax.jit
-def simulated(params: dict) -> dict:
-    """`params` with rounded weights as the plain float32 arrays they stand for, inside the leaves around them.
-
-    It computes the same, and faster where a model runs more than once; layers that multiply integers stay as they are.
-    """
-    leaf = lambda node: node if on_integers(node) else descend(node, None, lambda w, _: effective(w))
-    return jax.tree.map(leaf, params, is_leaf=lambda node: not isinstance(node, dict))
-
-
-def on_integers(node) -> bool:
-    """Whether a kernel's leaf multiplies codes, not what they stand for."""
-    return getattr(node, "integer", False) or (hasattr(node, "inner") and on_integers(node.inner))
 
 
 def output_error(difference: Array, gram: Array) -> Array:

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from sam2jq.models.layers import Conv, ConvTranspose, Dense, gelu
-from sam2jq.quant.act import ActQuantized, OutQuantized, one_sided, quantize_inputs, round_inputs
+from sam2jq.quant.act import ActQuantized, OutQuantized, one_sided, quantize_inputs, round_inputs, simulated
 from sam2jq.quant.ops import effective, matmul
 from sam2jq.quant.qtensor import QTensor, quantize
 from sam2jq.quant.spec import QuantSpec
-from sam2jq.quant.transform import Stats, descend, simulated
+from sam2jq.quant.transform import Stats, descend
 
 TOKENS, WIDTH, OUTPUTS = 50, 96, 7
 GROUPS = [None, 16, 40, 64]  # 40 and 64 leave a ragged last group

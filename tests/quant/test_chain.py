@@ -9,7 +9,7 @@ import pytest
 
 from converters.package import pack, unpack
 from sam2jq.eval.metrics import relative_error
-from sam2jq.quant.act import quantize_inputs
+from sam2jq.quant.act import quantize_inputs, simulated
 from sam2jq.quant.gptq import GptqSpec, gptq
 from sam2jq.quant.lowrank import LowRankSpec, low_rank
 from sam2jq.quant.ops import effective, matmul
@@ -18,7 +18,7 @@ from sam2jq.quant.recalibrate import ridge
 from sam2jq.quant.rotate import RotationSpec, rotate
 from sam2jq.quant.smooth import SmoothSpec, smooth
 from sam2jq.quant.spec import QuantSpec
-from sam2jq.quant.transform import Stats, Transform, chain, each_layer, simulated
+from sam2jq.quant.transform import Stats, Transform, chain, each_layer
 
 K, N = 64, 20
 W4 = QuantSpec(4, group_size=32)
