@@ -68,7 +68,14 @@ def make_train_step(loss: Loss, optimizer: optax.GradientTransformation, paralle
     if jax.process_count() > 1:
         spread = lambda x: jax.make_array_from_process_local_data(split, np.asarray(x))
     # a state that lies elsewhere, as a new one does, would have the step compiled twice
-    return lambda state, batch: compiled(jax.device_put(state, whole), jax.tree.map(spread, batch))
+    return lambda state, batch: compiled(placed(state, whole), jax.tree.map(spread, batch))
+
+
+def placed(tree: Any, sharding: NamedSharding) -> Any:
+    """`tree`, its leaves as `sharding` says; those that are already are not handed to device_put, which takes its
+    time over a thousand of them."""
+    there = lambda leaf: getattr(leaf, "sharding", None) == sharding
+    return jax.tree.map(lambda leaf: leaf if there(leaf) else jax.device_put(leaf, sharding), tree)
 
 
 def ahead(program: Callable) -> Callable:
@@ -115,16 +122,14 @@ def fit(
     with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
         if manager.latest_step() is not None:
             state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
-        if state.step >= steps:
+        first, rows = int(state.step), []
+        if first >= steps:
             yield state, {}
             return
-        rows = []
-        for batch in batches(int(state.step)):
+        for number, batch in zip(range(first + 1, steps + 1), batches(first)):  # state.step would wait for each step
             state, metrics = step(state, batch)
             rows.append(metrics)
-            if state.step % every == 0 or state.step == steps:
-                manager.save(int(state.step), args=ocp.args.StandardSave(state))
+            if number % every == 0 or number == steps:
+                manager.save(number, args=ocp.args.StandardSave(state))
                 yield state, {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
                 rows = []
-            if state.step == steps:
-                return
