@@ -50,6 +50,7 @@ class Phase(NamedTuple):
     `objects` of each clip are tracked from its first frame; where there are any, the image encoder rests.
     """
 
+    scenes: int  # the seed of its drawn scenes; 7 to 9 are what quantization is calibrated on
     size: int
     steps: int
     clips: int
@@ -64,11 +65,13 @@ class Phase(NamedTuple):
 
 
 PHASES = {
-    "trunk": Phase(128, 1200, 16, 1, 16, 0, 0, 1e-3, 1e-3, 0),
-    "decoder": Phase(128, 400, 16, 1, 16, 1, 0, 1e-3, 1e-3, 4),
-    "masks": Phase(128, 3600, 16, 1, 8, 1, 0, 1e-3, 2e-4, 0, focal_dice),
-    "full": Phase(256, 700, 6, 1, 8, 3, 0, 6e-4, 0, 0, focal_dice),
-    "clips": Phase(256, 500, 2, 5, 4, 1, 4, 8e-4, 0, 0, focal_dice),
+    "trunk": Phase(1, 128, 1200, 16, 1, 16, 0, 0, 1e-3, 1e-3, 0),
+    "decoder": Phase(2, 128, 400, 16, 1, 16, 1, 0, 1e-3, 1e-3, 4),
+    "masks": Phase(3, 128, 3600, 16, 1, 8, 1, 0, 1e-3, 2e-4, 0, focal_dice),
+    "full": Phase(4, 256, 700, 6, 1, 8, 3, 0, 6e-4, 0, 0, focal_dice),
+    "clips": Phase(5, 256, 500, 2, 5, 4, 1, 4, 8e-4, 0, 0, focal_dice),
+    "full2": Phase(6, 256, 4200, 6, 1, 8, 3, 0, 1e-3, 0, 0, focal_dice),
+    "clips2": Phase(10, 256, 800, 2, 8, 2, 3, 4, 8e-4, 0, 0, focal_dice),
 }
 
 
@@ -189,7 +192,8 @@ def prompt_loss(model: SAM2, phase: Phase, params: dict, maps: list[Array], labe
                 total += mask_loss(out.masks[:, 1:], out.ious[:, 1:], coverage, phase.shape).mean()
                 if guides:
                     total += phase.guide * jnp.square(out.tokens - jax.lax.stop_gradient(guides[0])[:, None]).mean()
-            logits = jax.lax.stop_gradient(out.masks[:, 0])
+            goes_on = best_mask(out) if i == 0 and name == "click" else out.masks[:, 0]  # as the predictor does
+            logits = jax.lax.stop_gradient(goes_on)
             metrics[f"{name}{i}"] = soft_iou(logits, coverage).mean()
             metrics[f"influence_{name}{i}"] = logits.std(0).mean() / logits.std((1, 2)).mean()
             point, kind = prompts.corrections(keys.pop(), logits, coverage, phase.size)
@@ -197,6 +201,12 @@ def prompt_loss(model: SAM2, phase: Phase, params: dict, maps: list[Array], labe
             hint = jnp.clip(logits, -LOGIT_LIMIT, LOGIT_LIMIT)[..., None]
     drawn = phase.shape(guides[1], coverage).mean() if guides else 0.0
     return total / (2 * phase.rounds) + drawn, metrics
+
+
+def best_mask(out: Decoded) -> Array:
+    """Logits [O, h, w] of the mask with the highest estimated IoU, of the three for a prompt of many meanings."""
+    masks, ious = out.masks[:, -3:], out.ious[:, -3:]  # the first of four is the one for prompts that are clear
+    return jnp.take_along_axis(masks, ious.argmax(-1)[:, None, None, None], 1)[:, 0]
 
 
 def clip_loss(model: SAM2, phase: Phase, params: dict, maps: list[Array], labels: Array, key: Array):
@@ -223,7 +233,7 @@ def clip_loss(model: SAM2, phase: Phase, params: dict, maps: list[Array], labels
         return remember(bank, seen, jnp.ones(phase.objects, bool)), tracking_loss(phase, decoded, wanted, is_there)
 
     prompted, decoded = apply(method=begin)
-    bank = empty_bank(prompted)
+    bank = empty_bank(prompted, min(phase.frames, MEMORIES) - 1)
     frames = jnp.arange(1, phase.frames), [level[1:] for level in maps], coverage[1:], there[1:]
     # unrolled: on a CPU convolutions take several times as long inside a loop
     _, (losses, ious, calls) = jax.lax.scan(step, bank, frames, unroll=True)
@@ -236,20 +246,19 @@ def tracking_loss(phase: Phase, decoded: Decoded, coverage: Array, there: Array)
     """The loss of O objects [], the IoU [O] of their best masks, 0 of absent ones, and who was rightly called there."""
     shape = jnp.where(there, mask_loss(decoded.masks, decoded.ious, coverage, phase.shape), 0.0).mean()
     score = decoded.object_scores[:, 0]
-    best = jnp.take_along_axis(decoded.masks, decoded.ious.argmax(-1)[:, None, None, None], 1)[:, 0]
     called = optax.sigmoid_binary_cross_entropy(score, there.astype(jnp.float32)).mean()
-    return shape + called, jnp.where(there, soft_iou(best, coverage), 0.0), (score > 0) == there
+    return shape + called, jnp.where(there, soft_iou(best_mask(decoded), coverage), 0.0), (score > 0) == there
 
 
-def empty_bank(prompted: Tracked) -> MemoryBank:
-    """What is remembered after frame 0."""
+def empty_bank(prompted: Tracked, slots: int) -> MemoryBank:
+    """What is remembered after frame 0, with places for the memories of `slots` frames."""
     objects, grid, width = len(prompted.mask), prompted.memory.shape[1:], prompted.pointer.shape[-1]
     return MemoryBank(
         jnp.zeros((objects, 1), jnp.int32),
         prompted.memory[:, None],
         prompted.pointer[:, None],
         jnp.zeros((objects, POINTERS), bool),
-        jnp.zeros((objects, MEMORIES - 1, *grid), prompted.memory.dtype),
+        jnp.zeros((objects, slots, *grid), prompted.memory.dtype),
         jnp.zeros((objects, POINTERS, width)),
     )
 
@@ -324,12 +333,12 @@ def make_optimizer(phase: Phase) -> optax.GradientTransformation:
 def train(out: Path, seed: int, phases: dict[str, Phase] = PHASES) -> dict:
     """The trained params; checkpoints and a log of metrics go to `out`."""
     params = init_params(build("nano"), seed)
-    for number, (name, phase) in enumerate(phases.items(), 1):
+    for name, phase in phases.items():
         if name == "decoder":
             params = start_decoder(build("nano"), params)
         optimizer = make_optimizer(phase)
         step = make_train_step(functools.partial(loss, build("nano", image_size=phase.size), phase), optimizer)
-        first = (seed << 40) + (number << 32)
+        first = (seed << 40) + (phase.scenes << 32)
         batches = lambda n, phase=phase, first=first: drawn(phase, first + n * phase.clips)
         begin = time.time()
         for state, metrics in fit(

@@ -3,7 +3,8 @@ experiments/nano_*.yaml as they are, where that is another combination.
 
 python experiments/ptq/table.py > experiments/ptq/table.md
 
-Goes on where it was stopped; the names of some grids make only their rows, so that two processes can share the work.
+Goes on where it was stopped; the names of some grids make only their rows, so that two processes can share the work;
+with --kept it runs nothing and tells what is there.
 `fresh` first makes only the first rows and those of the configs, on scenes that no choice was made on: fresh.md.
 """
 
@@ -76,21 +77,20 @@ def measure(model, params: dict, images: tuple[str, int], clips: bool) -> dict[s
 
 
 def main() -> None:
-    model, grids = build("nano"), sys.argv[1:]
-    fresh = grids[:1] == ["fresh"]
-    grids, images, kept = grids[fresh:] or GRIDS, FRESH if fresh else IMAGES, KEPT[fresh]
+    model, asked = build("nano"), sys.argv[1:]
+    told, fresh = "--kept" in asked, "fresh" in asked
+    images, kept = (FRESH, KEPT[1]) if fresh else (IMAGES, KEPT[0])
+    grids = [grid for grid in GRIDS if grid in asked] or GRIDS
     jax.config.update("jax_compilation_cache_dir", str(Path("cache/sam2/compiled").absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     full = effective_params(load_checkpoint("demo", model).params)
     kept.mkdir(parents=True, exist_ok=True)
 
-    def known(name: str, make) -> dict[str, float]:
+    def known(name: str, make) -> dict[str, float] | None:
         path = kept / f"{name}.json"
-        if not path.is_file():
+        if not path.is_file() and (name == "full" or not told):
             path.write_text(json.dumps(make()))
-        return json.loads(path.read_text())
-
-    reference = known("full", lambda: measure(model, full, images, clips=not fresh))
+        return json.loads(path.read_text()) if path.is_file() else None
 
     def quantized(config: QuantConfig, seed: int) -> dict[str, float]:
         size, names = model.variant.image_size, find_images(f"scenes:{seed}", CALIBRATED, 0)
@@ -103,27 +103,35 @@ def main() -> None:
         jax.clear_caches()  # the programs of a hundred models do not fit into one process
         return scores
 
+    def wanted(grid: str) -> dict[str, QuantConfig]:
+        chosen = settings.load(f"experiments/nano_{grid}.yaml", []).quant
+        return {name: c for name, c in rows(chosen).items() if not fresh or name == "RTN" or c == chosen}
+
+    reference = known("full", lambda: measure(model, full, images, clips=not fresh))
+    found = {(grid, name): [] for grid in grids for name in wanted(grid)}
+    for seed in SEEDS:  # every row once before any is repeated
+        for grid in grids:
+            for name, config in wanted(grid).items():
+                run = known(f"{grid} {name} {seed}", lambda c=config, s=seed: quantized(c, s))
+                found[grid, name] += [run] * (run is not None)
+
     columns = ["box", "1 click", "3 clicks", "J&F"][: 3 + (not fresh)]
     cells = " | ".join(f"{reference[c]:.1f}" for c in columns)
-    print(f"| weights, inputs | | bits a weight | box mIoU | {' | '.join(columns[1:])} |")
-    print(f"|{'---|' * (3 + len(columns))}")
-    print(f"| float32 | | 32 | {cells} |", flush=True)
-    for grid in grids:
-        chosen = settings.load(f"experiments/nano_{grid}.yaml", []).quant
-        for name, config in rows(chosen).items():
-            if fresh and name != "RTN" and config != chosen:
-                continue
-            runs = [known(f"{grid} {name} {seed}", lambda c=config, s=seed: quantized(c, s)) for seed in SEEDS]
+    print(f"| weights, inputs | | runs | bits a weight | box mIoU | {' | '.join(columns[1:])} |")
+    print(f"|{'---|' * (4 + len(columns))}")
+    print(f"| float32 | | | 32 | {cells} |")
+    for (grid, name), runs in found.items():
+        if runs:
             change = [statistics.median(run[c] for run in runs if c in run) - reference[c] for c in columns]
             text = " | ".join(f"{x:+.1f}" for x in change)
-            print(f"| {grid.upper()} | {name} | {runs[0]['bits']:.2f} | {text} |", flush=True)
+            print(f"| {grid.upper()} | {name} | {len(runs)} | {runs[0]['bits']:.2f} | {text} |")
     print(
         f"\nnano: the first row in percent, the others the change in points. mIoU of {images[1]} held-out images of "
-        f"{images[0]}, medians over calibrations on {CALIBRATED} images of each of scenes:{SEEDS}"
+        f"{images[0]}, medians over runs calibrated on {CALIBRATED} images of scenes:{SEEDS[0]}, then of the next"
         + (
             ". `python experiments/ptq/table.py fresh > experiments/ptq/fresh.md`"
             if fresh
-            else f"; J&F of {CLIPS[1]} clips of {CLIPS[0]}, for the first. "
+            else f"; J&F of {CLIPS[1]} clips of {CLIPS[0]}, for the first run. "
             "`python experiments/ptq/table.py > experiments/ptq/table.md`, about two hours of one core."
         )
     )
