@@ -3,7 +3,7 @@
 A mask decoder trained from nothing first learns one mask for every prompt, and may stay there. So the trunk learns
 first, through a short cut on which no prompt gets lost; then the decoder, on features that tell objects apart by then;
 both on images of half the side, where a step costs a quarter; then corrections at full size; then clips, for which the
-trunk stays as it is.
+trunk stays as it is; and these two once more, for longer.
 
 Letters: B scenes or clips, T frames, S the image's side, O objects, P prompts.
 """

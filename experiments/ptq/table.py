@@ -80,7 +80,7 @@ def main() -> None:
     model, asked = build("nano"), sys.argv[1:]
     told, fresh = "--kept" in asked, "fresh" in asked
     images, kept = (FRESH, KEPT[1]) if fresh else (IMAGES, KEPT[0])
-    grids = [grid for grid in GRIDS if grid in asked] or GRIDS
+    grids = [name for name in asked if name not in ("--kept", "fresh")] or GRIDS
     jax.config.update("jax_compilation_cache_dir", str(Path("cache/sam2/compiled").absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     full = effective_params(load_checkpoint("demo", model).params)
@@ -113,7 +113,8 @@ def main() -> None:
         for grid in grids:
             for name, config in wanted(grid).items():
                 run = known(f"{grid} {name} {seed}", lambda c=config, s=seed: quantized(c, s))
-                found[grid, name] += [run] * (run is not None)
+                if run:
+                    found[grid, name].append(run)
 
     columns = ["box", "1 click", "3 clicks", "J&F"][: 3 + (not fresh)]
     cells = " | ".join(f"{reference[c]:.1f}" for c in columns)
