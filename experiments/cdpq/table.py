@@ -3,22 +3,26 @@ and while bits are lowered step by step.
 
 python experiments/cdpq/table.py > experiments/cdpq/table.md
 
-Goes on where it was stopped; the names of some rows make only these, so that two processes can share the work; with
---kept it runs nothing and tells what is there. curves.png beside it shows how the held-out loss fell.
+Goes on where it was stopped: each run is a line of runs.jsonl, which tells on which weights it was made. The names of
+some rows make only these, so that two processes can share the work; with --kept it runs nothing and tells what is
+there. curves.png beside it shows how the held-out loss fell.
 """
 
+import hashlib
+import itertools
 import json
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import jax
 import matplotlib.pyplot as plt
 
-from converters.checkpoint import load_checkpoint
+from converters.checkpoint import ASSETS, load_checkpoint
 from converters.package import load_package, save_package
 from sam2jq import build, cdpq
 from sam2jq import config as settings
@@ -45,7 +49,7 @@ from sam2jq.video import VideoPredictor
 
 SEEDS = (0, 1, 2)  # of the scenes to learn from, scenes:11 and up, and of their order
 TRAINED, IMAGES, CLIPS = 128, ("scenes:1001", 48), ("scenes:2002", 4)  # the latter two held out
-KEPT = Path("outputs/cdpq_table")
+RUNS, FOLDER = Path(__file__).with_name("runs.jsonl"), Path("outputs/cdpq_table")
 GROUPS = {"group_shapes": [[1, 64]], "scale_dtype": "bfloat16"}
 PTQ = "experiments/nano_w3a16.yaml"  # the best that was found at 3 bits
 
@@ -59,7 +63,7 @@ STARTS = {
     "W3A8": grid("sint3", "uint8"),
     "W2A16": grid("uint2", None),
     "to 3.5": grid("sint4", None),
-    "to 3": grid("sint4", None),
+    "to 3": grid("sint4", None),  # which starts as the one before
 }
 LEFT_OUT = {("to 3.5", "to nearest"), ("to 3", "to nearest"), ("W4A8", "PTQ")}  # the last has lost nothing
 ROWS = [(name, kind) for name in STARTS for kind in ("to nearest", "PTQ") if (name, kind) not in LEFT_OUT]
@@ -111,35 +115,33 @@ def effective_bits(params: dict) -> float:
         return load_package(path).summary()["effective_bits"]
 
 
-def learned(model, full: dict, params: dict, config: DistillConfig, mark: str) -> dict:
-    """`params` after distillation."""
+def learned(model, full: dict, params: dict, config: DistillConfig, folder: Path) -> tuple[dict, list[list[float]]]:
+    """`params` after distillation; and step, held-out loss and mean bits after each epoch."""
     find = partial(find_items, seed=config.seed)
     teacher, val = cdpq.Teacher(model, full), find(config.data.val, config.data.val_samples)
     study = cdpq.study_of(model, teacher, find(config.data.train, TRAINED), val, config)
-    folder = KEPT / mark
     folder.mkdir(parents=True, exist_ok=True)
-    show = lambda row: "val/loss" in row and print(mark, row["epoch"], f"{row['val/loss']:.4f}", file=sys.stderr)
-    return frozen(cdpq.distill(start(params, config), study, config, folder, show))
+    show = lambda row: "val/loss" in row and print(folder.name, row["epoch"], f"{row['val/loss']:.4f}", file=sys.stderr)
+    params = frozen(cdpq.distill(start(params, config), study, config, folder, show))
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return params, [[row["step"], row["val/loss"], row["train/avg_bit_width"]] for row in rows if "val/loss" in row]
 
 
-def draw_curves(path: Path) -> None:
+def draw_curves(runs: dict[str, dict], path: Path) -> None:
     """The held-out loss of every run after each epoch, one colour a row of the table."""
     plt.style.use("tableau-colorblind10")
     figure, (fixed, falls) = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
     bits = falls.twinx()
     for i, (name, kind) in enumerate(ROWS):
-        label = f"W4A16 PTQ, lowered {name} bits" if name.startswith("to ") else f"{name} {kind}"
-        for seed in SEEDS:
-            log = KEPT / f"{name} {kind} {seed}" / "metrics.jsonl"
-            if not log.is_file() or not (KEPT / f"{name} {kind} distilled {seed}.json").is_file():
-                continue
-            rows = [row for row in map(json.loads, log.read_text().splitlines()) if "val/loss" in row]
-            steps, about = [row["step"] for row in rows], {"color": f"C{i}", "alpha": 0.8}
-            axes = falls if name.startswith("to ") else fixed
-            axes.plot(steps, [row["val/loss"] for row in rows], **about, label=label)
+        lowered = name.startswith("to ")
+        label = f"W4A16 PTQ, lowered {name} bits" if lowered else f"{name} {kind}"
+        for run in filter(None, (runs.get(f"{name} {kind} distilled {seed}") for seed in SEEDS)):
+            steps, losses, means = zip(*run["curve"])
+            about = {"color": f"C{i}", "alpha": 0.8}
+            (falls if lowered else fixed).plot(steps, losses, **about, label=label)
             label = None  # one a row
-            if axes is falls:
-                bits.plot(steps, [row["train/avg_bit_width"] for row in rows], "--", **about)
+            if lowered:
+                bits.plot(steps, means, "--", **about)
     fixed.set(xlabel="step", ylabel="held-out loss", yscale="log", title="bits stay")
     falls.set(xlabel="step", ylabel="held-out loss", title="bits fall")
     bits.set(ylabel="mean bits a weight (dashed)")
@@ -148,43 +150,51 @@ def draw_curves(path: Path) -> None:
 
 
 def main() -> None:
-    model, kept = build("nano"), "--kept" in sys.argv
+    model = build("nano")
     jax.config.update("jax_compilation_cache_dir", str(Path("cache/sam2/compiled").absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     full = effective_params(load_checkpoint("demo", model).params)
 
-    def row(mark: str, make, clips: bool = True) -> dict[str, float] | None:
-        path = KEPT / f"{mark}.json"
-        if kept and not path.is_file():
-            return None
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            found = measure(model, make(), clips)
+    weights = hashlib.sha256((ASSETS / "nano.safetensors").read_bytes()).hexdigest()[:12]
+    lines = map(json.loads, RUNS.read_text().splitlines() if RUNS.is_file() else [])
+    runs = {line["run"]: line for line in lines if line["weights"] == weights}
+
+    def run(mark: str, make: Callable[[], tuple], clips: bool = True) -> None:
+        """Adds the scores of make() to `runs`: params and, if they were learned, how."""
+        if mark not in runs:
+            params, *curve = make()
+            scores = measure(model, params, clips)
             jax.clear_caches()  # what several models compile does not fit into one process
-            path.write_text(json.dumps(found))
-        return json.loads(path.read_text())
+            runs[mark] = {"weights": weights, "run": mark, "scores": scores} | dict(zip(["curve"], curve))
+            with RUNS.open("a") as log:
+                print(json.dumps(runs[mark]), file=log)
 
+    @cache
     def begin(name: str, kind: str) -> dict:
-        if kind == "to nearest":
-            return frozen(start(full, config_of(name, 0, kind)))
-        return after_ptq(model, full, name)
+        if name == "to 3":
+            return begin("to 3.5", kind)
+        return after_ptq(model, full, name) if kind == "PTQ" else frozen(start(full, config_of(name, 0, kind)))
 
-    def runs(name: str, kind: str) -> list[dict[str, float]]:
-        def make(seed: int) -> dict:
-            return learned(model, full, begin(name, kind), config_of(name, seed, kind), f"{name} {kind} {seed}")
+    def distilled(name: str, kind: str, seed: int) -> tuple[dict, list[list[float]]]:
+        folder = FOLDER / weights / f"{name} {kind} {seed}"
+        return learned(model, full, begin(name, kind), config_of(name, seed, kind), folder)
 
-        return [row(f"{name} {kind} distilled {seed}", partial(make, seed), clips=seed == 0) for seed in SEEDS]
+    asked = [name for name in sys.argv[1:] if name != "--kept"] or STARTS
+    rows = [(name, kind) for name, kind in ROWS if name in asked]
+    if "--kept" not in sys.argv:
+        run("full", lambda: (full,))
+        for seed, (name, kind) in itertools.product(SEEDS, rows):  # every row once before any is repeated
+            if name != "to 3":
+                run(f"{name} {kind}", lambda at=(name, kind): (begin(*at),))
+            run(f"{name} {kind} distilled {seed}", partial(distilled, name, kind, seed), clips=seed == 0)
 
-    wanted = [name for name in sys.argv[1:] if name != "--kept"]
-    chosen = lambda name: not wanted or name in wanted
-    base = row("full", lambda: full)
-    columns = ("box", "1 click", "3 clicks", "J&F")
+    columns, base = ("box", "1 click", "3 clicks", "J&F"), runs["full"]["scores"]
     print("| weights, inputs | | runs | bits a weight | box mIoU | 1 click | 3 clicks | J&F |")
     print("|---|---|---|---|---|---|---|---|")
     print("| float32 | | | 32 | " + " | ".join(f"{base[c]:.1f}" for c in columns) + " |")
 
-    def tell(name: str, what: str, results: list[dict[str, float] | None]) -> None:
-        results, cells = [result for result in results if result], []
+    def tell(name: str, what: str, marks: Sequence[str]) -> None:
+        results, cells = [runs[mark]["scores"] for mark in marks if mark in runs], []
         if not results:
             return
         for column in columns:
@@ -192,15 +202,14 @@ def main() -> None:
             span = f" ({min(drops):+.1f} to {max(drops):+.1f})" if len(drops) > 1 else ""
             cells.append(f"{statistics.median(drops):+.1f}{span}" if drops else "")
         bits = statistics.median(result["bits"] for result in results)
-        print(f"| {name} | {what} | {len(results)} | {bits:.2f} | " + " | ".join(cells) + " |", flush=True)
+        print(f"| {name} | {what} | {len(results)} | {bits:.2f} | " + " | ".join(cells) + " |")
 
-    for name, kind in ROWS:
-        if chosen(name):
-            shown, after = ("W4A16", f"lowered {name} bits") if name.startswith("to ") else (name, "distilled")
-            if name != "to 3":  # which starts as the row before
-                tell(shown, kind, [row(f"{name} {kind}", partial(begin, name, kind))])
-            tell(shown, f"{kind}, {after}", runs(name, kind))
-    draw_curves(Path(__file__).with_name("curves.png"))
+    for name, kind in rows:
+        shown, after = ("W4A16", f"lowered {name} bits") if name.startswith("to ") else (name, "distilled")
+        if name != "to 3":
+            tell(shown, kind, [f"{name} {kind}"])
+        tell(shown, f"{kind}, {after}", [f"{name} {kind} distilled {seed}" for seed in SEEDS])
+    draw_curves(runs, Path(__file__).with_name("curves.png"))
     print(
         "\nnano: the first row in percent, the others the change in points. "
         f"Distilled on {TRAINED} drawn scenes without their masks; where there are several runs, on other scenes in "
