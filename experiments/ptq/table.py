@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -27,7 +27,7 @@ from sam2jq import build
 from sam2jq import config as settings
 from sam2jq.config import GptqConfig, LowRankConfig, QuantConfig, RotationConfig, SmoothConfig, SmoothProjConfig
 from sam2jq.data import find_images, preprocess, read_image
-from sam2jq.eval.evaluate import evaluate_clips, evaluate_images, find_clips, find_samples
+from sam2jq.eval.evaluate import Sample, evaluate_clips, evaluate_images, find_clips, find_samples
 from sam2jq.ptq import quantize_params
 from sam2jq.quant.act import simulated
 from sam2jq.quant.ops import effective_params
@@ -71,9 +71,15 @@ def effective_bits(params: dict) -> float:
         return load_package(path).summary()["effective_bits"]
 
 
+@cache
+def drawn(data: str, count: int) -> list[Sample]:
+    """Samples that are drawn once, for all runs."""
+    return [sample._replace(read=cache(sample.read)) for sample in find_samples(data, count)]
+
+
 def measure(model, params: dict, images: tuple[str, int], clips: bool) -> dict[str, float]:
     """mIoU of each prompt, and J&F of clips if asked for, in percent."""
-    found = evaluate_images(model, params, find_samples(*images))["miou"]
+    found = evaluate_images(model, params, drawn(*images))["miou"]
     found = {name: 100 * value for name, value in found.items()}
     if clips:
         found["J&F"] = evaluate_clips(VideoPredictor(model, params), find_clips(CLIPS[0], "", CLIPS[1]), None)["j&f"]
@@ -96,6 +102,8 @@ def main() -> None:
         run = f"fresh {name}" if fresh else name
         if run not in runs and not (told and name != "full"):
             runs[run] = make()
+            if len(runs) % 10 == 0:
+                jax.clear_caches()  # the programs of a hundred models do not fit into one process
             with RUNS.open("a") as log:
                 print(json.dumps({"weights": weights, "run": run, "scores": runs[run]}), file=log)
         return runs.get(run)
@@ -103,13 +111,11 @@ def main() -> None:
     def quantized(config: QuantConfig, seed: int) -> dict[str, float]:
         size, names = model.variant.image_size, find_images(f"scenes:{seed}", CALIBRATED, 0)
         clips = lambda n: (preprocess(read_image(name), size)[None] for name in names[n:])
-        cache = Path("cache/sam2/calibration"), names
+        store = Path("cache/sam2/calibration"), names
         needs = ("gram", "tokens")  # of all rows, so that one calibration serves them
-        *_, params = quantize_params(model, full, config, clips, seed=seed, needs=needs, cache=cache).reached.values()
+        *_, params = quantize_params(model, full, config, clips, seed=seed, needs=needs, cache=store).reached.values()
         clips = seed == SEEDS[0] and not fresh
-        scores = measure(model, simulated(params), images, clips) | {"bits": effective_bits(params)}
-        jax.clear_caches()  # the programs of a hundred models do not fit into one process
-        return scores
+        return measure(model, simulated(params), images, clips) | {"bits": effective_bits(params)}
 
     def wanted(grid: str) -> dict[str, QuantConfig]:
         chosen = settings.load(f"experiments/nano_{grid}.yaml", []).quant
