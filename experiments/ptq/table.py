@@ -148,7 +148,7 @@ def main() -> None:
             ". `python experiments/ptq/table.py fresh > experiments/ptq/fresh.md`"
             if fresh
             else f"; J&F of {CLIPS[1]} clips of {CLIPS[0]}, for the first run. "
-            "`python experiments/ptq/table.py > experiments/ptq/table.md`, about two hours of one core."
+            "`python experiments/ptq/table.py > experiments/ptq/table.md`, some two hours of two cores."
         )
     )
 
