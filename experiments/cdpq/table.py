@@ -115,8 +115,8 @@ def effective_bits(params: dict) -> float:
         return load_package(path).summary()["effective_bits"]
 
 
-def learned(model, full: dict, params: dict, config: DistillConfig, folder: Path) -> tuple[dict, list[list[float]]]:
-    """`params` after distillation; and step, held-out loss and mean bits after each epoch."""
+def learned(model, full: dict, params: dict, config: DistillConfig, folder: Path) -> tuple[dict, dict]:
+    """`params` after distillation; and its curve: step, held-out loss and mean bits after each epoch."""
     find = partial(find_items, seed=config.seed)
     teacher, val = cdpq.Teacher(model, full), find(config.data.val, config.data.val_samples)
     study = cdpq.study_of(model, teacher, find(config.data.train, TRAINED), val, config)
@@ -124,7 +124,8 @@ def learned(model, full: dict, params: dict, config: DistillConfig, folder: Path
     show = lambda row: "val/loss" in row and print(folder.name, row["epoch"], f"{row['val/loss']:.4f}", file=sys.stderr)
     params = frozen(cdpq.distill(start(params, config), study, config, folder, show))
     rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return params, [[row["step"], row["val/loss"], row["train/avg_bit_width"]] for row in rows if "val/loss" in row]
+    curve = [[row["step"], row["val/loss"], row["train/avg_bit_width"]] for row in rows if "val/loss" in row]
+    return params, {"curve": curve}
 
 
 def draw_curves(runs: dict[str, dict], path: Path) -> None:
@@ -159,13 +160,13 @@ def main() -> None:
     lines = map(json.loads, RUNS.read_text().splitlines() if RUNS.is_file() else [])
     runs = {line["run"]: line for line in lines if line["weights"] == weights}
 
-    def run(mark: str, make: Callable[[], tuple], clips: bool = True) -> None:
-        """Adds the scores of make() to `runs`: params and, if they were learned, how."""
+    def run(mark: str, make: Callable[[], tuple[dict, dict]], clips: bool = True) -> None:
+        """Adds the scores of a model to `runs`; make(): its params, and what else is to be kept of it."""
         if mark not in runs:
-            params, *curve = make()
+            params, more = make()
             scores = measure(model, params, clips)
             jax.clear_caches()  # what several models compile does not fit into one process
-            runs[mark] = {"weights": weights, "run": mark, "scores": scores} | dict(zip(["curve"], curve))
+            runs[mark] = {"weights": weights, "run": mark, "scores": scores} | more
             with RUNS.open("a") as log:
                 print(json.dumps(runs[mark]), file=log)
 
@@ -175,17 +176,17 @@ def main() -> None:
             return begin("to 3.5", kind)
         return after_ptq(model, full, name) if kind == "PTQ" else frozen(start(full, config_of(name, 0, kind)))
 
-    def distilled(name: str, kind: str, seed: int) -> tuple[dict, list[list[float]]]:
+    def distilled(name: str, kind: str, seed: int) -> tuple[dict, dict]:
         folder = FOLDER / weights / f"{name} {kind} {seed}"
         return learned(model, full, begin(name, kind), config_of(name, seed, kind), folder)
 
     asked = [name for name in sys.argv[1:] if name != "--kept"] or STARTS
     rows = [(name, kind) for name, kind in ROWS if name in asked]
     if "--kept" not in sys.argv:
-        run("full", lambda: (full,))
+        run("full", lambda: (full, {}))
         for seed, (name, kind) in itertools.product(SEEDS, rows):  # every row once before any is repeated
             if name != "to 3":
-                run(f"{name} {kind}", lambda at=(name, kind): (begin(*at),))
+                run(f"{name} {kind}", lambda at=(name, kind): (begin(*at), {}))
             run(f"{name} {kind} distilled {seed}", partial(distilled, name, kind, seed), clips=seed == 0)
 
     columns, base = ("box", "1 click", "3 clicks", "J&F"), runs["full"]["scores"]

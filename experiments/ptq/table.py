@@ -117,14 +117,12 @@ def main() -> None:
         clips = seed == SEEDS[0] and not fresh
         return measure(model, simulated(params), images, clips) | {"bits": effective_bits(params)}
 
-    def wanted(grid: str) -> dict[str, QuantConfig]:
-        chosen = settings.load(f"experiments/nano_{grid}.yaml", []).quant
-        return {name: c for name, c in rows(chosen).items() if not fresh or name == "RTN" or c == chosen}
-
+    configs = {grid: settings.load(f"experiments/nano_{grid}.yaml", []).quant for grid in grids}
+    every = {(grid, name): config for grid in grids for name, config in rows(configs[grid]).items()}
+    chief = {row for row, config in every.items() if row[1] == "RTN" or config == configs[row[0]]}
+    found = {row: config for row, config in every.items() if not fresh or row in chief}
     reference = known("full", lambda: measure(model, full, images, clips=not fresh))
-    found = {(grid, name): config for grid in grids for name, config in wanted(grid).items()}
-    chief = lambda row: row[1] == "RTN" or found[row] == settings.load(f"experiments/nano_{row[0]}.yaml", []).quant
-    order = sorted(itertools.product(SEEDS, found), key=lambda run: (run[0] > SEEDS[0]) * (2 - chief(run[1])))
+    order = sorted(itertools.product(SEEDS, found), key=lambda run: (run[0] > SEEDS[0]) * (2 - (run[1] in chief)))
     scores = {row: [] for row in found}
     for seed, row in order:  # each row once, then those at the ends of a range of techniques, then the others again
         run = known(f"{' '.join(row)} {seed}", partial(quantized, found[row], seed))
