@@ -1,19 +1,17 @@
 """What distillation wins back of the demo model's masks: after rounding to nearest, after post-training quantization,
 and while bits are lowered step by step.
 
-python experiments/cdpq/table.py > experiments/cdpq/table.md
+python -m experiments.cdpq.table > experiments/cdpq/table.md
 
 Goes on where it was stopped: each run is a line of runs.jsonl, which tells on which weights it was made. The names of
 some rows make only these, so that two processes can share the work; with --kept it runs nothing and tells what is
 there. curves.png beside it shows how the held-out loss fell.
 """
 
-import hashlib
 import itertools
 import json
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -22,8 +20,8 @@ from pathlib import Path
 import jax
 import matplotlib.pyplot as plt
 
-from converters.checkpoint import ASSETS, load_checkpoint
-from converters.package import load_package, save_package
+from converters.checkpoint import load_checkpoint
+from experiments.measured import Runs, measure
 from sam2jq import build, cdpq
 from sam2jq import config as settings
 from sam2jq.cli_distill import start
@@ -39,17 +37,13 @@ from sam2jq.config import (
 )
 from sam2jq.data import find_images, preprocess, read_image
 from sam2jq.data.reader import find_items
-from sam2jq.eval.evaluate import evaluate_clips, evaluate_images, find_clips, find_samples
 from sam2jq.ptq import quantize_params
-from sam2jq.quant.act import simulated
 from sam2jq.quant.fake_quant import frozen
 from sam2jq.quant.ops import effective_params
-from sam2jq.tree import flatten, kernels, layer_name
-from sam2jq.video import VideoPredictor
 
 SEEDS = (0, 1, 2)  # of the scenes to learn from, scenes:11 and up, and of their order
 TRAINED, IMAGES, CLIPS = 128, ("scenes:1001", 48), ("scenes:2002", 4)  # the latter two held out
-RUNS, FOLDER = Path(__file__).with_name("runs.jsonl"), Path("outputs/cdpq_table")
+FOLDER = Path("outputs/cdpq_table")
 GROUPS = {"group_shapes": [[1, 64]], "scale_dtype": "bfloat16"}
 PTQ = "experiments/nano_w3a16.yaml"  # the best that was found at 3 bits
 
@@ -94,27 +88,6 @@ def after_ptq(model, full: dict, name: str) -> dict:
     return list(done.reached.values())[-1]
 
 
-def measure(model, params: dict, clips: bool) -> dict[str, float]:
-    """mIoU of each prompt and, for `clips`, J&F, in percent; and bits a weight as a package holds them."""
-    found = evaluate_images(model, simulated(params), find_samples(*IMAGES))["miou"]
-    found = {prompt: 100 * value for prompt, value in found.items()} | {"bits": effective_bits(params)}
-    if clips:
-        predictor = VideoPredictor(model, simulated(params))
-        found["J&F"] = evaluate_clips(predictor, find_clips(CLIPS[0], "", CLIPS[1]), None)["j&f"]
-    return found
-
-
-def effective_bits(params: dict) -> float:
-    """32 for a model that is not quantized."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "package.pt"
-        rounded = [layer_name(path) for path, leaf in kernels(flatten(params)).items() if not hasattr(leaf, "dtype")]
-        if not rounded:
-            return 32.0
-        save_package(path, params, dict.fromkeys(rounded, 0.0), {})
-        return load_package(path).summary()["effective_bits"]
-
-
 def learned(model, full: dict, params: dict, config: DistillConfig, folder: Path) -> tuple[dict, dict]:
     """`params` after distillation; and its curve: step, held-out loss and mean bits after each epoch."""
     find = partial(find_items, seed=config.seed)
@@ -156,19 +129,14 @@ def main() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     full = effective_params(load_checkpoint("demo", model).params)
 
-    weights = hashlib.sha256((ASSETS / "nano.safetensors").read_bytes()).hexdigest()[:12]
-    lines = map(json.loads, RUNS.read_text().splitlines() if RUNS.is_file() else [])
-    runs = {line["run"]: line for line in lines if line["weights"] == weights}
+    runs = Runs(Path(__file__).with_name("runs.jsonl"))
 
     def run(mark: str, make: Callable[[], tuple[dict, dict]], clips: bool = True) -> None:
         """Adds the scores of a model to `runs`; make(): its params, and what else is to be kept of it."""
         if mark not in runs:
             params, more = make()
-            scores = measure(model, params, clips)
+            runs.add(mark, {"scores": measure(model, params, IMAGES, CLIPS if clips else None)} | more)
             jax.clear_caches()  # what several models compile does not fit into one process
-            runs[mark] = {"weights": weights, "run": mark, "scores": scores} | more
-            with RUNS.open("a") as log:
-                print(json.dumps(runs[mark]), file=log)
 
     @cache
     def begin(name: str, kind: str) -> dict:
@@ -177,7 +145,7 @@ def main() -> None:
         return after_ptq(model, full, name) if kind == "PTQ" else frozen(start(full, config_of(name, 0, kind)))
 
     def distilled(name: str, kind: str, seed: int) -> tuple[dict, dict]:
-        folder = FOLDER / weights / f"{name} {kind} {seed}"
+        folder = FOLDER / runs.weights / f"{name} {kind} {seed}"
         return learned(model, full, begin(name, kind), config_of(name, seed, kind), folder)
 
     asked = [name for name in sys.argv[1:] if name != "--kept"] or STARTS
@@ -215,7 +183,7 @@ def main() -> None:
         "\nnano: the first row in percent, the others the change in points. "
         f"Distilled on {TRAINED} drawn scenes without their masks; where there are several runs, on other scenes in "
         f"another order, the median (range). mIoU of {IMAGES[1]} held-out images of {IMAGES[0]}; J&F of {CLIPS[1]} "
-        f"clips of {CLIPS[0]}, of the first run. `python experiments/cdpq/table.py > experiments/cdpq/table.md`."
+        f"clips of {CLIPS[0]}, of the first run. `python -m experiments.cdpq.table > experiments/cdpq/table.md`."
     )
 
 

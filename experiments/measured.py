@@ -1,0 +1,57 @@
+"""What the tables of this folder share: how the demo model is scored, and a log that a stopped table goes on from."""
+
+import hashlib
+import json
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from converters.checkpoint import ASSETS
+from converters.package import load_package, save_package
+from sam2jq.eval.evaluate import Sample, evaluate_clips, evaluate_images, find_clips, find_samples
+from sam2jq.models.sam2 import SAM2
+from sam2jq.quant.act import simulated
+from sam2jq.tree import flatten, kernels, layer_name
+from sam2jq.video import VideoPredictor
+
+Data = tuple[str, int]  # where it is, and how much of it
+
+
+@cache
+def drawn(data: str, count: int) -> list[Sample]:
+    """Samples that are drawn once, for all runs."""
+    return [sample._replace(read=cache(sample.read)) for sample in find_samples(data, count)]
+
+
+def measure(model: SAM2, params: dict, images: Data, clips: Data | None = None) -> dict[str, float]:
+    """mIoU of each prompt and, of `clips`, J&F, in percent; and bits a weight as a package holds them."""
+    scores = evaluate_images(model, simulated(params), drawn(*images))["miou"]
+    found = {prompt: 100 * value for prompt, value in scores.items()} | {"bits": effective_bits(params)}
+    if clips:
+        data, count = clips
+        predictor = VideoPredictor(model, simulated(params))
+        found["J&F"] = evaluate_clips(predictor, find_clips(data, "", count), None)["j&f"]
+    return found
+
+
+def effective_bits(params: dict) -> float:
+    """Bits a weight that a package takes for the quantized layers, with scales, zeros and branches; 32 without any."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "package.pt"
+        save_package(path, params, dict.fromkeys(map(layer_name, kernels(flatten(params))), 0.0), {})
+        return load_package(path).summary()["effective_bits"] or 32.0
+
+
+class Runs(dict[str, dict]):
+    """{name of a run: its row} of a file of JSON lines, without those that were made on other weights of nano."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.weights = hashlib.sha256((ASSETS / "nano.safetensors").read_bytes()).hexdigest()[:12]
+        rows = map(json.loads, path.read_text().splitlines() if path.is_file() else [])
+        super().__init__((row["run"], row) for row in rows if row["weights"] == self.weights)
+
+    def add(self, run: str, row: dict) -> None:
+        self[run] = {"weights": self.weights, "run": run} | row
+        with self.path.open("a") as file:
+            print(json.dumps(self[run]), file=file)
