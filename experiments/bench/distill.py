@@ -1,11 +1,13 @@
 """Times one distillation step of the image encoder against the same step in plain torch, in turn, and writes a table.
 
-python experiments/bench/distill.py [--student tiny] [--teacher small] [--runs 8] [--out experiments/bench/distill.md]
+GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python experiments/bench/distill.py [--student tiny] [--teacher small] [--runs 8]
+    [--out experiments/bench/distill.md]
 
 1024 x 1024, batch 1, float32, random weights: the teacher's features, the student's under 4-bit weights with straight-
 through gradients (one scale an output channel, fixed to the range of now), the relative square error of the three maps,
 and AdamW on all of the encoder. All live in one process and run A B C A B C; their losses are compared step by step.
-Peak memory is each one's own, measured in a process that runs only it.
+Peak memory is each one's own, measured in a process that runs only it. Huge pages are for all of them; without, the
+step of sam2jq, which takes its memory anew each time, waits longer for the system.
 """
 
 import argparse
@@ -146,10 +148,13 @@ def main() -> None:
             times[name].append(seconds(lambda name=name, run=run: losses[name].append(run())))
     wanted = losses["torch"]
     apart = max(abs(a / b - 1) for found in losses.values() for a, b in zip(found, wanted))
+    pages = "GLIBC_TUNABLES"
+    prefix = f"{pages}={os.environ[pages]} " if pages in os.environ else ""
     lines = [
         "# A distillation step: sam2jq against torch",
         "",
-        f"`python experiments/bench/distill.py --student {args.student} --teacher {args.teacher} --runs {args.runs}`",
+        f"`{prefix}python experiments/bench/distill.py --student {args.student} --teacher {args.teacher} "
+        f"--runs {args.runs}`",
         f"on {os.cpu_count()} cores of {proc('cpuinfo', 'model name')}, jax {version('jax')}, "
         f"torch {version('torch')};",
         f"{args.teacher} teaches {args.student}, 1024 x 1024, batch 1, float32, encoders only. Medians of {args.runs} "
