@@ -135,10 +135,11 @@ def to_stats(seen: Range, gram: Array | None, sample: Sample | None, inputs: int
     mean, both = seen.total / seen.count, None if gram is None else gram / seen.count
     tokens, places = sample and sample.tokens, inputs // len(mean)
     if places == 1:
-        return Stats(mean, seen.low, seen.high, both, tokens)
+        return Stats(mean, seen.low, seen.high, both, tokens, seen.count)
     if both is not None:
         both = jnp.kron(jnp.eye(places), both) / places
     if tokens is not None:
         turns = jax.nn.one_hot(jnp.arange(len(tokens)) % places, places)
         tokens = (turns[..., None] * tokens[:, None]).reshape(len(tokens), -1)
-    return Stats(jnp.tile(mean, places) / places, jnp.tile(seen.low, places), jnp.tile(seen.high, places), both, tokens)
+    mean, low, high = jnp.tile(mean, places) / places, jnp.tile(seen.low, places), jnp.tile(seen.high, places)
+    return Stats(mean, low, high, both, tokens, seen.count)

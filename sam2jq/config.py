@@ -123,11 +123,7 @@ class WeightsConfig:
     def __post_init__(self):
         check_grid("quant.wgts", self.dtype, self.group_shapes)
         one_of("quant.wgts.scale_dtype", self.scale_dtype, ("float32", "bfloat16"))
-        wrong = {prefix: bits for prefix, bits in self.bits.items() if not 2 <= bits <= 8}
-        if wrong:
-            raise ValueError(f"quant.wgts.bits: bits must be in 2..8, got {wrong}")
-        if self.target_bits is not None and not 2 <= self.target_bits <= 8:
-            raise ValueError(f"quant.wgts.target_bits: layers have 2 to 8 bits, so {self.target_bits} is out of reach")
+        check_bits("quant.wgts", self.bits, self.target_bits)
         if self.mixed and ("int" not in self.dtype or (self.target_bits is not None and self.target_mb is not None)):
             raise ValueError("quant.wgts: give one of target_bits and target_mb, and an integer dtype")
         if self.ridge < 0:
@@ -145,7 +141,9 @@ class InputsConfig:
     one scale per token, [[1, g]] per token and g channels, [[-1, -1]] per tensor; static: the range is fixed by
     calibration, else measured at each call; skips: dotted prefixes whose inputs stay. allow_unsigned: where a sintN
     would spend half its codes on what hardly comes, as after ReLU and GELU, take uintN; unsigned: dotted prefixes of
-    layers where that is so, found by calibration and written here."""
+    layers where that is so, found by calibration and written here. bits: {dotted prefix: bits}, the longest wins;
+    target_bits: bits of an input on average over all multiplications, which makes each layer without `bits` take the
+    width that its measured output error asks for."""
 
     dtype: str | None = None
     group_shapes: list[list[int]] = field(default_factory=lambda: [[1, -1]])
@@ -153,12 +151,17 @@ class InputsConfig:
     skips: list[str] = field(default_factory=list)
     allow_unsigned: bool = False
     unsigned: list[str] = field(default_factory=list)
+    bits: dict[str, int] = field(default_factory=dict)
+    target_bits: float | None = None
 
     key = "quant.ipts"
 
     def __post_init__(self):
         if self.dtype is not None:
             check_grid(self.key, self.dtype, self.group_shapes)
+        check_bits(self.key, self.bits, self.target_bits)
+        if (self.bits or self.mixed) and "int" not in (self.dtype or ""):
+            raise ValueError(f"{self.key}.bits and target_bits: set an integer dtype, such as uint4, not {self.dtype}")
         if (self.allow_unsigned or self.unsigned) and "int" not in (self.dtype or ""):
             raise ValueError(f"{self.key}.allow_unsigned: dtype {self.dtype} has no unsigned twin; sint8 and others do")
         if self.static and self.group_shapes != [[-1, -1]]:
@@ -166,6 +169,11 @@ class InputsConfig:
                 f"{self.key}.static: a range fixed by calibration is per tensor: set group_shapes to [[-1, -1]], "
                 f"not {self.group_shapes}"
             )
+
+    @property
+    def mixed(self) -> bool:
+        """Whether bits are to be assigned layer by layer."""
+        return self.target_bits is not None
 
 
 @dataclass(frozen=True)
@@ -177,8 +185,9 @@ class OutputsConfig(InputsConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.static or self.allow_unsigned:
-            raise ValueError(f"{self.key}: static and allow_unsigned need ranges, and calibration sees inputs only")
+        if self.static or self.allow_unsigned or self.mixed:
+            raise ValueError(f"{self.key}: static, allow_unsigned and target_bits go by what calibration saw, and that "
+                             "is inputs only")  # fmt: skip
 
 
 SPANS = ("AbsMax", "RMS")
@@ -244,7 +253,7 @@ class QuantConfig:
             raise ValueError(
                 "quant.bits_from: the package tells all bits: leave wgts.bits, target_bits and target_mb out"
             )
-        if self.calib.sequential and self.wgts.mixed:
+        if self.calib.sequential and (self.wgts.mixed or self.ipts.mixed):
             raise ValueError("quant.calib.sequential: bits for a target are chosen in one pass: run that first, and "
                              "this with the bits in its config.yaml")  # fmt: skip
 
@@ -384,9 +393,9 @@ class StudentConfig:
         if wgts.mixed or wgts.kernel_gptq or wgts.low_rank or wgts.ridge or wgts.bias_correction:
             raise ValueError("quant.wgts: a student starts by rounding to nearest: for GPTQ, branches or bits for a "
                              "target run quantize first, and give its package as student.checkpoint")  # fmt: skip
-        if self.ipts.static:
-            raise ValueError("quant.ipts.static: ranges come from calibration: run quantize with it first, and give "
-                             "its package as student.checkpoint; they go on learning")  # fmt: skip
+        if self.ipts.static or self.ipts.mixed:
+            raise ValueError("quant.ipts.static and target_bits: ranges and bits come from calibration: run quantize "
+                             "with it first, and give its package as student.checkpoint")  # fmt: skip
         if self.initial_bits is not None and not 2 <= self.initial_bits <= 8:
             raise ValueError(f"quant.initial_bits must be in 2..8, got {self.initial_bits}")
         if not 2 <= self.min_bits <= self.starts_at:
@@ -560,6 +569,15 @@ def check_grid(key: str, dtype: str, group_shapes: list[list[int]]) -> None:
             pass
         case _:
             raise ValueError(f"{key}.group_shapes {group_shapes}: allowed are [[1, g]], [[1, -1]], [[-1, -1]]")
+
+
+def check_bits(key: str, bits: dict[str, int], target: float | None) -> None:
+    """ValueError unless layers can have these bits; `key` is the section they stand in."""
+    wrong = {prefix: width for prefix, width in bits.items() if not 2 <= width <= 8}
+    if wrong:
+        raise ValueError(f"{key}.bits: bits must be in 2..8, got {wrong}")
+    if target is not None and not 2 <= target <= 8:
+        raise ValueError(f"{key}.target_bits: layers have 2 to 8 bits, so {target} is out of reach")
 
 
 def section(kind) -> type | None:

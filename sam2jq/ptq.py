@@ -16,6 +16,7 @@ from sam2jq.quant.ops import effective_params
 from sam2jq.quant.recipe import (
     activation_specs,
     choose_bits,
+    choose_input_bits,
     choose_unsigned,
     rotation_spec,
     smoothing,
@@ -63,6 +64,7 @@ def quantize_params(
     shapes = {layer: w.shape for layer, w in weights.items()}
     allowed = config.ipts.allow_unsigned
     wanted = set(needs) | ({"gram"} if config.wgts.mixed else set()) | ({"range"} if allowed else set())
+    wanted |= {"tokens"} if config.ipts.mixed else set()
     stages(config, shapes, TRUNK_LINEAR, seed)  # what cannot be is an error before any work
     reached = {}
     if config.rotation.fold_heads:
@@ -85,6 +87,9 @@ def quantize_params(
         if allowed:
             rounded = activation_specs(config.ipts, weight_specs(config.wgts, shapes))
             config = choose_unsigned(config, {k: seen[k] for k in group if k in rounded}, TRUNK_LINEAR)
+        if config.ipts.mixed:
+            with watch("input bits", describe(config, "input bits")):
+                config = choose_input_bits(config, flatten(params), seen)
         if config != asked:
             steps = stages(config, shapes, TRUNK_LINEAR, seed, group)
         for name, step in steps.items():
@@ -151,6 +156,8 @@ def describe(config: QuantConfig, name: str) -> str:
             target = config.wgts.target_bits
             goal = f"{config.wgts.target_mb} MB" if target is None else f"{target} bits a weight"
             return f"{goal}, for each layer by what its outputs lose"
+        case "input bits":
+            return f"{config.ipts.target_bits} bits an input, for each layer by what its outputs lose"
         case "weights":
             method = "GPTQ" if config.wgts.kernel_gptq else "to nearest"
             return f"{config.wgts.dtype} {config.wgts.group_shapes}, {method}"

@@ -11,6 +11,7 @@ from converters.nunchaku_model import load_nunchaku
 from converters.package import load_package
 from sam2jq.cli import main, replay
 from sam2jq.config import load
+from sam2jq.tree import layer_name
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def thorough(flags) -> Path:
         "wgts.ridge": "0.001",
         "wgts.bias_correction": "true",
         "smooth.proj": "{strategy: GridSearch, num_grids: 4}",
-        "ipts": "{dtype: sint8, allow_unsigned: true}",
+        "ipts": "{dtype: sint8, target_bits: 6.5, allow_unsigned: true}",
         "opts.dtype": "uint8",
     }
     more = [part for key, value in settings.items() for part in (f"--quant.{key}", value)]
@@ -41,6 +42,7 @@ def test_every_stage_is_named_with_its_seconds_and_what_it_left_is_measured(thor
     log = (thorough / "run.log").read_text()
     stages = [
         "calibrate",
+        "input bits",
         "ridge",
         "smooth",
         "low rank",
@@ -73,11 +75,14 @@ def test_every_stage_is_named_with_its_seconds_and_what_it_left_is_measured(thor
     assert set(metrics["results"]["miou"]) == rounded  # the masks of scenes are known
 
 
-def test_inputs_after_gelu_are_unsigned_and_the_config_names_them(thorough):
-    assert load(str(thorough / "config.yaml"), []).quant.ipts.unsigned == ["image_encoder.trunk.blocks.0.mlp.layers.1"]
+def test_the_config_tells_which_inputs_are_unsigned_and_the_bits_of_all(thorough):
+    """Those after GELU are; 6.5 bits on average were asked for."""
+    ipts = load(str(thorough / "config.yaml"), []).quant.ipts
+    assert ipts.unsigned == ["image_encoder.trunk.blocks.0.mlp.layers.1"]
+    assert len(set(ipts.bits.values())) > 1
     leaves = load_package(thorough / "package.pt").leaves()
-    dtypes = [leaf.inner.inner.inner.spec.dtype for leaf in leaves.values()]
-    assert sorted(dtypes) == ["sint8"] * 3 + ["uint8"]
+    dtypes = {layer_name(path): leaf.inner.inner.inner.spec.dtype for path, leaf in leaves.items()}
+    assert dtypes == {layer: f"{'u' if layer in ipts.unsigned else 's'}int{bits}" for layer, bits in ipts.bits.items()}
 
 
 def test_a_run_leaves_nunchakus_files_and_deepcompressors(thorough):

@@ -37,17 +37,20 @@ FRESH = ("scenes:4004", 48)  # the configs were chosen on the first 32 of IMAGES
 def rows(quant: QuantConfig) -> dict[str, QuantConfig]:
     """{name: config}, each with one technique more than the one before."""
     bare = replace(quant.wgts, target_bits=None, kernel_gptq=None, low_rank=None, ridge=0.0, bias_correction=False)
-    at = replace(quant, wgts=bare, smooth=SmoothConfig(), rotation=RotationConfig())
+    ipts = replace(quant.ipts, target_bits=None)
+    at = replace(quant, wgts=bare, ipts=ipts, smooth=SmoothConfig(), rotation=RotationConfig())
     found = {"RTN": at}
     for name, change in {
         "+ GPTQ": lambda q: replace(q, wgts=replace(q.wgts, kernel_gptq=GptqConfig())),
         "+ bias correction": lambda q: replace(q, wgts=replace(q.wgts, bias_correction=True)),
         "+ smoothing": lambda q: replace(q, smooth=SmoothConfig(SmoothProjConfig(strategy="GridSearch"))),
         "+ bits by layer": lambda q: replace(q, wgts=replace(q.wgts, target_bits=float(q.wgts.dtype[-1]))),
+        "+ bits of inputs by layer": lambda q: replace(q, ipts=quant.ipts),
         "+ rotation": lambda q: replace(q, rotation=RotationConfig(["hadamard"])),
         "+ low rank 8": lambda q: replace(q, wgts=replace(q.wgts, low_rank=LowRankConfig(rank=8, num_iters=10))),
     }.items():
-        found[name] = at = change(at)
+        if (after := change(at)) != at:
+            found[name] = at = after
     if quant.wgts.dtype[-1] == "8":  # no layer can have more, and there is nothing left for the others to save
         return dict(list(found.items())[:4])
     if quant not in found.values():

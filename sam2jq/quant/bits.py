@@ -1,6 +1,6 @@
 """How many bits each layer gets, so that all of them together err least within a budget."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam2jq.quant.qtensor import dequantize, quantize
+from sam2jq.quant.fake_quant import learnable
+from sam2jq.quant.ops import effective
 from sam2jq.quant.spec import QuantSpec
 from sam2jq.quant.transform import output_error
 
@@ -19,28 +20,40 @@ WIDTHS = tuple(range(2, 9))
 @partial(jax.jit, static_argnames="spec")
 def error_by_width(w: Array, gram: Array, spec: QuantSpec) -> Array:
     """[7]: the square error of the outputs of `w` [*reduce, out] with 2..8 bits, relative to that of the outputs."""
-    lost = lambda bits: dequantize(quantize(w, replace(spec, bits=bits))) - w
-    energy = lambda m: output_error(m.reshape(len(gram), -1), gram).sum()
-    return jnp.stack([energy(lost(bits)) for bits in WIDTHS]) / energy(w)
+    return by_width(w, spec, lambda m: output_error(m.reshape(len(gram), -1), gram).sum())
 
 
-def assign_bits(errors: Mapping[str, Mapping[int, float]], weights: Mapping[str, int], budget: float) -> dict[str, int]:
-    """{layer: bits} with sum(weights * bits) <= budget and a sum of errors that is least or next to it.
+@partial(jax.jit, static_argnames="spec")
+def input_error_by_width(w: Array, tokens: Array, spec: QuantSpec) -> Array:
+    """[7]: the same with inputs `tokens` [T, K] of 2..8 bits under `w` as it is; the patch of a Conv is one token."""
+    flat = w.reshape(tokens.shape[1], -1)
+    return by_width(tokens.T, spec, lambda columns: jnp.square(columns.T @ flat).sum())
 
-    errors: {layer: {bits: error}}. For a price per bit every layer takes the width whose error + price is least
-    (Everett 1963); the price falls until the budget is spent, and what is left over buys the best single steps. Never
-    worse than one width for all layers.
+
+def by_width(x: Array, spec: QuantSpec, energy: Callable[[Array], Array]) -> Array:
+    """[7]: the energy of what x [*reduce, out] loses with 2..8 bits, relative to its own."""
+    grids = learnable(x, spec)  # whose bits are data: a program with seven widths takes seven times as long to compile
+    lost = lambda bits: effective(replace(grids, bits=bits)) - x
+    return jax.lax.map(lambda bits: energy(lost(bits)), jnp.array(WIDTHS, jnp.float32)) / energy(x)
+
+
+def assign_bits(errors: Mapping[str, Mapping[int, float]], costs: Mapping[str, float], budget: float) -> dict[str, int]:
+    """{layer: bits} with sum(costs * bits) <= budget and a sum of errors that is least or next to it.
+
+    errors: {layer: {bits: error}}; costs: of one bit, such as the number of weights. For a price per bit every layer
+    takes the width whose error + price is least (Everett 1963); the price falls until the budget is spent, and what is
+    left over buys the best single steps. Never worse than one width for all layers.
     """
     layers, widths = list(errors), sorted({bits for of in errors.values() for bits in of})
-    cost = np.array([[weights[layer] * bits for bits in widths] for layer in layers], float)
+    cost = np.array([[costs[layer] * bits for bits in widths] for layer in layers], float)
     error = np.array([[errors[layer][bits] for bits in widths] for layer in layers])
     rows = np.arange(len(layers))
     spent = lambda choice: cost[rows, choice].sum()
     if spent(np.zeros_like(rows)) > budget:
-        least = spent(np.zeros_like(rows)) / sum(weights.values())
-        raise ValueError(f"a budget of {budget:.0f} bits is out of reach: {least:.2f} bits per weight are the least")
+        least = spent(np.zeros_like(rows)) / sum(costs.values())
+        raise ValueError(f"a budget of {budget:.0f} bits is out of reach: {least:.2f} on average are the least")
     best = np.full_like(rows, max(i for i in range(len(widths)) if spent(np.full_like(rows, i)) <= budget))
-    for price in np.geomspace(1e12, 1e-12, 400) / sum(weights.values()):
+    for price in np.geomspace(1e12, 1e-12, 400) / sum(costs.values()):
         choice = fill(np.argmin(error + price * cost, axis=1), cost, error, budget)
         if spent(choice) <= budget and error[rows, choice].sum() <= error[rows, best].sum():
             best = choice

@@ -3,7 +3,7 @@
 import math
 import re
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import is_dataclass, replace
 from functools import partial
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from sam2jq.config import GptqConfig, InputsConfig, LowRankConfig, QuantConfig, SmoothProjConfig, WeightsConfig
 from sam2jq.quant.act import OutQuantized, one_sided, quantize_inputs
-from sam2jq.quant.bits import WIDTHS, assign_bits, error_by_width
+from sam2jq.quant.bits import WIDTHS, assign_bits, error_by_width, input_error_by_width
 from sam2jq.quant.gptq import GptqSpec, gptq
 from sam2jq.quant.lowrank import LowRankSpec, low_rank
 from sam2jq.quant.ops import effective
@@ -83,13 +83,8 @@ def choose_bits(config: WeightsConfig, flat: Mapping[str, object], stats: Mappin
     """
     paths = {layer_name(path): path for path in kernels(flat)}
     specs = weight_specs(config, paths)
-    fixed = {layer for layer in specs if any(under(layer, prefix) for prefix in config.bits)}
-    free = {layer: spec for layer, spec in specs.items() if layer not in fixed}
     sizes = {layer: flat[paths[layer]].size for layer in specs}
-    errors = {
-        layer: dict(zip(WIDTHS, np.asarray(error_by_width(flat[paths[layer]], stats[layer].gram, spec)).tolist()))
-        for layer, spec in free.items()
-    }
+    errors = lambda layer: error_by_width(flat[paths[layer]], stats[layer].gram, specs[layer])
     if config.target_bits is not None:
         budget = config.target_bits * sum(sizes.values())
     else:
@@ -97,9 +92,44 @@ def choose_bits(config: WeightsConfig, flat: Mapping[str, object], stats: Mappin
         budget = (
             8e6 * config.target_mb - plain - sum(grid_bits(flat[paths[k]].shape, spec) for k, spec in specs.items())
         )
-    budget -= sum(specs[layer].bits * sizes[layer] for layer in fixed)
-    chosen = assign_bits(errors, {layer: sizes[layer] for layer in free}, budget)
+    chosen = spend(budget, sizes, specs, config.bits, errors)
     return replace(config, bits=config.bits | chosen, target_bits=None, target_mb=None)
+
+
+def choose_input_bits(config: QuantConfig, flat: Mapping[str, object], stats: Mapping[str, Stats]) -> QuantConfig:
+    """`config` with the bits of every layer's inputs instead of a target, their mean over all multiplications.
+
+    ValueError: the target is out of reach.
+    """
+    paths = {layer_name(path): path for path in kernels(flat)}
+    specs = activation_specs(config.ipts, weight_specs(config.wgts, paths))
+    work = {layer: multiplications(layer, flat[paths[layer]].shape, stats[layer]) for layer in specs}
+    errors = lambda layer: input_error_by_width(flat[paths[layer]], stats[layer].tokens, specs[layer])
+    chosen = spend(config.ipts.target_bits * sum(work.values()), work, specs, config.ipts.bits, errors)
+    return replace(config, ipts=replace(config.ipts, bits=config.ipts.bits | chosen, target_bits=None))
+
+
+def multiplications(layer: str, shape: tuple[int, ...], stats: Stats) -> float:
+    """How many a layer with a kernel of this shape took in calibration."""
+    outputs = 1 if layer.endswith("dwconv") else shape[-1]  # each channel of a depthwise Conv has tokens of its own
+    return float(stats.count) * math.prod(shape[:-1]) * outputs
+
+
+def spend(
+    budget: float,
+    costs: Mapping[str, float],
+    specs: Mapping[str, QuantSpec],
+    fixed: Mapping[str, int],
+    errors: Callable[[str], jax.Array],
+) -> dict[str, int]:
+    """{layer: bits} of those layers in `specs` that no prefix in `fixed` names, for what the others leave of `budget`.
+
+    errors(layer): for each of WIDTHS.
+    """
+    free = [layer for layer in specs if not any(under(layer, prefix) for prefix in fixed)]
+    budget -= sum(specs[layer].bits * costs[layer] for layer in specs if layer not in free)
+    table = {layer: dict(zip(WIDTHS, np.asarray(errors(layer)).tolist())) for layer in free}
+    return assign_bits(table, {layer: costs[layer] for layer in free}, budget)
 
 
 def choose_unsigned(config: QuantConfig, stats: Mapping[str, Stats], linear: re.Pattern) -> QuantConfig:
@@ -202,23 +232,28 @@ def weight_specs(config: WeightsConfig, layers: Iterable[str]) -> dict[str, Quan
     layers = list(layers)
     check_prefixes("quant.wgts.skips and bits", (*config.skips, *config.bits), layers)
 
-    def spec(layer: str) -> QuantSpec:
-        prefix = max((p for p in config.bits if under(layer, p)), key=len, default=None)
-        return base if prefix is None else replace(base, bits=config.bits[prefix])
-
     base = grid(config.dtype, config.group_shapes, config.scale_dtype)
-    return {layer: spec(layer) for layer in kept(layers, config.skips)}
+    return {layer: with_bits(base, config.bits, layer) for layer in kept(layers, config.skips)}
 
 
 def activation_specs(config: InputsConfig, layers: Iterable[str]) -> dict[str, QuantSpec]:
-    """{layer: spec} of every layer whose inputs, or outputs, are rounded: of `layers` those not skipped."""
+    """{layer: spec} of every layer whose inputs, or outputs, are rounded: of `layers` those not skipped, each with the
+    bits of its longest prefix."""
     layers = list(layers)
-    check_prefixes(f"{config.key}.skips and unsigned", (*config.skips, *config.unsigned), layers)
+    named = (*config.skips, *config.unsigned, *config.bits)
+    check_prefixes(f"{config.key}.skips, unsigned and bits", named, layers)
     if config.dtype is None:
         return {}
     base = grid(config.dtype, config.group_shapes)
     one_sided = lambda layer: any(under(layer, prefix) for prefix in config.unsigned)
-    return {k: replace(base, symmetric=False) if one_sided(k) else base for k in kept(layers, config.skips)}
+    of = lambda layer: replace(base, symmetric=False) if one_sided(layer) else base
+    return {layer: with_bits(of(layer), config.bits, layer) for layer in kept(layers, config.skips)}
+
+
+def with_bits(spec: QuantSpec, bits: Mapping[str, int], layer: str) -> QuantSpec:
+    """`spec` with the bits of the longest prefix of `layer` in `bits`, if there is one."""
+    prefix = max((p for p in bits if under(layer, p)), key=len, default=None)
+    return spec if prefix is None else replace(spec, bits=bits[prefix])
 
 
 def grid(dtype: str, group_shapes: list[list[int]], scales: str = "float32") -> QuantSpec:

@@ -26,19 +26,20 @@ class Stats(NamedTuple):
     high: Array  # [K]
     gram: Array | None = None  # [K, K]: x^T x / tokens
     tokens: Array | None = None  # [T, K], drawn evenly from all
+    count: Array | None = None  # [], tokens seen
 
     def scaled(self, factor: Array) -> "Stats":
         """The statistics of x * factor, for factors [K] > 0."""
         both = None if self.gram is None else self.gram * factor[:, None] * factor
         tokens = None if self.tokens is None else self.tokens * factor
-        return Stats(self.mean * factor, self.low * factor, self.high * factor, both, tokens)
+        return Stats(self.mean * factor, self.low * factor, self.high * factor, both, tokens, self.count)
 
     def turned(self, turn: Callable[[Array], Array]) -> "Stats":
         """The statistics of turn(x), a linear function of rows [..., K]; its range is that of the tokens."""
         both = None if self.gram is None else turn(turn(self.gram).T).T
         tokens = None if self.tokens is None else turn(self.tokens)
         low, high = (self.low, self.high) if tokens is None else (tokens.min(0), tokens.max(0))
-        return Stats(turn(self.mean), low, high, both, tokens)
+        return Stats(turn(self.mean), low, high, both, tokens, self.count)
 
 
 class Transform(NamedTuple):

@@ -7,14 +7,18 @@ PROMPTS = ("box", "1 click", "3 clicks")
 
 def scheme(metrics: dict) -> str:
     """What was done to a model, as "W4A8 g128, GPTQ, smoothing"; W3-8 where layers differ in bits."""
-    quant, widths = metrics["config"]["quant"], sorted({row["bits"] for row in metrics["layers"]}) or [32]
-    wgts, ipts = quant["wgts"], quant["ipts"]
-    inputs = ipts["dtype"][-1] if ipts["dtype"] else 16
-    parts = [f"W{'-'.join(map(str, widths[:: max(1, len(widths) - 1)]))}A{inputs} {group(wgts['group_shapes'])}"]
+    wgts, rows = metrics["config"]["quant"]["wgts"], metrics["layers"]
+    inputs = span({int(row["inputs"][-1]) for row in rows if row["inputs"]} or {16})
+    parts = [f"W{span({row['bits'] for row in rows} or {32})}A{inputs} {group(wgts['group_shapes'])}"]
     stages = [stage["name"] for stage in metrics["stages"]]
     parts += [wgts["dtype"]] * ("fp" in wgts["dtype"]) + ["GPTQ"] * (wgts["kernel_gptq"] is not None)
     parts += [name for name in ("distill", "smooth", "rotation") if name in stages]
     return ", ".join(parts + ([f"rank {wgts['low_rank']['rank']}"] if wgts["low_rank"] else []))
+
+
+def span(widths: set[int]) -> str:
+    """ "4", or "3-8" of the least and the greatest of several."""
+    return "-".join(map(str, sorted({min(widths), max(widths)})))
 
 
 def group(shapes: list[list[int]]) -> str:

@@ -3,10 +3,11 @@ import itertools
 import numpy as np
 import pytest
 
-from sam2jq.config import WeightsConfig
-from sam2jq.quant.bits import WIDTHS, assign_bits, error_by_width
+from sam2jq.config import CalibConfig, InputsConfig, QuantConfig, WeightsConfig
+from sam2jq.quant.act import round_inputs
+from sam2jq.quant.bits import WIDTHS, assign_bits, error_by_width, input_error_by_width
 from sam2jq.quant.qtensor import dequantize, quantize
-from sam2jq.quant.recipe import choose_bits
+from sam2jq.quant.recipe import activation_specs, choose_bits, choose_input_bits, multiplications
 from sam2jq.quant.spec import QuantSpec
 from sam2jq.quant.transform import Stats
 
@@ -42,7 +43,7 @@ def test_it_is_never_worse_than_one_width_for_all(bits):
 
 def test_a_budget_below_two_bits_is_out_of_reach():
     errors, sizes = problem(0)
-    with pytest.raises(ValueError, match=r"out of reach: 2.00 bits per weight are the least"):
+    with pytest.raises(ValueError, match=r"out of reach: 2.00 on average are the least"):
         assign_bits(errors, sizes, 1.9 * sum(sizes.values()))
 
 
@@ -53,6 +54,40 @@ def test_the_error_of_each_width_is_that_of_rounded_outputs():
     for bits, error in zip(WIDTHS, got):
         lost = x @ np.asarray(dequantize(quantize(w, QuantSpec(bits, group_size=8)))) - x @ w
         np.testing.assert_allclose(error, np.square(lost).sum() / np.square(x @ w).sum(), rtol=1e-3)
+
+
+def test_the_error_of_each_width_of_inputs_is_that_of_outputs_of_rounded_inputs():
+    """A Conv's patches, [k, k, C] flattened, are rounded as one token."""
+    rng = np.random.default_rng(0)
+    w, x = rng.standard_normal((3, 3, 4, 6)).astype(np.float32), rng.standard_normal((100, 36)).astype(np.float32)
+    got = input_error_by_width(w, x, QuantSpec(4, group_size=12))
+    flat = w.reshape(36, 6)
+    for bits, error in zip(WIDTHS, got):
+        lost = np.asarray(round_inputs(x, QuantSpec(bits, group_size=12))) @ flat - x @ flat
+        np.testing.assert_allclose(error, np.square(lost).sum() / np.square(x @ flat).sum(), rtol=1e-3)
+
+
+def test_a_target_for_inputs_is_their_mean_over_multiplications():
+    """A layer that few tokens enter has many bits for little; one that is given its bits keeps them."""
+    rng = np.random.default_rng(0)
+    flat = {f"{name}/kernel": rng.standard_normal((64, 32)).astype(np.float32) for name in "abc"}
+    tokens = rng.standard_normal((100, 64)).astype(np.float32)
+    counts = dict(zip("abc", (1000.0, 1000.0, 10.0)))
+    stats = {name: Stats(None, None, None, None, tokens, np.float32(count)) for name, count in counts.items()}
+    config = QuantConfig(calib=CalibConfig("photos"), ipts=InputsConfig("uint4", bits={"b": 3}, target_bits=4.0))
+    got = choose_input_bits(config, flat, stats).ipts
+    assert (got.bits, got.target_bits) == ({"a": 4, "b": 3, "c": 8}, None)  # with 5 bits for a, the mean were 4.02
+    specs = activation_specs(got, "abc")
+    assert {name: spec.bits for name, spec in specs.items()} == got.bits
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "expected"),
+    [("a", (8, 4), 320), ("conv", (3, 3, 8, 4), 2880), ("dwconv", (7, 7, 1, 64), 490)],
+)
+def test_multiplications_are_those_of_every_token_with_every_weight_that_it_meets(layer, shape, expected):
+    """10 tokens. Those of a depthwise Conv are of one channel each."""
+    assert multiplications(layer, shape, Stats(None, None, None, count=np.float32(10))) == expected
 
 
 def test_a_target_becomes_bits_of_layers_that_keep_it():

@@ -59,11 +59,11 @@ def test_the_inner_part_is_told_of_rotated_inputs(x, w, spec):
     """To 1e-5 of the largest: sums of float32 in other orders."""
     tokens = x.reshape(-1, WIDTH)
     gram = lambda tokens: tokens.T @ tokens / len(tokens)
-    stats = Stats(tokens.mean(0), tokens.min(0), tokens.max(0), gram(tokens), tokens)
+    stats = Stats(tokens.mean(0), tokens.min(0), tokens.max(0), gram(tokens), tokens, jnp.float32(7))
     layer, told = rotate(w, None, spec), []
     descend(layer, stats, lambda w, stats: told.append(stats) or w)
     turned = np.asarray(tokens, np.float64) @ matrix(layer)
-    expected = Stats(turned.mean(0), turned.min(0), turned.max(0), gram(turned), turned)
+    expected = Stats(turned.mean(0), turned.min(0), turned.max(0), gram(turned), turned, np.float32(7))
     for name, got, right in zip(Stats._fields, told[0], expected):
         np.testing.assert_allclose(got, right, atol=1e-5 * abs(right).max(), err_msg=name)
 

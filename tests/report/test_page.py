@@ -66,9 +66,11 @@ def test_a_scheme_is_named_as_people_name_it():
     assert scheme(found) == "W4A16 per channel, smooth"
     quant = found["config"]["quant"]
     wgts = quant["wgts"] | {"group_shapes": [[1, 128]], "kernel_gptq": {}, "low_rank": {"rank": 32}}
-    config = {"quant": quant | {"wgts": wgts, "ipts": quant["ipts"] | {"dtype": "uint8"}}}
-    layers = [row | {"bits": bits} for row, bits in zip(found["layers"], (4, 3, 6))]
-    assert scheme(found | {"config": config, "layers": layers}) == "W3-6A8 g128, GPTQ, smooth, rank 32"
+    layers = [row | {"bits": bits, "inputs": "uint8"} for row, bits in zip(found["layers"], (4, 3, 6))]
+    found |= {"config": {"quant": quant | {"wgts": wgts}}, "layers": layers}
+    assert scheme(found) == "W3-6A8 g128, GPTQ, smooth, rank 32"
+    layers[0]["inputs"] = "uint2"
+    assert scheme(found) == "W3-6A2-8 g128, GPTQ, smooth, rank 32"
 
 
 def test_a_stage_in_parts_is_one_row_with_the_seconds_of_all():
