@@ -128,11 +128,11 @@ def fit(w: Array, gram: Array | None, x: Array | None, spec: LowRankSpec) -> tup
     w = w.astype(jnp.float32)
     read = x if spec.inputs is None else round_inputs(x, spec.inputs)
     if spec.objective == "weight":
-        weigh = lambda m: m
+        metric = jnp.eye(len(w))
     else:
-        weigh = weighing(x.T @ x / len(x) if gram is None else gram, None if spec.inputs is None else read - x)
+        metric = outputs_metric(x.T @ x / len(x) if gram is None else gram, None if spec.inputs is None else read - x)
     error = measure(w, gram if spec.inputs is None else None, x, read)
-    find = nearest(w.shape, weigh, spec.rank)
+    find = nearest(w.shape, metric, spec.rank)
 
     def attempt(down: Array, up: Array) -> tuple[Branch, Array]:
         """The branch with its error, and w - Q(w - L)."""
@@ -171,28 +171,26 @@ def measure(w: Array, gram: Array | None, x: Array | None, read: Array | None) -
     return lambda q, down, up: ((read @ q + (x @ down) @ up - expected) ** 2).sum() / len(x)
 
 
-def weighing(gram: Array, noise: Array | None) -> Callable[[Array], Array]:
-    """The function m [K, n] -> H m; noise [T, K]: what rounding adds to the inputs."""
+def outputs_metric(gram: Array, noise: Array | None) -> Array:
+    """H [K, K]; noise [T, K]: what rounding adds to the inputs."""
     mean = jnp.diag(gram).mean()
-    damping = DAMPING * jnp.where(mean > 0, mean, 1)
-    if noise is None:
-        return lambda m: gram @ m + damping * m
-    return lambda m: gram @ m + damping * m + NOISE / len(noise) * (noise.T @ (noise @ m))
+    damped = gram + DAMPING * jnp.where(mean > 0, mean, 1) * jnp.eye(len(gram))
+    return damped if noise is None else damped + NOISE / len(noise) * (noise.T @ noise)
 
 
-def nearest(shape: tuple[int, int], weigh: Callable[[Array], Array], rank: int) -> Callable[[Array], tuple]:
+def nearest(shape: tuple[int, int], metric: Array, rank: int) -> Callable[[Array], tuple]:
     """find(target [K, N]): down [K, r] and up [r, N], columns and rows of equal length: the L with the least
-    |C^T (target - L)|, H = C C^T, in bfloat16, which what is left to round makes up for.
+    |C^T (target - L)|, `metric` H = C C^T, in bfloat16, which what is left to round makes up for.
 
     With b = C^T target = U S V^T it is C^-T U_r U_r^T b, which is target V_r V_r^T. U and V are the eigenvectors of
     b b^T [K, K] and b^T b [N, N]; those of the smaller are several times cheaper than all of b's decomposition.
     """
     inputs, outputs = shape
-    root = jnp.linalg.cholesky(weigh(jnp.eye(inputs))) if inputs < outputs else None
+    root = jnp.linalg.cholesky(metric) if inputs < outputs else None
 
     def find(target: Array) -> tuple[Array, Array]:
         if root is None:
-            v = jnp.linalg.eigh(target.T @ weigh(target))[1][:, -rank:]
+            v = jnp.linalg.eigh(target.T @ metric @ target)[1][:, -rank:]
             return even(target @ v, v.T)
         u = jnp.linalg.eigh(root.T @ (target @ target.T) @ root)[1][:, -rank:]  # b b^T without b: half the work
         return even(solve_triangular(root, u, trans="T", lower=True), (root @ u).T @ target)

@@ -40,7 +40,7 @@ def x():
 
 
 def told(x) -> Stats:
-    return Stats(x.mean(0), x.min(0), x.max(0), x.T @ x / len(x), x)
+    return Stats(x.mean(0), x.min(0), x.max(0), x.T @ x / len(x), x, jnp.float32(len(x)))
 
 
 def error(scale, w, x, weights=W4, inputs=A4) -> float:
