@@ -393,9 +393,9 @@ class StudentConfig:
         if wgts.mixed or wgts.kernel_gptq or wgts.low_rank or wgts.ridge or wgts.bias_correction:
             raise ValueError("quant.wgts: a student starts by rounding to nearest: for GPTQ, branches or bits for a "
                              "target run quantize first, and give its package as student.checkpoint")  # fmt: skip
-        if self.ipts.static or self.ipts.mixed:
-            raise ValueError("quant.ipts.static and target_bits: ranges and bits come from calibration: run quantize "
-                             "with it first, and give its package as student.checkpoint")  # fmt: skip
+        if self.ipts.static or self.ipts.allow_unsigned or self.ipts.mixed:
+            raise ValueError("quant.ipts.static, allow_unsigned and target_bits go by calibration: run quantize with "
+                             "them first, and give its package as student.checkpoint")  # fmt: skip
         if self.initial_bits is not None and not 2 <= self.initial_bits <= 8:
             raise ValueError(f"quant.initial_bits must be in 2..8, got {self.initial_bits}")
         if not 2 <= self.min_bits <= self.starts_at:

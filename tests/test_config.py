@@ -109,10 +109,9 @@ DISTILL = ["--teacher.name", "nano", "--student.name", "nano", "--data.train", "
         (["--quant.initial_bits", "9"], "quant.initial_bits must be in 2..8, got 9"),
         (["--quant.target_bits", "3"], "quant.target_bits 3.0 is under quant.min_bits 4"),
         (["--quant.wgts.kernel_gptq", "{}"], "run quantize first, and give its package as student.checkpoint"),
-        (
-            ["--quant.ipts", "{dtype: uint8, group_shapes: [[-1, -1]], static: true}"],
-            "ranges and bits come from calibration",
-        ),
+        (["--quant.ipts", "{dtype: uint8, group_shapes: [[-1, -1]], static: true}"], "target_bits go by calibration"),
+        (["--quant.ipts", "{dtype: sint8, allow_unsigned: true}"], "target_bits go by calibration"),
+        (["--quant.ipts", "{dtype: uint8, target_bits: 5}"], "target_bits go by calibration"),
         (["--data.val", ""], "data.val is not set"),
         (["--distill.confidence_method", "varience"], "did you mean 'variance'"),
         (["--distill.layers", "0"], "confidence looks at the losses of layers"),
