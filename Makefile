@@ -44,13 +44,14 @@ distill: setup
 
 # make segment IMAGE=photo.jpg ARGS="--points 500,375 --model.name tiny --model.checkpoint sam2.1_hiera_tiny.pt"
 IMAGE ?= scenes:2002/0002
-segment: ARGS := $(or $(ARGS),--points 75,60 --model.name nano)
+CLICK := --points 75,60 --model.name nano
+segment: ARGS := $(or $(ARGS),$(CLICK))
 segment: setup
 	$(SAM2JQ) segment $(IMAGE) $(ARGS)
 
 # make track CLIP=clip.mp4 ARGS="--box 100,80,300,400 --model.name tiny --model.checkpoint sam2.1_hiera_tiny.pt"
 CLIP ?= scenes:2002/0002
-track: ARGS := $(or $(ARGS),--points 75,60 --model.name nano)
+track: ARGS := $(or $(ARGS),$(CLICK))
 track: setup
 	$(SAM2JQ) track $(CLIP) $(ARGS)
 

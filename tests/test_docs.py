@@ -20,25 +20,42 @@ SCHEMAS = {
 }
 
 
-def commands(page: Path) -> list[list[str]]:
-    """The arguments of every `sam2jq` in the page's shell blocks, loops and variables spelled out."""
-    blocks = re.findall(r"^```(?:sh|console)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-    shell = ["bash", "-euc", STUBS + "\n".join(blocks)]
+def spelled(lines: str) -> list[list[str]]:
+    """The arguments of every `sam2jq` in lines of shell, loops and variables spelled out."""
+    shell = ["bash", "-euc", STUBS + lines]
     printed = subprocess.run(shell, capture_output=True, text=True, check=True, cwd=ROOT).stdout
     return [line.split("\x1f")[:-1] for line in printed.splitlines()]
+
+
+def check(command: list[str]) -> None:
+    """An error unless `sam2jq` takes these arguments."""
+    args, flags = command_parser().parse_known_args(command)
+    if args.command == "sweep":
+        flags = [*flags, *(part for k, v in config.grid(args.over)[0].items() for part in (f"--{k}", str(v)))]
+    if args.command in ("quantize", "sweep", *SCHEMAS):
+        config.load(getattr(args, "config", None), flags, SCHEMAS.get(args.command, config.Config))
+    else:
+        assert not flags
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_is_taken(page, monkeypatch):
     monkeypatch.chdir(ROOT)
-    for command in commands(page):
-        args, flags = command_parser().parse_known_args(command)
-        if args.command == "sweep":
-            flags = [*flags, *(part for k, v in config.grid(args.over)[0].items() for part in (f"--{k}", str(v)))]
-        if args.command in ("quantize", "sweep", *SCHEMAS):
-            config.load(getattr(args, "config", None), flags, SCHEMAS.get(args.command, config.Config))
-        else:
-            assert not flags
+    blocks = re.findall(r"^```(?:sh|console)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    for command in spelled("\n".join(blocks)):
+        check(command)
+
+
+@pytest.mark.parametrize(
+    "target", ["quantize", "sweep", "report", "distill", "segment", "track", "evaluate", "inspect", "export"]
+)
+def test_every_command_of_the_makefile_is_taken(target, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    dry = ["make", "--dry-run", "--old-file=setup", "SAM2JQ=sam2jq", target]
+    found = spelled(subprocess.run(dry, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+    assert {command[0] for command in found} == {target}
+    for command in found:
+        check(command)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
