@@ -31,10 +31,11 @@ def input_error_by_width(w: Array, tokens: Array, spec: QuantSpec) -> Array:
 
 
 def by_width(x: Array, spec: QuantSpec, energy: Callable[[Array], Array]) -> Array:
-    """[7]: the energy of what x [*reduce, out] loses with 2..8 bits, relative to its own."""
-    grids = learnable(x, spec)  # whose bits are data: a program with seven widths takes seven times as long to compile
+    """[7]: the energy of what x [*reduce, out] loses with 2..8 bits, relative to its own; 0 where that is 0."""
+    grids = learnable(x, spec)  # whose bits are data: one product to compile, not seven
     lost = lambda bits: effective(replace(grids, bits=bits)) - x
-    return jax.lax.map(lambda bits: energy(lost(bits)), jnp.array(WIDTHS, jnp.float32)) / energy(x)
+    whole = energy(x)
+    return jax.lax.map(lambda bits: energy(lost(bits)), jnp.array(WIDTHS, jnp.float32)) / jnp.where(whole, whole, 1)
 
 
 def assign_bits(errors: Mapping[str, Mapping[int, float]], costs: Mapping[str, float], budget: float) -> dict[str, int]:

@@ -124,11 +124,15 @@ def spend(
 ) -> dict[str, int]:
     """{layer: bits} of those layers in `specs` that no prefix in `fixed` names, for what the others leave of `budget`.
 
-    errors(layer): for each of WIDTHS.
+    errors(layer): for each of WIDTHS. ValueError: they are not finite, or the budget is out of reach.
     """
     free = [layer for layer in specs if not any(under(layer, prefix) for prefix in fixed)]
     budget -= sum(specs[layer].bits * costs[layer] for layer in specs if layer not in free)
     table = {layer: dict(zip(WIDTHS, np.asarray(errors(layer)).tolist())) for layer in free}
+    for layer, row in table.items():
+        if not np.isfinite(list(row.values())).all():
+            raise ValueError(f"{layer}: the weight or its inputs hold NaN or infinity: look at the checkpoint and the "
+                             "calibration images")  # fmt: skip
     return assign_bits(table, {layer: costs[layer] for layer in free}, budget)
 
 

@@ -81,6 +81,16 @@ def test_a_target_for_inputs_is_their_mean_over_multiplications():
     assert {name: spec.bits for name, spec in specs.items()} == got.bits
 
 
+def test_inputs_that_are_always_0_lose_nothing_and_those_that_are_not_finite_are_an_error():
+    flat = {f"{name}/kernel": np.ones((8, 4), np.float32) for name in "ab"}
+    stats = lambda value: Stats(None, None, None, None, np.full((5, 8), value, np.float32), np.float32(5))
+    random = Stats(None, None, None, None, np.random.default_rng(0).standard_normal((5, 8)).astype(np.float32), 5)
+    config = QuantConfig(calib=CalibConfig("photos"), ipts=InputsConfig("uint4", target_bits=4.0))
+    assert choose_input_bits(config, flat, {"a": stats(0), "b": random}).ipts.bits == {"a": 2, "b": 6}
+    with pytest.raises(ValueError, match="^a: the weight or its inputs hold NaN or infinity"):
+        choose_input_bits(config, flat, {"a": stats(np.nan), "b": random})
+
+
 @pytest.mark.parametrize(
     ("layer", "shape", "expected"),
     [("a", (8, 4), 320), ("conv", (3, 3, 8, 4), 2880), ("dwconv", (7, 7, 1, 64), 490)],
