@@ -148,8 +148,8 @@ def main() -> None:
             times[name].append(seconds(lambda name=name, run=run: losses[name].append(run())))
     wanted = losses["torch"]
     apart = max(abs(a / b - 1) for found in losses.values() for a, b in zip(found, wanted))
-    pages = "GLIBC_TUNABLES"
-    prefix = f"{pages}={os.environ[pages]} " if pages in os.environ else ""
+    tunables = os.environ.get("GLIBC_TUNABLES")
+    prefix = f"GLIBC_TUNABLES={tunables} " if tunables else ""
     lines = [
         "# A distillation step: sam2jq against torch",
         "",

@@ -128,7 +128,7 @@ def fit(w: Array, gram: Array | None, x: Array | None, spec: LowRankSpec) -> tup
     w = w.astype(jnp.float32)
     read = x if spec.inputs is None else round_inputs(x, spec.inputs)
     if spec.objective == "weight":
-        metric = jnp.eye(len(w))
+        metric = jnp.eye(len(w))  # whose products are wasted, for an objective that is there to compare with
     else:
         metric = outputs_metric(x.T @ x / len(x) if gram is None else gram, None if spec.inputs is None else read - x)
     error = measure(w, gram if spec.inputs is None else None, x, read)

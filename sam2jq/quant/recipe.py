@@ -111,8 +111,12 @@ def choose_input_bits(config: QuantConfig, flat: Mapping[str, object], stats: Ma
 
 def multiplications(layer: str, shape: tuple[int, ...], stats: Stats) -> float:
     """How many a layer with a kernel of this shape took in calibration."""
-    outputs = 1 if layer.endswith("dwconv") else shape[-1]  # each channel of a depthwise Conv has tokens of its own
-    return float(stats.count) * math.prod(shape[:-1]) * outputs
+    return float(stats.count) * math.prod(shape[:-1]) * (1 if depthwise(layer) else shape[-1])
+
+
+def depthwise(layer: str) -> bool:
+    """Whether each channel is convolved alone: `Stats` then count a token for each, and have one mean for all."""
+    return layer.endswith("dwconv")
 
 
 def spend(
@@ -128,11 +132,13 @@ def spend(
     """
     free = [layer for layer in specs if not any(under(layer, prefix) for prefix in fixed)]
     budget -= sum(specs[layer].bits * costs[layer] for layer in specs if layer not in free)
-    table = {layer: dict(zip(WIDTHS, np.asarray(errors(layer)).tolist())) for layer in free}
-    for layer, row in table.items():
-        if not np.isfinite(list(row.values())).all():
+    table = {}
+    for layer in free:
+        row = np.asarray(errors(layer))
+        if not np.isfinite(row).all():
             raise ValueError(f"{layer}: the weight or its inputs hold NaN or infinity: look at the checkpoint and the "
                              "calibration images")  # fmt: skip
+        table[layer] = dict(zip(WIDTHS, row.tolist()))
     return assign_bits(table, {layer: costs[layer] for layer in free}, budget)
 
 
@@ -188,7 +194,7 @@ def corrected(transform: Transform, layers: Iterable[str]) -> Transform:
         old, new = flatten(params), flatten(after)
         for path in kernels(new):
             bias, layer = path.replace("kernel", "bias"), layer_name(path)
-            if layer in layers and not layer.endswith("dwconv"):  # whose channels share one mean in `stats`
+            if layer in layers and not depthwise(layer):
                 new[bias] = new[bias] + bias_shift(effective(old[path]), effective(new[path]), stats[layer])
         return unflatten(new)
 
@@ -237,7 +243,7 @@ def weight_specs(config: WeightsConfig, layers: Iterable[str]) -> dict[str, Quan
     check_prefixes("quant.wgts.skips and bits", (*config.skips, *config.bits), layers)
 
     base = grid(config.dtype, config.group_shapes, config.scale_dtype)
-    return {layer: with_bits(base, config.bits, layer) for layer in kept(layers, config.skips)}
+    return {layer: layer_spec(base, config.bits, layer) for layer in kept(layers, config.skips)}
 
 
 def activation_specs(config: InputsConfig, layers: Iterable[str]) -> dict[str, QuantSpec]:
@@ -251,10 +257,10 @@ def activation_specs(config: InputsConfig, layers: Iterable[str]) -> dict[str, Q
     base = grid(config.dtype, config.group_shapes)
     one_sided = lambda layer: any(under(layer, prefix) for prefix in config.unsigned)
     of = lambda layer: replace(base, symmetric=False) if one_sided(layer) else base
-    return {layer: with_bits(of(layer), config.bits, layer) for layer in kept(layers, config.skips)}
+    return {layer: layer_spec(of(layer), config.bits, layer) for layer in kept(layers, config.skips)}
 
 
-def with_bits(spec: QuantSpec, bits: Mapping[str, int], layer: str) -> QuantSpec:
+def layer_spec(spec: QuantSpec, bits: Mapping[str, int], layer: str) -> QuantSpec:
     """`spec` with the bits of the longest prefix of `layer` in `bits`, if there is one."""
     prefix = max((p for p in bits if under(layer, p)), key=len, default=None)
     return spec if prefix is None else replace(spec, bits=bits[prefix])

@@ -17,7 +17,7 @@ def scheme(metrics: dict) -> str:
 
 
 def span(widths: set[int]) -> str:
-    """ "4", or "3-8" of the least and the greatest of several."""
+    """The only one, as "4", or the least and the greatest, as "3-8"."""
     return "-".join(map(str, sorted({min(widths), max(widths)})))
 
 
