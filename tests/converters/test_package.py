@@ -72,7 +72,7 @@ def test_the_vanilla_file_computes_what_the_quantized_model_computes(tmp_path):
     save_vanilla(tmp_path / "v.pt", quantized)
     image = np.random.default_rng(0).standard_normal((1, 256, 256, 3)).astype(np.float32)
     expected = build_original("tiny", "2.1", 256, tmp_path / "v.pt").forward_image(nchw(image))["backbone_fpn"]
-    got = pair.apply_jit("encode_image", image, params=quantized)
+    got = pair._replace(params=quantized).apply("encode_image", image)
     before = pair.torch.forward_image(nchw(image))["backbone_fpn"]
     for x, y, z in zip(got, expected, before, strict=True):
         assert relative(x, nhwc(y)) <= 1e-4
