@@ -17,7 +17,7 @@ from sam2jq import SAM2, abstract_params, build, init_params
 from sam2jq.data import draw_scene
 
 COMPILED = "JAX_COMPILATION_CACHE_DIR"
-LONGEST = ("test_cli", "test_demo_model", "test_parity", "test_cdpq", "test_video", "test_stages")
+LONGEST = ("test_cli", "test_demo_model", "test_parity", "test_cdpq", "test_video", "test_stages", "test_predict")
 SHARED = Path(__file__).parents[2] / "shared"
 
 
