@@ -93,6 +93,7 @@ def accumulate(fold: Callable, sums, clips: Callable[[int], Iterable[np.ndarray]
         sums = treedef.unflatten(map(jnp.asarray, leaves))
     begin = done
     for done, clip in enumerate(clips(begin), begin + 1):
+        jax.block_until_ready(sums)  # while which `clip` was read; JAX would let 32 of them pile up
         sums = fold(sums, clip)
         if kept is not None and done % KEEP == 0:
             keep(kept, done, jax.tree.leaves(sums))

@@ -47,6 +47,23 @@ def test_a_killed_calibration_goes_on_where_it_was_to_the_same_bits(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["sums.npz"]
 
 
+def test_memory_holds_the_next_clip_and_no_more():
+    """Clips that are read faster than folded wait outside."""
+    sums, slow = [], jax.jit(lambda total, clip: jax.lax.fori_loop(0, 20, lambda _, x: jnp.cos(x @ clip), total))
+
+    def clips(_: int):
+        for _ in range(5):
+            assert all(total.is_ready() for total in sums[:-1])
+            yield np.ones((512, 512), np.float32)
+
+    def fold(total, clip):
+        sums.append(slow(total, clip))
+        return sums[-1]
+
+    accumulate(fold, jnp.zeros((512, 512)), clips, None)
+    assert len(sums) == 5
+
+
 def test_without_clips_there_is_nothing_to_calibrate_on():
     with pytest.raises(ValueError, match="no clip was given"):
         collect(build("nano"), {}, clips(0)[0], [])
