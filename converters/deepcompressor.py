@@ -6,6 +6,7 @@ Letters: K inputs, N outputs, R rank, G groups of inputs that share a scale.
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ def save_deepcompressor(folder: Path, params: dict, names: str) -> None:
 def to_deepcompressor(params: Mapping, names: str) -> dict[str, dict]:
     """{"model", "scale", "smooth", "branch": the content of its file}."""
     state_dict, scale, smooth, branch = {}, {}, {}, {}
-    for path, leaf in flatten(params).items():
+    for path, leaf in flatten(jax.device_get(params)).items():  # JAX would compile a product for every shape
         inner, around = peel(leaf)
         if Rotated in around:
             raise ValueError(WHY_NOT_ROTATED)
