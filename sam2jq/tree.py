@@ -41,12 +41,24 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 
 def pytree(static: Iterable[str] = ()):
-    """Class decorator: a frozen dataclass whose fields are pytree children, but for those named in `static`."""
+    """Class decorator: a frozen dataclass whose fields are pytree children, but for those named in `static`.
+
+    `jax.tree_util.register_dataclass` will not do: to jax 0.10 the structures of two such classes are equal if they
+    have as many fields, and when their hashes meet, jit runs for one class what it compiled for the other.
+    """
     static = tuple(static)
 
     def wrap(cls):
         cls = dataclasses.dataclass(frozen=True)(cls)
-        data = [f.name for f in dataclasses.fields(cls) if f.name not in static]
-        return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=list(static))
+        data = tuple(field.name for field in dataclasses.fields(cls) if field.name not in static)
+        keys = tuple(map(jax.tree_util.GetAttrKey, data))
+        values = lambda node, names: tuple(getattr(node, name) for name in names)
+        jax.tree_util.register_pytree_with_keys(
+            cls,
+            lambda node: (tuple(zip(keys, values(node, data))), values(node, static)),
+            lambda fixed, children: cls(**dict(zip(data, children)), **dict(zip(static, fixed))),
+            lambda node: (values(node, data), values(node, static)),
+        )
+        return cls
 
     return wrap

@@ -37,3 +37,21 @@ def test_static_fields_of_a_pytree_are_no_leaves():
     leaf = jax.jit(lambda leaf: jax.tree.map(lambda x: x + 1, leaf))(Leaf(jnp.zeros(2), "kept"))
     assert leaf.name == "kept"
     assert leaf.x.tolist() == [1, 1]
+
+
+def test_classes_with_equal_fields_have_different_structures():
+    """Or one would at times be computed by the program compiled for the other."""
+
+    @pytree(static=["name"])
+    class Leaf:
+        x: jax.Array
+        name: str
+
+    @pytree(static=["name"])
+    class Other:
+        x: jax.Array
+        name: str
+
+    assert jax.tree.structure(Leaf(1, "a")) != jax.tree.structure(Other(1, "a"))
+    assert jax.tree.structure(Leaf(1, "a")) != jax.tree.structure(Leaf(1, "b"))
+    assert jax.tree.structure(Leaf(1, "a")) == jax.tree.structure(Leaf(2, "a"))
