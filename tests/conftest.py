@@ -28,6 +28,7 @@ def pytest_configure(config):
         config.add_cleanup(folder.cleanup)
         os.environ[COMPILED] = folder.name
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"  # compiling takes most of the time here: a third less
+        os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"  # the older code generator: again a third less
     jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_compilation_cache_dir", os.environ[COMPILED])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

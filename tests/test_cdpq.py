@@ -196,7 +196,7 @@ print("ended", jax.device_count(), *(kernel.ravel().tolist() for kernel in kerne
 def start_process(folder, *flags, devices=1, variables=()):
     environment = os.environ | {
         **dict(variables),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": os.getcwd(),
     }
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -7,11 +7,12 @@ import torch
 
 from tests.conftest import nchw, nhwc, relative, twin
 
-MODELS = [("nano", "2.1"), ("tiny", "2.0")]
-models = pytest.mark.parametrize(("name", "version"), MODELS)
-# only memory differs between the versions
-SLOW = pytest.param("tiny", "2.1", marks=pytest.mark.slow)
-both_versions = pytest.mark.parametrize(("name", "version"), [*MODELS, ("nano", "2.0"), SLOW])
+# only memory differs between the versions; nano is compared in test_predict.py and test_video.py too
+slow = lambda name, version: pytest.param(name, version, marks=pytest.mark.slow)
+models = pytest.mark.parametrize(("name", "version"), [("tiny", "2.0"), slow("nano", "2.1")])
+both_versions = pytest.mark.parametrize(
+    ("name", "version"), [("tiny", "2.0"), ("nano", "2.1"), slow("nano", "2.0"), slow("tiny", "2.1")]
+)
 SIZE = 256
 
 
