@@ -8,7 +8,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import torch
 
 from converters import hf
@@ -42,7 +41,7 @@ def to_deepcompressor(params: Mapping, names: str) -> dict[str, dict]:
         inner, around = peel(leaf)
         if Rotated in around:
             raise ValueError(WHY_NOT_ROTATED)
-        state_dict[torch_key(path)] = tensor(to_layout(path, np.asarray(effective(inner))))
+        state_dict[torch_key(path)] = tensor(to_layout(path, effective(inner)))
         if not path.endswith("/kernel"):
             continue
         module = module_name(path, names)
@@ -63,9 +62,9 @@ def to_deepcompressor(params: Mapping, names: str) -> dict[str, dict]:
 
 def grids(weight: str, q: QTensor) -> dict[str, torch.Tensor | None]:
     """The scales and zero points [N, 1, G, 1] of one weight; nvfp4's have a scale of the tensor, [1], before them."""
-    by_output = lambda x: tensor(np.asarray(x).T[:, None, :, None])
+    by_output = lambda x: tensor(x.T[:, None, :, None])
     if q.spec.scales == "e4m3":
-        common = np.asarray(q.scale).max() / 448  # as `span_grid` chose it
+        common = q.scale.max() / 448  # as `span_grid` chose it
         steps = by_output(to_e4m3(jnp.asarray(q.scale) / common))
         return {f"{weight}.scale.0": torch.tensor([common]), f"{weight}.scale.1": steps, f"{weight}.zero": None}
     return {f"{weight}.scale.0": by_output(q.scale), f"{weight}.zero": None if q.zero is None else by_output(q.zero)}
