@@ -62,7 +62,7 @@ evaluate: setup
 
 # trains the demo model anew, over hours, and goes on where it was stopped
 demo-model: setup
-	$(VENV)/bin/python experiments/demo_model/train.py $(ARGS)
+	$(HUGE_PAGES) $(VENV)/bin/python experiments/demo_model/train.py $(ARGS)
 
 # make inspect PACKAGE=outputs/sam2/hiera_tiny_w4/package.pt
 PACKAGE ?= outputs/demo_w4/package.pt
