@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sam2jq.models.hiera import Hiera, from_windows, to_windows
-from sam2jq.models.layers import OUTPUTS, QUERY_CHUNK, attend, resize
+from sam2jq.models.layers import OUTPUTS, QUERY_CHUNK, attend, in_chunks, resize
 from sam2jq.models.sam2 import build, init_params
 from sam2jq.tree import flatten
 
@@ -33,6 +33,20 @@ def test_attention_in_chunks_has_torchs_gradients(queries):
     grads = jax.grad(lambda qkv: (attend(*qkv, jnp.asarray(seen)) * aim).sum())(arrays)
     for got, tensor in zip(grads, tensors):
         np.testing.assert_allclose(got, tensor.grad.numpy(), atol=1e-4)  # sums of a thousand terms near 1
+
+
+def test_chunks_have_the_gradient_of_the_whole_without_keeping_the_hidden_layer_for_it():
+    rows, hidden = 1024, 256
+    x, w, v = normal(rows, 8), normal(8, hidden), normal(hidden, 8)
+
+    def gradient(size):
+        loss = lambda x, w: jnp.square(in_chunks(lambda part: jnp.tanh(part @ w) @ v, x, size)).mean()
+        run = jax.jit(jax.grad(loss, (0, 1))).lower(x, w).compile()
+        return run(x, w), run.memory_analysis().temp_size_in_bytes
+
+    (whole, _), (pieces, memory) = gradient(rows), gradient(64)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), whole, pieces)
+    assert memory < 4 * rows * hidden
 
 
 def test_what_is_computed_once_more_has_the_same_gradient_in_less_memory():
