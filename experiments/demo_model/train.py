@@ -72,6 +72,9 @@ PHASES = {
     "clips": Phase(5, 256, 500, 2, 5, 4, 1, 4, 8e-4, 0, 0, focal_dice),
     "full2": Phase(6, 256, 4200, 6, 1, 8, 3, 0, 1e-3, 0, 0, focal_dice),
     "clips2": Phase(10, 256, 800, 2, 8, 2, 3, 4, 8e-4, 0, 0, focal_dice),
+    # the weights after these are next.safetensors: the shipped ones, on which all tables are made, are those before
+    "full3": Phase(14, 256, 4800, 12, 1, 4, 3, 0, 1e-3, 0, 0, focal_dice),
+    "clips3": Phase(15, 256, 1200, 2, 8, 2, 3, 4, 8e-4, 0, 0, focal_dice),
 }
 
 
@@ -113,11 +116,12 @@ def each_object(labels: Array) -> Targets:
     return Targets(masks, masks.reshape(MAX_OBJECTS, side, 4, side, 4).mean((2, 4), dtype=jnp.float32))
 
 
-def seen_objects(labels: Array, count: int) -> Targets:
-    """`count` targets on labels [S, S], each object that is there as often as any other."""
+def seen_objects(labels: Array, count: int, key: Array) -> Targets:
+    """`count` targets on labels [S, S], in random order, each object that is there as often as any other."""
     targets = each_object(labels)
     there = targets.masks.mean((1, 2)) > SLIVER
-    which = jnp.argsort(~there, stable=True)[jnp.arange(count) % jnp.maximum(there.sum(), 1)]
+    order = jnp.argsort(jnp.where(there, jax.random.uniform(key, there.shape), 1))
+    which = order[jnp.arange(count) % jnp.maximum(there.sum(), 1)]
     return jax.tree.map(lambda leaf: leaf[which], targets)
 
 
@@ -164,7 +168,7 @@ def short_cut(sam: SAM2, maps: list[Array], coverage: Array) -> tuple[Array, Arr
 
 def trunk_loss(model: SAM2, phase: Phase, params: dict, maps: list[Array], labels: Array, key: Array):
     """Of the short cut."""
-    coverage = seen_objects(labels, phase.prompts).coverage
+    coverage = seen_objects(labels, phase.prompts, key).coverage
     maps = [level[None] for level in maps]
     _, logits = model.apply({"params": params}, maps, coverage, method=short_cut)
     return phase.shape(logits, coverage).mean(), {"iou": soft_iou(logits, coverage).mean()}
@@ -173,11 +177,11 @@ def trunk_loss(model: SAM2, phase: Phase, params: dict, maps: list[Array], label
 def prompt_loss(model: SAM2, phase: Phase, params: dict, maps: list[Array], labels: Array, key: Array):
     """Half of the prompts are clicks, half are boxes; each round adds a click where the last mask was wrong."""
     half, apply = phase.prompts // 2, functools.partial(model.apply, {"params": params})
-    masks, coverage = seen_objects(labels, half)
+    pick, click, box, *keys = jax.random.split(key, 3 + 2 * phase.rounds)
+    masks, coverage = seen_objects(labels, half, pick)
     maps = [level[None] for level in maps]
     guides = apply(maps, coverage, method=short_cut) if phase.guide else None
     maps = apply(maps, method="without_memory")
-    click, box, *keys = jax.random.split(key, 2 + 2 * phase.rounds)
     starts = {
         "click": (prompts.random_points(click, prompts.inside(coverage), phase.size), jnp.ones((half, 1), jnp.int32)),
         "box": (prompts.shaken(box, prompts.boxes(masks), phase.size), jnp.tile(jnp.array([[2, 3]]), (half, 1))),
@@ -211,7 +215,9 @@ def best_mask(out: Decoded) -> Array:
 
 def clip_loss(model: SAM2, phase: Phase, params: dict, maps: list[Array], labels: Array, key: Array):
     """Of one clip's objects, half given by their masks in frame 0 and half by a click, in all other frames."""
-    which = jnp.arange(phase.objects) % jnp.maximum(labels[0].max(), 1)
+    pick, key = jax.random.split(key)
+    order = jnp.arange(phase.objects) + jax.random.randint(pick, (), 0, MAX_OBJECTS)
+    which = order % jnp.maximum(labels[0].max(), 1)
     masks, coverage = jax.tree.map(lambda leaf: leaf[:, which], jax.vmap(each_object)(labels))  # [T, O, ...]
     there = masks.any((2, 3))
     half, apply = phase.objects // 2, functools.partial(model.apply, {"params": params})
