@@ -198,7 +198,7 @@ def in_chunks(f: Callable, x: Array, rows: int):
     if len(x) <= rows:
         return f(x)
     rows = next(size for size in range(rows, 0, -1) if len(x) % size == 0)  # all chunks alike, and none padded
-    f = jax.checkpoint(f, prevent_cse=False)  # keeping what a chunk computes for its gradient takes longer than that
+    f = jax.checkpoint(f, prevent_cse=False)  # on a CPU, faster than to keep it for the gradient
     out = jax.lax.map(f, x.reshape(-1, rows, *x.shape[1:]))
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), out)
 
