@@ -3,7 +3,7 @@
 A mask decoder trained from nothing first learns one mask for every prompt, and may stay there. So the trunk learns
 first, through a short cut on which no prompt gets lost; then the decoder, on features that tell objects apart by then;
 both on images of half the side, where a step costs a quarter; then corrections at full size; then clips, for which the
-trunk stays as it is; and these two once more, for longer.
+trunk stays as it is; and these two twice more, for longer.
 
 Letters: B scenes or clips, T frames, S the image's side, O objects, P prompts.
 """
@@ -72,7 +72,6 @@ PHASES = {
     "clips": Phase(5, 256, 500, 2, 5, 4, 1, 4, 8e-4, 0, 0, focal_dice),
     "full2": Phase(6, 256, 4200, 6, 1, 8, 3, 0, 1e-3, 0, 0, focal_dice),
     "clips2": Phase(10, 256, 800, 2, 8, 2, 3, 4, 8e-4, 0, 0, focal_dice),
-    # the weights after these are next.safetensors: the shipped ones, on which all tables are made, are those before
     "full3": Phase(14, 256, 4800, 12, 1, 4, 3, 0, 1e-3, 0, 0, focal_dice),
     "clips3": Phase(15, 256, 1200, 2, 8, 2, 3, 4, 8e-4, 0, 0, focal_dice),
 }
