@@ -9,7 +9,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -23,9 +23,9 @@ from tqdm import tqdm
 from sam2jq import __version__
 from sam2jq import config as settings
 from sam2jq.calibrate import fingerprint
-from sam2jq.config import Config, DistillConfig
+from sam2jq.config import CalibConfig, Config, DistillConfig, QuantConfig
 from sam2jq.data import read_image
-from sam2jq.data.reader import find_items, read_item
+from sam2jq.data.reader import Item, find_items, read_item
 from sam2jq.data.sav import write_mask
 from sam2jq.data.video import open_video
 from sam2jq.eval.cost import STAGE_IMAGES, find_truth, layer_figures, measure, truth_id
@@ -124,29 +124,16 @@ def quantize(args: argparse.Namespace, flags: list[str]) -> None:
         record = []
         timed = partial(stage, record=record)
         calib = config.quant.calib
-        with timed("images", calib.path):  # all are read once, so that a broken one is found before the work
-            items = find_items(calib.path, calib.num_samples, config.seed, calib.frames, calib.stride)
-            files = [frame for item in items for frame in item.frames]
-            for name in files:
-                read_image(name)
+        with timed("images", calib.path):
+            items, images = find_calibration(calib, config.seed)
             truth = find_truth(config)
-        config = replay(config)
+        config = replace(config, quant=replay(config.quant))
         model, checkpoint = load_model(config.model, config.cache.root, calib.image_size)
 
         full = effective_params(checkpoint.params)
-        images = [name if name.startswith("scenes:") else fingerprint({}, Path(name).read_bytes()) for name in files]
         names = [item.frames[0] for item in items]
-        size = model.variant.image_size
-        done = quantize_params(
-            model,
-            full,
-            config.quant,
-            lambda n: (read_item(item, size) for item in tqdm(items[n:], leave=False, disable=None)),
-            seed=config.seed,
-            needs={"gram"} if config.convert_nunchaku else (),
-            cache=(Path(config.cache.root) / "calibration", (__version__, images, calib.frames, calib.stride)),
-            watch=timed,
-        )
+        needs = {"gram"} if config.convert_nunchaku else ()
+        done = run_ptq(model, full, config.quant, (items, images), config, timed, needs)
         asked, config = config, replace(config, quant=done.config)
         (folder / "config.yaml").write_text(settings.dump(config))  # with the bits that were chosen for a target
         kinds = {"full precision": full}
@@ -433,16 +420,42 @@ def load_model(wanted: settings.ModelConfig, cache: str, image_size: int | None 
     return model, checkpoint
 
 
-def replay(config: Config) -> Config:
-    """`config` with the bits of every layer in the package that quant.bits_from names, if it names one."""
+def find_calibration(calib: CalibConfig, seed: int) -> tuple[list[Item], list[str]]:
+    """The clips to calibrate on, and what tells their images from others. Each is read once, so that a broken one is
+    found before the work."""
+    items = find_items(calib.path, calib.num_samples, seed, calib.frames, calib.stride)
+    files = [frame for item in items for frame in item.frames]
+    for name in files:
+        read_image(name)
+    return items, [name if name.startswith("scenes:") else fingerprint({}, Path(name).read_bytes()) for name in files]
+
+
+def run_ptq(
+    model: SAM2,
+    params: dict,
+    quant: QuantConfig,
+    found: tuple[list[Item], list[str]],
+    config: Config | DistillConfig,
+    watch: Callable,
+    needs: Iterable[str] = (),
+) -> Quantized:
+    """`quantize_params` on what `find_calibration` found, with progress, and statistics kept in cache.root."""
+    (items, images), size = found, model.variant.image_size
+    clips = lambda n: (read_item(item, size) for item in tqdm(items[n:], leave=False, disable=None))
+    cache = Path(config.cache.root) / "calibration", (__version__, images, quant.calib.frames, quant.calib.stride)
+    return quantize_params(model, params, quant, clips, seed=config.seed, needs=needs, cache=cache, watch=watch)
+
+
+def replay(quant: QuantConfig) -> QuantConfig:
+    """`quant` with the bits of every layer in the package that its bits_from names, if it names one."""
     from converters.package import load_package
 
-    quant, path = config.quant, Path(config.quant.bits_from)
     if not quant.bits_from:
-        return config
+        return quant
+    path = Path(quant.bits_from)
     rows = load_package(path / "package.pt" if path.is_dir() else path).summary()["layers"]
     wgts = replace(quant.wgts, bits={row["name"]: row["bits"] for row in rows})
-    return replace(config, quant=replace(quant, wgts=wgts, bits_from=""))
+    return replace(quant, wgts=wgts, bits_from="")
 
 
 def command_line(args: argparse.Namespace, flags: list[str]) -> str:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from sam2jq import __version__, cdpq
 from sam2jq import config as settings
 from sam2jq.calibrate import collect, fingerprint
-from sam2jq.cli import job_folder, load_model, stage
+from sam2jq.cli import find_calibration, job_folder, load_model, replay, run_ptq, stage
 from sam2jq.config import DistillConfig
 from sam2jq.controller import ladder
 from sam2jq.data.reader import Item, check_disjoint, find_items, read_item, split_of
@@ -57,12 +57,14 @@ def run(config: DistillConfig, job: str, command: str) -> None:
     with shared_folder(final, settings.dump(config)) as folder:
         with timed("data", f"{config.data.train}, {config.data.val}"):
             train, val = find_clips(config)
+            seen = find_seen(config, val)
         load = partial(load_model, cache=config.cache.root, image_size=config.data.image_size)
         (teaching, teacher), (model, checkpoint) = load(config.teacher), load(config.student)
         check_pair(teaching, model)
         known = cdpq.Teacher(teaching, effective_params(teacher.params))
         full = known.params if teaching == model else effective_params(checkpoint.params)
-        begin = start(checkpoint.params, config, what_enters(model, checkpoint.params, train, config.distill))
+        params = after_ptq(model, checkpoint.params, config, seen, timed) if config.ptq else checkpoint.params
+        begin = start(params, config, what_enters(model, params, train, config.distill))
         with timed("teach", f"{len(val)} held-out clips"):
             study = cdpq.study_of(model, known, train, val, config)
         what = f"{len(train)} clips, {config.train.epochs} epochs, {len(learning(begin))} layers learn"
@@ -110,6 +112,25 @@ def run(config: DistillConfig, job: str, command: str) -> None:
         log.info("\n%s", text.totals(summary))
     log.info("\nwritten     %s (all layers: sam2jq inspect %s; curves: %s)", final, final, final / "curves.png")
     log.info("report      %s", final / "report.html")
+
+
+def find_seen(config: DistillConfig, val: list[Item]) -> tuple[list[Item], list[str]] | None:
+    """What `ptq` calibrates on, as `find_calibration` gives it. ValueError: held-out clips, or several processes."""
+    if config.ptq is None:
+        return None
+    if jax.process_count() > 1:
+        raise ValueError("ptq runs in one process: run quantize first, and give its package as student.checkpoint")
+    found = find_calibration(config.ptq.calib, config.seed)
+    check_disjoint(found[0], val, "ptq.calib.path")
+    return found
+
+
+def after_ptq(model: SAM2, params: dict, config: DistillConfig, seen: tuple, watch: Callable) -> dict:
+    """`params` quantized as `ptq` says, calibrated on what was `seen`. ValueError: they are quantized already."""
+    if any(not isinstance(kernel, jax.Array | np.ndarray) for kernel in kernels(flatten(params)).values()):
+        raise ValueError(f"ptq: {config.student.checkpoint} is quantized already: leave ptq out")
+    done = run_ptq(model, params, replay(config.ptq), seen, config, watch)
+    return list(done.reached.values())[-1]
 
 
 def what_enters(model: SAM2, params: dict, clips: list[Item], config: settings.LessonConfig) -> dict[str, Stats]:

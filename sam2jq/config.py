@@ -391,11 +391,11 @@ class StudentConfig:
     def __post_init__(self):
         wgts = self.wgts
         if wgts.mixed or wgts.kernel_gptq or wgts.low_rank or wgts.ridge or wgts.bias_correction:
-            raise ValueError("quant.wgts: a student starts by rounding to nearest: for GPTQ, branches or bits for a "
-                             "target run quantize first, and give its package as student.checkpoint")  # fmt: skip
+            raise ValueError("quant.wgts: this rounds to nearest: give GPTQ, branches and bits for a target under ptq, "
+                             "or as student.checkpoint a package that quantize made with them")  # fmt: skip
         if self.ipts.static or self.ipts.allow_unsigned or self.ipts.mixed:
-            raise ValueError("quant.ipts.static, allow_unsigned and target_bits go by calibration: run quantize with "
-                             "them first, and give its package as student.checkpoint")  # fmt: skip
+            raise ValueError("quant.ipts.static, allow_unsigned and target_bits go by calibration: give them under "
+                             "ptq, or as student.checkpoint a package that quantize made with them")  # fmt: skip
         if self.initial_bits is not None and not 2 <= self.initial_bits <= 8:
             raise ValueError(f"quant.initial_bits must be in 2..8, got {self.initial_bits}")
         if not 2 <= self.min_bits <= self.starts_at:
@@ -528,11 +528,14 @@ class TrackConfig:
 @dataclass(frozen=True)
 class DistillConfig:
     """teacher and student: as in `model`; the student may be a package, whose bits and leaves it keeps. Its dtype is
-    that of the computation, weights stay float32. measure: as for quantize, drawn scenes of data.val when empty."""
+    that of the computation, weights stay float32. ptq: what quantize has under `quant`, by which the student is
+    quantized before it learns; quant: how the layers start that are not quantized by then, and how far bits may fall.
+    measure: as for quantize, drawn scenes of data.val when empty."""
 
     teacher: ModelConfig = field(default_factory=ModelConfig)
     student: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    ptq: QuantConfig | None = None
     quant: StudentConfig = field(default_factory=StudentConfig)
     distill: LessonConfig = field(default_factory=LessonConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -542,6 +545,12 @@ class DistillConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     seed: int = 42
+
+    def __post_init__(self):
+        if self.ptq and self.ptq.calib.image_size not in (None, self.data.image_size):
+            raise ValueError("ptq.calib.image_size: teacher and student see images of data.image_size: set that")
+        if self.ptq and self.ptq.rotation.fold_heads:
+            raise ValueError("ptq.rotation.fold_heads: such layers no longer answer as the teacher's do: leave it out")
 
 
 def keys(schema: type, prefix: str = "") -> list[str]:
@@ -609,8 +618,12 @@ def load(path: str | None, flags: list[str], schema: type = Config):
     try:
         return draccus.decode(schema, settings)
     except DraccusException as error:
-        unmet = str(error).startswith("Couldn't instantiate")  # a __post_init__ above said why
-        raise ValueError(" ".join(str(error.__cause__ if unmet else error).split())) from error
+        within, last = str(error).startswith("`ptq`"), error
+        while isinstance(last.__cause__, DraccusException):  # of a section that may be null, the first says nothing
+            last = last.__cause__
+        unmet = str(last).startswith("Couldn't instantiate")  # a __post_init__ above said why
+        why = " ".join(str(last.__cause__ if unmet else last).split())
+        raise ValueError(why.replace("quant.", "ptq.") if within else why) from error
 
 
 def grid(overs: list[str]) -> list[dict[str, object]]:

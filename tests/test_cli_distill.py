@@ -9,13 +9,14 @@ import torch
 
 from converters.package import load_package
 from sam2jq import build, cdpq, layers
-from sam2jq.cli import main
-from sam2jq.cli_distill import check_pair, find_clips, start
+from sam2jq.cli import main, stage
+from sam2jq.cli_distill import after_ptq, check_pair, find_clips, find_seen, start
 from sam2jq.config import DistillConfig, load
 from sam2jq.eval.metrics import relative_error
 from sam2jq.models.sam2 import init_params
 from sam2jq.quant.act import ActQuantized
 from sam2jq.quant.fake_quant import innermost, learning
+from sam2jq.quant.ops import effective_params
 from sam2jq.quant.qtensor import dequantize, quantize
 from sam2jq.quant.spec import QuantSpec
 from sam2jq.quant.transform import Stats
@@ -56,6 +57,23 @@ def test_layers_that_are_quantized_keep_their_bits(params):
     flat[path] = quantize(flat[path], QuantSpec(3, group_size=16))
     part = parts(start(unflatten(flat), config()))["sam_mask_decoder.conv_s0"]
     assert (part.bits, part.spec.group_size) == (3, 16)
+
+
+def test_a_student_may_start_by_post_training_quantization(params, tmp_path):
+    """Of ptq's grid, bits and inputs, whatever the grid for layers that it leaves; its error is GPTQ's."""
+    layer = "obj_ptr_proj.layers.0"
+    rest = [name for name in parts(params) if name != layer]
+    ptq = f"{{calib: {{path: scenes:3, num_samples: 2}}, wgts: {{dtype: sint3, kernel_gptq: {{}}, skips: {rest}}}}}"
+    how = config(*FEW, "--ptq", ptq, "--cache.root", str(tmp_path), "--quant.wgts.skips", str(rest))
+    made = after_ptq(build("nano"), params, how, find_seen(how, find_clips(how)[1]), stage)
+    found, full = parts(made)[layer], flatten(params)["obj_ptr_proj/layers.0/kernel"]
+    assert (found.spec.bits, how.quant.wgts.dtype) == (3, "sint8")
+    assert (dequantize(found) != dequantize(quantize(full, found.spec))).any()
+    begin = start(made, how)
+    assert learning(begin) == [layer]
+    assert jnp.allclose(effective_params(begin)["obj_ptr_proj"]["layers.0"]["kernel"], dequantize(found), atol=1e-6)
+    with pytest.raises(ValueError, match="ptq: demo is quantized already: leave ptq out"):
+        after_ptq(build("nano"), made, how, None, stage)
 
 
 def test_the_ladder_gives_each_layer_the_lowest_width_that_errs_little(params):
@@ -103,6 +121,7 @@ def test_a_teacher_of_another_width_of_maps_is_an_error():
         (["--data.val", "scenes:1"], "data.train and data.val share 2 frames"),
         (["--train.batch_size", "3"], "data.train holds 2 clips, which do not fill a batch of 3"),
         (["--data.train", "nowhere"], "nowhere: no such file or folder"),
+        (["--ptq.calib.path", "scenes:2"], "ptq.calib.path and data.val share 2 frames"),
     ],
 )
 def test_bad_data_is_one_line_before_any_work(flags, message, tmp_path, capsys):

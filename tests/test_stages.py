@@ -104,7 +104,7 @@ def test_a_run_leaves_nunchakus_files_and_deepcompressors(thorough):
 
 def test_the_bits_of_a_package_are_replayed(thorough):
     flags = ["--model.name", "nano", "--quant.calib.path", "scenes:0", "--quant.bits_from", str(thorough)]
-    found = replay(load(None, flags)).quant
+    found = replay(load(None, flags).quant)
     assert found.bits_from == ""
     assert found.wgts.bits == {row["name"]: 4 for row in json.loads((thorough / "metrics.json").read_text())["layers"]}
     with pytest.raises(ValueError, match="quant.bits_from: the package tells all bits"):

@@ -79,15 +79,15 @@ def read_item(item: Item, size: int) -> np.ndarray:
     return np.stack([preprocess(image, size) for image in item.read()])
 
 
-def check_disjoint(train: Sequence[Item], val: Sequence[Item]) -> None:
-    """ValueError if a frame is in both."""
+def check_disjoint(train: Sequence[Item], val: Sequence[Item], key: str = "data.train") -> None:
+    """ValueError if a frame of what `key` names is held out too."""
     real = lambda items: {
         name if name.startswith("scenes:") else str(Path(name).resolve()) for item in items for name in item.frames
     }
     both = real(train) & real(val)
     if both:
         raise ValueError(
-            f"data.train and data.val share {len(both)} frames, such as {min(both)}: what is trained on says nothing "
+            f"{key} and data.val share {len(both)} frames, such as {min(both)}: what is trained on says nothing "
             "as validation; give two splits"
         )
 
