@@ -623,6 +623,7 @@ def load(path: str | None, flags: list[str], schema: type = Config):
             last = last.__cause__
         unmet = str(last).startswith("Couldn't instantiate")  # a __post_init__ above said why
         why = " ".join(str(last.__cause__ if unmet else last).split())
+        # what stands under ptq is quantize's section, whose errors call it quant
         raise ValueError(why.replace("quant.", "ptq.") if within else why) from error
 
 

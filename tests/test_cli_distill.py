@@ -60,7 +60,7 @@ def test_layers_that_are_quantized_keep_their_bits(params):
 
 
 def test_a_student_may_start_by_post_training_quantization(params, tmp_path):
-    """Of ptq's grid, bits and inputs, whatever the grid for layers that it leaves; its error is GPTQ's."""
+    """On ptq's grid at its bits, not on that for layers which ptq leaves; rounded by GPTQ, not to nearest."""
     layer = "obj_ptr_proj.layers.0"
     rest = [name for name in parts(params) if name != layer]
     ptq = f"{{calib: {{path: scenes:3, num_samples: 2}}, wgts: {{dtype: sint3, kernel_gptq: {{}}, skips: {rest}}}}}"
