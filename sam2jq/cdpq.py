@@ -25,7 +25,7 @@ from sam2jq.data.reader import Item, order, prefetched, read_item
 from sam2jq.distill import PARTS, Lesson, distillation_loss, teach
 from sam2jq.files import whole
 from sam2jq.models.sam2 import SAM2
-from sam2jq.quant.fake_quant import FakeQuant, bits_of, innermost, learning, learns, with_bits
+from sam2jq.quant.fake_quant import FakeQuant, bits_of, innermost, learning, learns, only, with_bits
 from sam2jq.train import Averaged, TrainState, ahead, averaged, devices, init_state, make_train_step
 from sam2jq.tree import flatten, kernels, under
 
@@ -50,15 +50,14 @@ class Teacher(NamedTuple):
     params: dict
 
 
-def make_optimizer(config: TrainConfig, steps: int, params: dict, clipping: bool) -> optax.GradientTransformation:
-    """AdamW on what learns, with clipped gradients; `steps` of it are taken."""
+def make_optimizer(config: TrainConfig, steps: int, marks: dict) -> optax.GradientTransformation:
+    """AdamW on what `marks` says learns, with clipped gradients; `steps` of it are taken."""
     updates = max(steps // config.accumulate, 1)
     warmup = min(config.warmup_steps, updates // 2)
     if config.schedule == "cosine":
         rate = optax.warmup_cosine_decay_schedule(0, config.learning_rate, warmup, updates)
     else:
         rate = optax.linear_schedule(0, config.learning_rate, warmup)
-    marks = learns(params, clipping)
     chain = optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
         optax.adamw(rate, weight_decay=config.weight_decay),
@@ -200,8 +199,10 @@ def distill(
     tell(row) gets too. ValueError: a loss is not finite; the step and the layer are named.
     """
     train, names = config.train, learning(student)
-    optimizer = make_optimizer(train, study.epoch * train.epochs, student, config.quant.learn_clipping)
-    step = make_train_step(study.loss, optimizer, train.parallel)
+    marks = learns(student, config.quant.learn_clipping)
+    optimizer = make_optimizer(train, study.epoch * train.epochs, marks)
+    loss = lambda params, *lessons: study.loss(only(params, marks), *lessons)
+    step = make_train_step(loss, optimizer, train.parallel)
     trials, sizes = make_trials(study.loss), weights_of(student)
     finish = partial(end_epoch, trials, study.exam, config, names, sizes)
     state = Progress(

@@ -498,12 +498,14 @@ def job_folder(final: Path, resumes: str = "") -> Iterator[Path]:
     """A folder beside `final` that takes its place when the block ends well and is removed when it does not.
 
     What a killed run left there is cleared away, no stage of it being worth keeping; a finished job is never touched.
-    resumes: the settings under which what is there can be gone on from; it is then kept, whatever ends the block.
+    resumes: the settings under which checkpoints/ can be gone on from; once it holds any, the folder is kept, whatever
+    ends the block.
     """
     if final.exists():
         raise FileExistsError(f"{final} already holds a finished job: remove it, or give --output.job another name")
     partial = final.with_name(f".{final.name}.partial")
-    if resumes and (partial / "config.yaml").is_file():
+    worth_keeping = lambda: resumes and any((partial / "checkpoints").glob("*"))
+    if worth_keeping():
         if (partial / "config.yaml").read_text() != resumes:
             raise FileExistsError(
                 f"{partial} holds an unfinished job with other settings: go on with its config.yaml, remove it, or "
@@ -525,7 +527,7 @@ def job_folder(final: Path, resumes: str = "") -> Iterator[Path]:
     finally:
         log.removeHandler(handler)
         handler.close()
-        if not resumes:
+        if not worth_keeping():
             shutil.rmtree(partial, ignore_errors=True)
 
 

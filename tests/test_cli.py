@@ -17,7 +17,7 @@ from converters.checkpoint import load_checkpoint
 from converters.package import load_package
 from converters.vanilla import build_original
 from sam2jq import build, config
-from sam2jq.cli import main
+from sam2jq.cli import job_folder, main
 from sam2jq.data import draw_clip
 
 FILES = {"cache", "config.yaml", "gallery", "metrics.json", "package.pt", "report.html", "run.log", "vanilla.pt"}
@@ -105,6 +105,28 @@ def test_a_run_repeats_to_the_bit(job, flags, capsys):
     one, other = (json.loads((folder / "metrics.json").read_text()) for folder in (job, again))
     assert (one["results"], one["layers"]) == (other["results"], other["layers"])
     shutil.rmtree(again)
+
+
+def test_only_a_job_with_checkpoints_outlasts_its_error(tmp_path):
+    """And only then are other settings refused."""
+
+    def fails(settings: str, *made: str):
+        with job_folder(tmp_path / "job", settings) as folder:
+            for name in made:
+                (folder / name).mkdir(parents=True)
+            raise ValueError("on the way")
+
+    for settings in ("one", "other"):
+        with pytest.raises(ValueError, match="on the way"):
+            fails(settings)
+        assert not any(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="on the way"):
+        fails("one", "checkpoints/3")
+    with pytest.raises(FileExistsError, match="holds an unfinished job with other settings"):
+        fails("other")
+    with pytest.raises(ValueError, match="on the way"):
+        fails("one")
+    assert (tmp_path / ".job.partial/checkpoints/3").is_dir()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from sam2jq.config import DistillConfig, load
 from sam2jq.eval.metrics import relative_error
 from sam2jq.models.sam2 import init_params
 from sam2jq.quant.act import ActQuantized
-from sam2jq.quant.fake_quant import innermost, learning
+from sam2jq.quant.fake_quant import innermost, learning, learns
 from sam2jq.quant.ops import effective_params
 from sam2jq.quant.qtensor import dequantize, quantize
 from sam2jq.quant.spec import QuantSpec
@@ -143,7 +143,7 @@ def test_every_eligible_layer_of_the_originals_pairs_learns(pair, tmp_path):
     known = cdpq.Teacher(teaching, init_params(teaching, 0))
     begin = start(init_params(model, 1), how)
     study = cdpq.study_of(model, known, *find_clips(how), how)
-    optimizer = cdpq.make_optimizer(how.train, 3, begin, clipping=True)
+    optimizer = cdpq.make_optimizer(how.train, 3, learns(begin))
     step, state = make_train_step(study.loss, optimizer), init_state(jax.tree.map(jnp.copy, begin), optimizer, 0)
     for lessons in islice(study.batches(0), 3):
         state, metrics = step(state, lessons)

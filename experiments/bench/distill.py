@@ -5,9 +5,9 @@ GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python experiments/bench/distill.py [--stu
 
 1024 x 1024, batch 1, float32, random weights: the teacher's features, the student's under 4-bit weights with straight-
 through gradients (one scale an output channel, fixed to the range of now), the relative square error of the three maps,
-and AdamW on all of the encoder. All live in one process and run A B C A B C; their losses are compared step by step.
-Peak memory is each one's own, measured in a process that runs only it. Huge pages are for all of them; without, the
-step of sam2jq, which takes its memory anew each time, waits longer for the system.
+and AdamW on all of the encoder. Each lives in a process of its own, as a user's does, and they run A B C A B C, one at
+a time; their losses are compared step by step. Huge pages are for all of them; without, the step of sam2jq, which takes
+its memory anew each time, waits longer for the system.
 """
 
 import argparse
@@ -15,6 +15,8 @@ import os
 import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -23,14 +25,14 @@ import jax
 import numpy as np
 import optax
 import torch
-from encoder import proc, seconds
+from encoder import proc
 
 from converters.names import to_torch
 from converters.vanilla import build_original
 from sam2jq import build, init_params
 from sam2jq.distill import relative
 from sam2jq.quant.act import simulated
-from sam2jq.quant.fake_quant import learns, student
+from sam2jq.quant.fake_quant import learns, only, student
 from sam2jq.quant.spec import QuantSpec
 from sam2jq.train import init_state, make_train_step
 from sam2jq.tree import flatten, kernels, layer_name, unflatten
@@ -55,13 +57,15 @@ def jax_step(student_name: str, teacher_name: str, image: np.ndarray, remat: boo
     begin = student(params, dict.fromkeys(layers, QuantSpec(BITS)))
     encode = lambda model, params, x: model.apply({"params": params}, x, method="encode_image")
 
+    marks = learns(begin, clipping=False)
+
     def loss(params, batch, key):
         image, known, rest = batch  # not constants of the program, whose compilation would hold them several times
         wanted = encode(teacher, known, image)
-        got = encode(model, unflatten(rest | flatten(simulated(params))), image)
+        got = encode(model, unflatten(rest | flatten(simulated(only(params, marks)))), image)
         return sum(relative(a, b) for a, b in zip(got, wanted)) / 3, {}
 
-    stays = jax.tree.map(lambda mark: not mark, learns(begin, clipping=False))
+    stays = jax.tree.map(lambda mark: not mark, marks)
     optimizer = optax.chain(optax.adamw(RATE, weight_decay=0), optax.masked(optax.set_to_zero(), stays))
     step, state = make_train_step(loss, optimizer), init_state(begin, optimizer, 0)
 
@@ -117,10 +121,32 @@ def torch_step(student_name: str, teacher_name: str, image: np.ndarray):
 STEPS = {"sam2jq": jax_step, "sam2jq, `train.remat`": partial(jax_step, remat=True), "torch": torch_step}
 
 
-def peak_gigabytes(args: argparse.Namespace, name: str) -> float:
-    """Of a fresh process that takes two steps of one of STEPS."""
-    command = [sys.executable, __file__, "--alone", name, "--student", args.student, "--teacher", args.teacher]
-    return 1024 * int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]) / 1e9
+def work(run: Callable[[], float]) -> None:
+    """A step for each line that comes in: its seconds and its loss go out; and, when no more come, the peak of memory
+    in kB."""
+    for _ in sys.stdin:
+        begin = time.perf_counter()
+        loss = run()
+        print(time.perf_counter() - begin, loss, flush=True)
+    print(proc("self/status", "VmHWM").split()[0])
+
+
+class Worker:
+    """A process that takes one of STEPS whenever it is told to, and else sleeps."""
+
+    def __init__(self, name: str, args: argparse.Namespace):
+        command = [sys.executable, __file__, "--alone", name, "--student", args.student, "--teacher", args.teacher]
+        self.process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def step(self) -> tuple[float, float]:
+        """Its seconds and its loss."""
+        print(file=self.process.stdin, flush=True)
+        took, loss = map(float, self.process.stdout.readline().split())
+        return took, loss
+
+    def peak_gigabytes(self) -> float:
+        """After which the process has ended."""
+        return 1024 * int(self.process.communicate()[0]) / 1e9
 
 
 def main() -> None:
@@ -131,21 +157,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--alone", choices=list(STEPS), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    image = np.random.default_rng(0).standard_normal((1, SIDE, SIDE, 3)).astype(np.float32)
     if args.alone:
-        run = STEPS[args.alone](args.student, args.teacher, image)
-        run(), run()
-        print(proc("self/status", "VmHWM").split()[0])
+        image = np.random.default_rng(0).standard_normal((1, SIDE, SIDE, 3)).astype(np.float32)
+        work(STEPS[args.alone](args.student, args.teacher, image))
         return
-    memory = {name: peak_gigabytes(args, name) for name in STEPS}
-    steps = {name: make(args.student, args.teacher, image) for name, make in STEPS.items()}
-    losses, first = {name: [] for name in steps}, {}
-    for name, run in steps.items():
-        first[name] = seconds(lambda name=name, run=run: losses[name].append(run()))
-    times = {name: [] for name in steps}
-    for _ in range(args.runs):
-        for name, run in steps.items():
-            times[name].append(seconds(lambda name=name, run=run: losses[name].append(run())))
+    workers = {name: Worker(name, args) for name in STEPS}
+    first = {name: worker.step() for name, worker in workers.items()}
+    turns = [{name: worker.step() for name, worker in workers.items()} for _ in range(args.runs)]
+    memory = {name: worker.peak_gigabytes() for name, worker in workers.items()}
+    times = {name: [turn[name][0] for turn in turns] for name in STEPS}
+    losses = {name: [turn[name][1] for turn in (first, *turns)] for name in STEPS}
     wanted = losses["torch"]
     apart = max(abs(a / b - 1) for found in losses.values() for a, b in zip(found, wanted))
     tunables = os.environ.get("GLIBC_TUNABLES")
@@ -158,8 +179,9 @@ def main() -> None:
         f"on {os.cpu_count()} cores of {proc('cpuinfo', 'model name')}, jax {version('jax')}, "
         f"torch {version('torch')};",
         f"{args.teacher} teaches {args.student}, 1024 x 1024, batch 1, float32, encoders only. Medians of {args.runs} "
-        f"steps in turn; ratio to torch: median (range) of the turns' ratios. Losses of the {args.runs + 1} steps "
-        f"differ by {apart:.1e} at most, relative ({wanted[0]:.4f} at the first, {wanted[-1]:.4f} at the last).",
+        "steps in turn, each in a process of its own; ratio to torch: median (range) of the turns' ratios. Losses of "
+        f"the {args.runs + 1} steps differ by {apart:.1e} at most, relative ({wanted[0]:.4f} at the first, "
+        f"{wanted[-1]:.4f} at the last).",
         "",
         "| step | s | ratio | first step s | peak GB |",
         "|---|---|---|---|---|",
@@ -168,7 +190,7 @@ def main() -> None:
         ratios = [a / b for a, b in zip(found, times["torch"])]
         lines.append(
             f"| {name} | {statistics.median(found):.2f} | {statistics.median(ratios):.3f} ({min(ratios):.2f}-"
-            f"{max(ratios):.2f}) | {first[name]:.0f} | {memory[name]:.2f} |"
+            f"{max(ratios):.2f}) | {first[name][0]:.0f} | {memory[name]:.2f} |"
         )
     print("\n".join(lines))
     if args.out:

@@ -24,20 +24,20 @@ from converters.checkpoint import load_checkpoint
 from experiments.measured import Runs, measure
 from sam2jq import build, cdpq
 from sam2jq import config as settings
-from sam2jq.cli_distill import start
+from sam2jq.cli import find_calibration, stage
+from sam2jq.cli_distill import after_ptq, start
 from sam2jq.config import (
     DataConfig,
     DistillConfig,
     InputsConfig,
     LessonConfig,
     ModelConfig,
+    QuantConfig,
     StudentConfig,
     TrainConfig,
     WeightsConfig,
 )
-from sam2jq.data import find_images, preprocess, read_image
 from sam2jq.data.reader import find_items
-from sam2jq.ptq import quantize_params
 from sam2jq.quant.fake_quant import frozen
 from sam2jq.quant.ops import effective_params
 
@@ -61,31 +61,28 @@ STARTS = {
 }
 LEFT_OUT = {("to 3.5", "to nearest"), ("to 3", "to nearest"), ("W4A8", "PTQ")}  # the last has lost nothing
 ROWS = [(name, kind) for name in STARTS for kind in ("to nearest", "PTQ") if (name, kind) not in LEFT_OUT]
+NANO = ModelConfig("nano")
 FIXED = {"confidence_method": "fixed"}
 LOWERED = {"impact_threshold": 3.0, "impact_budget": 1000.0, "impact_floor": 0.05, "layer_threshold": 0.3}
 
 
 def config_of(name: str, seed: int, kind: str) -> DistillConfig:
-    """The settings of a row: the grid to start on, whether its bits fall, and a lower rate where it starts well."""
+    """The settings of a row: how its student starts, whether its bits fall, and a lower rate where it starts well."""
     falls = name.startswith("to ")
-    rate = 1e-4 if falls else 1e-3 if kind == "to nearest" or name == "W2A16" else 3e-4
+    rate = 1e-3 if kind == "to nearest" or name == "W2A16" else 1e-4
     data = DataConfig(f"scenes:{11 + seed}", "scenes:21", TRAINED, 4)
     quant = StudentConfig(**STARTS[name], min_bits=2, target_bits=float(name[3:]) if falls else None)
     ask = LessonConfig(**LOWERED if falls else FIXED, settle_epochs=3, cache_teacher=True)
     train = TrainConfig(epochs=5, batch_size=4, learning_rate=rate, checkpoint_every=10**6)
-    nano = ModelConfig("nano")
-    return DistillConfig(nano, nano, data, quant, ask, train, seed=seed)
+    ptq = ptq_of(**STARTS[name]) if kind == "PTQ" else None
+    return DistillConfig(NANO, NANO, data, ptq, quant, ask, train, seed=seed)
 
 
-def after_ptq(model, full: dict, name: str) -> dict:
-    """The demo model at the bits of a start, by the best post-training quantization."""
-    quant, at = settings.load(PTQ, []).quant, STARTS[name]
-    width = float(at["wgts"].dtype[-1])
-    wgts = replace(quant.wgts, dtype=at["wgts"].dtype, target_bits=width if width > 2 else None)
-    names = find_images(quant.calib.path, quant.calib.num_samples, 42)
-    clips = lambda n: (preprocess(read_image(k), 256)[None] for k in names[n:])
-    done = quantize_params(model, full, replace(quant, wgts=wgts, ipts=at["ipts"]), clips)
-    return list(done.reached.values())[-1]
+def ptq_of(wgts: WeightsConfig, ipts: InputsConfig) -> QuantConfig:
+    """The best post-training quantization to weights and inputs of these widths."""
+    quant, width = settings.load(PTQ, []).quant, float(wgts.dtype[-1])
+    mixed = replace(quant.wgts, dtype=wgts.dtype, target_bits=width if width > 2 else None)
+    return replace(quant, wgts=mixed, ipts=ipts)
 
 
 def learned(model, full: dict, params: dict, config: DistillConfig, folder: Path) -> tuple[dict, dict]:
@@ -142,7 +139,10 @@ def main() -> None:
     def begin(name: str, kind: str) -> dict:
         if name == "to 3":
             return begin("to 3.5", kind)
-        return after_ptq(model, full, name) if kind == "PTQ" else frozen(start(full, config_of(name, 0, kind)))
+        config = config_of(name, 0, kind)
+        if config.ptq:
+            return after_ptq(model, full, config, find_calibration(config.ptq.calib, config.seed), stage)
+        return frozen(start(full, config))
 
     def distilled(name: str, kind: str, seed: int) -> tuple[dict, dict]:
         folder = FOLDER / runs.weights / f"{name} {kind} {seed}"

@@ -61,7 +61,10 @@ def grid(w: FakeQuant) -> tuple[Array, Array]:
 @effective.register
 def _(w: FakeQuant) -> Array:
     scale, zero = grid(w)
-    codes = nearest(by_group(w.kernel, w.spec), scale, zero, traced(w.spec, w.bits))
+    grouped = by_group(w.kernel, w.spec)
+    if len(grouped) == 1:  # XLA's sum over the middle of three axes, in the gradient, takes fifty times that of two
+        grouped, scale, zero = grouped[0], scale[0], zero[0]
+    codes = nearest(grouped, scale, zero, traced(w.spec, w.bits))
     return from_groups((codes - zero) * scale, w.kernel.shape)
 
 
@@ -142,3 +145,8 @@ def learns(params: dict, clipping: bool = True) -> dict:
         return True
 
     return unflatten({path: not path.endswith(BUFFER) and mark(node) for path, node in flatten(params).items()})
+
+
+def only(params: dict, marks: dict) -> dict:
+    """`params`, whose leaves that `marks` of `learns` leaves out pass no gradient on."""
+    return jax.tree.map(lambda leaf, mark: leaf if mark else jax.lax.stop_gradient(leaf), params, marks)

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam2jq.quant.act import ActQuantized, quantize_inputs
-from sam2jq.quant.fake_quant import bits_of, freeze, frozen, learnable, learning, learns, student, with_bits
+from sam2jq.quant.act import ActQuantized, quantize_inputs, simulated
+from sam2jq.quant.fake_quant import bits_of, freeze, frozen, learnable, learning, learns, only, student, with_bits
 from sam2jq.quant.ops import effective, matmul
 from sam2jq.quant.qtensor import QTensor, dequantize, quantize
 from sam2jq.quant.smooth import Smoothed
@@ -124,6 +124,13 @@ def test_what_learns_is_weights_and_plain_arrays_not_bits_nor_leaves_around():
     assert marks["a"]["bias"]
     assert not marks["pe"]["positional_encoding_gaussian_matrix"]
     assert not learns(student(params, {"b": QuantSpec(8)}), clipping=False)["b"]["kernel"].clip
+
+
+def test_no_gradient_reaches_what_does_not_learn():
+    made = student(tree(), {"a": QuantSpec(4), "b": QuantSpec(4, group_size=4)})
+    marks = learns(made, clipping=False)
+    grads = jax.grad(lambda params: sum(x.sum() for x in jax.tree.leaves(simulated(only(params, marks)))))(made)
+    assert [bool((x != 0).any()) for x in jax.tree.leaves(grads)] == jax.tree.leaves(marks)
 
 
 def test_floats_have_no_bits_to_lower():
