@@ -447,7 +447,8 @@ def run_ptq(
 
 
 def replay(quant: QuantConfig) -> QuantConfig:
-    """`quant` with the bits of every layer in the package that its bits_from names, if it names one."""
+    """`quant` with the bits of every layer, and of its inputs if they are rounded, in the package that its bits_from
+    names, if it names one."""
     from converters.package import load_package
 
     if not quant.bits_from:
@@ -455,7 +456,9 @@ def replay(quant: QuantConfig) -> QuantConfig:
     path = Path(quant.bits_from)
     rows = load_package(path / "package.pt" if path.is_dir() else path).summary()["layers"]
     wgts = replace(quant.wgts, bits={row["name"]: row["bits"] for row in rows})
-    return replace(quant, wgts=wgts, bits_from="")
+    dtypes = {row["name"]: row["inputs"] or "" for row in rows if quant.ipts.dtype}
+    ipts = replace(quant.ipts, bits={name: int(dtype[4:]) for name, dtype in dtypes.items() if "int" in dtype})
+    return replace(quant, wgts=wgts, ipts=ipts, bits_from="")
 
 
 def command_line(args: argparse.Namespace, flags: list[str]) -> str:

@@ -126,10 +126,16 @@ def find_seen(config: DistillConfig, val: list[Item]) -> tuple[list[Item], list[
 
 
 def after_ptq(model: SAM2, params: dict, config: DistillConfig, seen: tuple, watch: Callable) -> dict:
-    """`params` quantized as `ptq` says, calibrated on what was `seen`. ValueError: they are quantized already."""
+    """`params` quantized as `ptq` says, calibrated on what was `seen`.
+
+    ValueError: they are quantized already; and all that quantize raises.
+    """
     if any(not isinstance(kernel, jax.Array | np.ndarray) for kernel in kernels(flatten(params)).values()):
         raise ValueError(f"ptq: {config.student.checkpoint} is quantized already: leave ptq out")
-    done = run_ptq(model, params, replay(config.ptq), seen, config, watch)
+    try:
+        done = run_ptq(model, params, replay(config.ptq), seen, config, watch)
+    except ValueError as error:  # which speaks of quantize's section
+        raise ValueError(str(error).replace("quant.", "ptq.")) from error
     return list(done.reached.values())[-1]
 
 

@@ -236,8 +236,9 @@ class RotationConfig:
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """bits_from: a package whose bits the layers take, such as one that was distilled; integer: layers whose weight and
-    input are both quantized multiply codes, not what the codes stand for."""
+    """bits_from: a package whose bits the layers take, such as one that was distilled, and, where ipts.dtype rounds
+    inputs, those of their inputs; integer: layers whose weight and input are both quantized multiply codes, not what
+    the codes stand for."""
 
     calib: CalibConfig = field(default_factory=CalibConfig)
     wgts: WeightsConfig = field(default_factory=WeightsConfig)
@@ -249,10 +250,8 @@ class QuantConfig:
     integer: bool = False
 
     def __post_init__(self):
-        if self.bits_from and (self.wgts.mixed or self.wgts.bits):
-            raise ValueError(
-                "quant.bits_from: the package tells all bits: leave wgts.bits, target_bits and target_mb out"
-            )
+        if self.bits_from and any(part.mixed or part.bits for part in (self.wgts, self.ipts)):
+            raise ValueError("quant.bits_from: the package tells all bits: leave bits and targets of wgts and ipts out")
         if self.calib.sequential and (self.wgts.mixed or self.ipts.mixed):
             raise ValueError("quant.calib.sequential: bits for a target are chosen in one pass: run that first, and "
                              "this with the bits in its config.yaml")  # fmt: skip

@@ -74,6 +74,9 @@ def test_a_student_may_start_by_post_training_quantization(params, tmp_path):
     assert jnp.allclose(effective_params(begin)["obj_ptr_proj"]["layers.0"]["kernel"], dequantize(found), atol=1e-6)
     with pytest.raises(ValueError, match="ptq: demo is quantized already: leave ptq out"):
         after_ptq(build("nano"), made, how, None, stage)
+    wrong = config(*FEW, "--ptq", "{calib: {path: scenes:3, num_samples: 1}, wgts: {dtype: sint3, skips: [neck]}}")
+    with pytest.raises(ValueError, match="^ptq.wgts.skips and bits: no layer under neck"):
+        after_ptq(build("nano"), params, wrong, find_seen(wrong, find_clips(wrong)[1]), stage)
 
 
 def test_the_ladder_gives_each_layer_the_lowest_width_that_errs_little(params):

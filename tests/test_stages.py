@@ -107,5 +107,9 @@ def test_the_bits_of_a_package_are_replayed(thorough):
     found = replay(load(None, flags).quant)
     assert found.bits_from == ""
     assert found.wgts.bits == {row["name"]: 4 for row in json.loads((thorough / "metrics.json").read_text())["layers"]}
+    assert found.ipts.bits == {}  # which are not rounded
+    chosen = load(thorough / "config.yaml", []).quant.ipts.bits
+    assert len(set(chosen.values())) > 1
+    assert replay(load(None, [*flags, "--quant.ipts.dtype", "sint8"]).quant).ipts.bits == chosen
     with pytest.raises(ValueError, match="quant.bits_from: the package tells all bits"):
         load(None, [*flags, "--quant.wgts.target_bits", "3"])
