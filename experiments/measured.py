@@ -6,6 +6,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import jax
+
 from converters.checkpoint import ASSETS
 from converters.package import load_package, save_package
 from sam2jq.eval.evaluate import Sample, evaluate_clips, evaluate_images, find_clips, find_samples
@@ -52,6 +54,8 @@ class Runs(dict[str, dict]):
         super().__init__((row["run"], row) for row in rows if row["weights"] == self.weights)
 
     def add(self, run: str, row: dict) -> None:
+        """Writes `row` down, and lets go of what its run compiled: ten models' programs do not fit into a process."""
         self[run] = {"weights": self.weights, "run": run} | row
         with self.path.open("a") as file:
             print(json.dumps(self[run]), file=file)
+        jax.clear_caches()

@@ -133,7 +133,6 @@ def main() -> None:
         if mark not in runs:
             params, more = make()
             runs.add(mark, {"scores": measure(model, params, IMAGES, CLIPS if clips else None)} | more)
-            jax.clear_caches()  # what several models compile does not fit into one process
 
     @cache
     def begin(name: str, kind: str) -> dict:

@@ -73,8 +73,6 @@ def main() -> None:
         run = f"fresh {name}" if fresh else name
         if run not in runs and (name == "full" or not told):
             runs.add(run, {"scores": measure(model, make(), images, CLIPS if clips and not fresh else None)})
-            if len(runs) % 5 == 0:
-                jax.clear_caches()  # the programs of more than ten models do not fit into one process
         return runs[run]["scores"] if run in runs else None
 
     def quantized(config: QuantConfig, seed: int) -> dict:
