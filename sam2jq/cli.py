@@ -456,8 +456,8 @@ def replay(quant: QuantConfig) -> QuantConfig:
     path = Path(quant.bits_from)
     rows = load_package(path / "package.pt" if path.is_dir() else path).summary()["layers"]
     wgts = replace(quant.wgts, bits={row["name"]: row["bits"] for row in rows})
-    dtypes = {row["name"]: row["inputs"] or "" for row in rows if quant.ipts.dtype}
-    ipts = replace(quant.ipts, bits={name: int(dtype[4:]) for name, dtype in dtypes.items() if "int" in dtype})
+    rounded = (row for row in rows if quant.ipts.dtype and "int" in (row["inputs"] or ""))
+    ipts = replace(quant.ipts, bits={row["name"]: int(row["inputs"][4:]) for row in rounded})  # of sintN, uintN
     return replace(quant, wgts=wgts, ipts=ipts, bits_from="")
 
 

@@ -134,8 +134,8 @@ def after_ptq(model: SAM2, params: dict, config: DistillConfig, seen: tuple, wat
         raise ValueError(f"ptq: {config.student.checkpoint} is quantized already: leave ptq out")
     try:
         done = run_ptq(model, params, replay(config.ptq), seen, config, watch)
-    except ValueError as error:  # which speaks of quantize's section
-        raise ValueError(str(error).replace("quant.", "ptq.")) from error
+    except ValueError as error:
+        raise ValueError(settings.told_of_ptq(str(error))) from error
     return list(done.reached.values())[-1]
 
 

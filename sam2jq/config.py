@@ -622,8 +622,12 @@ def load(path: str | None, flags: list[str], schema: type = Config):
             last = last.__cause__
         unmet = str(last).startswith("Couldn't instantiate")  # a __post_init__ above said why
         why = " ".join(str(last.__cause__ if unmet else last).split())
-        # what stands under ptq is quantize's section, whose errors call it quant
-        raise ValueError(why.replace("quant.", "ptq.") if within else why) from error
+        raise ValueError(told_of_ptq(why) if within else why) from error
+
+
+def told_of_ptq(message: str) -> str:
+    """An error of quantize's section `quant`, for the same that stands under `ptq`."""
+    return message.replace("quant.", "ptq.")
 
 
 def grid(overs: list[str]) -> list[dict[str, object]]:
