@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 import sam2jq
 from converters import hf
-from converters.files import load_torch, save_torch, whole
+from converters.exports.package import is_package, open_package
 from converters.names import array, from_torch, mismatches, shapes, to_torch
-from converters.package import is_package, open_package
+from converters.torch_files import load_torch, save_torch, whole
 from sam2jq.models.sam2 import SAM2, VARIANTS, VERSIONS, abstract_params, build, init_params
 from sam2jq.tree import flatten, suggest, unflatten
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import jax
 
 from converters.checkpoint import ASSETS
-from converters.package import load_package, save_package
+from converters.exports.package import load_package, save_package
 from sam2jq.eval.evaluate import Sample, evaluate_clips, evaluate_images, find_clips, find_samples
 from sam2jq.models.sam2 import SAM2
-from sam2jq.quant.act import simulated
+from sam2jq.predictors.video import VideoPredictor
+from sam2jq.quant.algorithms.activations import simulated
 from sam2jq.tree import flatten, kernels, layer_name
-from sam2jq.video import VideoPredictor
 
 Data = tuple[str, int]  # where it is, and how much of it
 

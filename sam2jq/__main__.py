@@ -1,3 +1,3 @@
-from sam2jq.cli import main
+from sam2jq.cli.main import main
 
 raise SystemExit(main())

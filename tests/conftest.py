@@ -11,22 +11,31 @@ import torch
 from PIL import Image
 
 from converters.checkpoint import save_checkpoint
+from converters.exports.vanilla import build_original
 from converters.names import from_torch
-from converters.vanilla import build_original
 from sam2jq import SAM2, abstract_params, build, init_params
 from sam2jq.data import draw_scene
 
 COMPILED = "JAX_COMPILATION_CACHE_DIR"
-LONGEST = ("test_cli", "test_demo_model", "test_parity", "test_cdpq", "test_video", "test_stages", "test_predict")
+LONGEST = (
+    "cli/test_main",
+    "test_demo_model",
+    "test_parity",
+    "test_trainer",
+    "predictors/test_video",
+    "test_pipeline",
+    "predictors/test_image",
+)
 SHARED = Path(__file__).parents[2] / "shared"
 
 
 def pytest_configure(config):
     """Programs that one test process compiled serve the other, and this one after `forget_programs`."""
     if not hasattr(config, "workerinput"):  # the first process, whose environment the others inherit
-        folder = tempfile.TemporaryDirectory(prefix="compiled")
-        config.add_cleanup(folder.cleanup)
-        os.environ[COMPILED] = folder.name
+        if COMPILED not in os.environ:  # a folder that the caller names keeps the programs for the next run
+            folder = tempfile.TemporaryDirectory(prefix="compiled")
+            config.add_cleanup(folder.cleanup)
+            os.environ[COMPILED] = folder.name
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"  # compiling takes most of the time here: a third less
         os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"  # the older code generator: again a third less
     jax.config.update("jax_disable_most_optimizations", True)
@@ -36,7 +45,7 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     """The files that take longest go first, so that no process is left with one of them at the end."""
-    items.sort(key=lambda item: item.path.stem not in LONGEST)
+    items.sort(key=lambda item: not item.path.with_suffix("").as_posix().endswith(LONGEST))
 
 
 @pytest.fixture(scope="module", autouse=True)

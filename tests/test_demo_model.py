@@ -5,12 +5,12 @@ import pytest
 
 from converters.checkpoint import load_checkpoint
 from sam2jq import QuantSpec, build, layers, round_weights
-from sam2jq.data.scenes import draw_scene, scene_seed
+from sam2jq.data.synthetic.scenes import draw_scene, scene_seed
 from sam2jq.eval.evaluate import evaluate_clips, evaluate_images, find_clips, find_samples
 from sam2jq.eval.metrics import iou
-from sam2jq.eval.segment import segment_objects, widest
-from sam2jq.quant.ops import effective_params
-from sam2jq.video import VideoPredictor
+from sam2jq.eval.prompted import segment_objects, widest
+from sam2jq.predictors.video import VideoPredictor
+from sam2jq.quant.leaves import effective_params
 
 CARD = {"box": 0.801, "1 click": 0.751, "3 clicks": 0.810}  # sam2jq/assets/nano.md
 IMAGES = find_samples("scenes:1001", 24)

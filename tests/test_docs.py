@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sam2jq import config
-from sam2jq.cli import command_parser
+from sam2jq.cli.main import command_parser
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -8,26 +8,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# each part may import those after it, and what stands beside: config, data, files, tree
-ORDER = ["cli", "converters", "middle", "models", "quant", "tree"]
-MIDDLE = {"calibrate", "cdpq", "controller", "distill", "eval", "losses"}
-MIDDLE |= {"processes", "ptq", "report", "track", "train"}
-BESIDE = {"config", "data", "files"}
+# each package may import those after it
+ORDER = ["cli", "report", "converters", "eval", "distillation", "ptq", "predictors", "training", "config", "models"]
+ORDER += ["quant", "io", "data", "files", "tree"]
 FILES = sorted([*(ROOT / "sam2jq").rglob("*.py"), *(ROOT / "converters").rglob("*.py")])
 
 
-def part(module: str) -> str | None:
-    """ "sam2jq.models.layers" -> "models"; None for other packages and for the package's own front."""
+def package(module: str) -> str | None:
+    """ "sam2jq.models.layers" -> "models"; None for other packages and for `sam2jq/__init__.py` itself."""
     names = module.split(".")
     if names[0] == "converters":
         return "converters"
     if names[0] != "sam2jq" or len(names) == 1 or names[1] in ("__main__", "__init__"):
         return None
-    if names[1] in ("predict", "video"):  # jitted entry points of the models, with their preprocessing
-        return "models"
-    if names[1].startswith("cli"):
-        return "cli"
-    return "middle" if names[1] in MIDDLE else names[1]
+    return names[1]
 
 
 def imported(path: Path) -> set[str]:
@@ -38,13 +32,9 @@ def imported(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_one_way(path):
-    own = part(".".join(path.relative_to(ROOT).with_suffix("").parts))
-    for other in filter(None, map(part, imported(path))):
-        if own is None or other == own:
-            continue
-        if own in BESIDE:
-            assert other == "tree", f"{own} imports {other}"
-        elif other not in BESIDE:
+    own = package(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    for other in filter(None, map(package, imported(path))):
+        if own is not None and other != own:
             assert ORDER.index(other) > ORDER.index(own), f"{own} imports {other}"
 
 
@@ -58,10 +48,10 @@ def test_sam2jq_works_where_torch_cannot_be_imported():
     program = """
 import sys
 sys.modules.update(torch=None, safetensors=None)
-import sam2jq, sam2jq.cli, jax
+import sam2jq, sam2jq.cli.main, jax
 model = sam2jq.build("nano")
 assert sam2jq.init_params(model, 0)
-assert sam2jq.cli.main(["inspect", "nothing"]) == 2
+assert sam2jq.cli.main.main(["inspect", "nothing"]) == 2
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr

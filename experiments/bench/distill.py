@@ -27,14 +27,14 @@ import optax
 import torch
 from encoder import proc
 
+from converters.exports.vanilla import build_original
 from converters.names import to_torch
-from converters.vanilla import build_original
 from sam2jq import build, init_params
-from sam2jq.distill import relative
-from sam2jq.quant.act import simulated
-from sam2jq.quant.fake_quant import learns, only, student
+from sam2jq.distillation.targets import relative
+from sam2jq.quant.algorithms.activations import simulated
+from sam2jq.quant.algorithms.fake_quant import learns, only, student
 from sam2jq.quant.spec import QuantSpec
-from sam2jq.train import init_state, make_train_step
+from sam2jq.training.step import init_state, make_train_step
 from sam2jq.tree import flatten, kernels, layer_name, unflatten
 
 SIDE, BITS, RATE = 1024, 4, 1e-4

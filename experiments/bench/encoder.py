@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import torch
 
-from converters.vanilla import build_original
+from converters.exports.vanilla import build_original
 from sam2jq import VARIANTS, build, init_params
 
 SIDE = 1024

@@ -23,18 +23,18 @@ import jax
 import numpy as np
 import torch
 
-from converters.files import whole
+from converters.torch_files import whole
 from sam2jq import QuantSpec, build, init_params
-from sam2jq.calibrate import collect
 from sam2jq.data import preprocess
-from sam2jq.data.scenes import draw_scene
+from sam2jq.data.synthetic.scenes import draw_scene
 from sam2jq.models.sam2 import TRUNK_LINEAR
-from sam2jq.quant.act import quantize_inputs
-from sam2jq.quant.gptq import GptqSpec, gptq
-from sam2jq.quant.lowrank import LowRankSpec, low_rank
-from sam2jq.quant.ops import matmul
+from sam2jq.ptq.calibration import collect
+from sam2jq.quant.algorithms.activations import quantize_inputs
+from sam2jq.quant.algorithms.gptq import GptqSpec, gptq
+from sam2jq.quant.algorithms.lowrank import LowRankSpec, low_rank
+from sam2jq.quant.algorithms.smooth import SmoothSpec, smooth
+from sam2jq.quant.leaves import matmul
 from sam2jq.quant.qtensor import quantize
-from sam2jq.quant.smooth import SmoothSpec, smooth
 from sam2jq.tree import flatten, kernels, layer_name
 
 W4, A8 = QuantSpec(4, group_size=32), QuantSpec(8)

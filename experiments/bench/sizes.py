@@ -8,7 +8,7 @@ Sizes do not depend on the weights' values, so random ones serve.
 import tempfile
 from pathlib import Path
 
-from converters.package import load_package, save_package
+from converters.exports.package import load_package, save_package
 from sam2jq import VARIANTS, QuantSpec, build, init_params, layers, round_weights
 
 MB = 1e6

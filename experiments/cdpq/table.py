@@ -22,10 +22,10 @@ import matplotlib.pyplot as plt
 
 from converters.checkpoint import load_checkpoint
 from experiments.measured import Runs, measure
-from sam2jq import build, cdpq
+from sam2jq import build
 from sam2jq import config as settings
-from sam2jq.cli import find_calibration, stage
-from sam2jq.cli_distill import after_ptq, start
+from sam2jq.cli.distill import after_ptq, start
+from sam2jq.cli.main import find_calibration, stage
 from sam2jq.config import (
     DataConfig,
     DistillConfig,
@@ -37,9 +37,10 @@ from sam2jq.config import (
     TrainConfig,
     WeightsConfig,
 )
-from sam2jq.data.reader import find_items
-from sam2jq.quant.fake_quant import frozen
-from sam2jq.quant.ops import effective_params
+from sam2jq.data.loader import find_items
+from sam2jq.distillation import trainer as cdpq
+from sam2jq.quant.algorithms.fake_quant import frozen
+from sam2jq.quant.leaves import effective_params
 
 SEEDS = (0, 1, 2)  # of the scenes to learn from, scenes:11 and up, and of their order
 TRAINED, IMAGES, CLIPS = 128, ("scenes:1001", 48), ("scenes:2002", 4)  # the latter two held out

@@ -30,14 +30,14 @@ from converters.checkpoint import save_checkpoint
 from sam2jq import SAM2, build, init_params
 from sam2jq.data import prompts
 from sam2jq.data.images import normalize
-from sam2jq.data.scenes import MAX_OBJECTS, build_world, pointable, render
-from sam2jq.losses import balanced_dice, focal_dice, mask_loss, soft_iou
+from sam2jq.data.synthetic.scenes import MAX_OBJECTS, build_world, pointable, render
 from sam2jq.models.decoder import Decoded
 from sam2jq.models.sam2 import MEMORIES, POINTERS
-from sam2jq.predict import LOGIT_LIMIT
-from sam2jq.train import fit, init_state, make_train_step
+from sam2jq.predictors.image import LOGIT_LIMIT
+from sam2jq.predictors.video import MemoryBank, Now, Tracked, memorize, remember, track
+from sam2jq.training.losses import balanced_dice, focal_dice, mask_loss, soft_iou
+from sam2jq.training.step import fit, init_state, make_train_step
 from sam2jq.tree import flatten, unflatten
-from sam2jq.video import MemoryBank, Now, Tracked, memorize, remember, track
 
 Array = jax.Array
 SMALL = 0.2  # deviation of features beside the position code's 0.7

@@ -25,8 +25,8 @@ from sam2jq import build
 from sam2jq import config as settings
 from sam2jq.config import GptqConfig, LowRankConfig, QuantConfig, RotationConfig, SmoothConfig, SmoothProjConfig
 from sam2jq.data import find_images, preprocess, read_image
-from sam2jq.ptq import quantize_params
-from sam2jq.quant.ops import effective_params
+from sam2jq.ptq.pipeline import quantize_params
+from sam2jq.quant.leaves import effective_params
 
 GRIDS = ("w8a8", "w4a16", "w4a8", "w4a4", "w3a16")  # weights and inputs as in experiments/nano_*.yaml
 SEEDS = (7, 8, 9)  # of the scenes to calibrate on; figures are medians over these

@@ -8,7 +8,7 @@ import time
 from converters.checkpoint import load_checkpoint
 from experiments.measured import measure
 from sam2jq import QuantSpec, build, layers, round_weights
-from sam2jq.quant.ops import effective_params
+from sam2jq.quant.leaves import effective_params
 
 BITS = (None, 8, 6, 5, 4, 3, 2)  # None: full precision
 IMAGES, CLIPS = ("scenes:1001", 100), ("scenes:2002", 6)  # held out

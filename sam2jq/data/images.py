@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from sam2jq.data.scenes import draw_scene, scene_seed
+from sam2jq.data.synthetic.scenes import draw_scene, scene_seed
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 SAV_FRAMES = "JPEGImages_24fps"

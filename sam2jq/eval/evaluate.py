@@ -9,12 +9,12 @@ import numpy as np
 from sam2jq.data.coco import coco_images, read_instances
 from sam2jq.data.images import read_image, scene_names
 from sam2jq.data.sav import read_mask, vos_videos
-from sam2jq.data.scenes import Clip, draw_clip, draw_scene, scene_seed
+from sam2jq.data.synthetic.scenes import Clip, draw_clip, draw_scene, scene_seed
 from sam2jq.data.video import Video, open_video, video_of
 from sam2jq.eval.metrics import VideoScores, mean_scores, video_scores
-from sam2jq.eval.segment import follow, mean_ious, object_ious, segment_objects
+from sam2jq.eval.prompted import follow, mean_ious, object_ious, segment_objects
 from sam2jq.models.sam2 import SAM2
-from sam2jq.video import VideoPredictor
+from sam2jq.predictors.video import VideoPredictor
 
 
 class Sample(NamedTuple):

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sam2jq.eval.compare import Compared, prompt_grid
+from sam2jq.eval.agreement import Compared, prompt_grid
 from sam2jq.eval.metrics import iou
-from sam2jq.eval.segment import widest
+from sam2jq.eval.prompted import widest
 
 WORST, RANDOM = 5, 7
 

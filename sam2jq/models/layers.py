@@ -12,8 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sam2jq.quant import ops
-from sam2jq.quant.observe import FOLDS
+from sam2jq.quant import leaves as ops
+from sam2jq.quant.stats import FOLDS
 
 Array = jax.Array
 HIDDEN = -1e9  # added to the score of a key that is not there

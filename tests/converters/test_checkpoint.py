@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import load_file
 
 from converters.checkpoint import load_checkpoint, save_checkpoint
+from converters.exports.vanilla import build_original
 from converters.names import from_torch, shapes, to_torch
-from converters.vanilla import build_original
 from sam2jq import VARIANTS, abstract_params, build, init_params
 from tests.conftest import twin
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from converters import hf
-from converters.vanilla import define_torchvision_operators
+from converters.exports.vanilla import define_torchvision_operators
 from sam2jq.tree import flatten
 from tests.conftest import twin
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from sam2jq.data import draw_scene, find_images, preprocess, read_image
-from sam2jq.data.scenes import scene_seed
+from sam2jq.data.synthetic.scenes import scene_seed
 
 
 def write_images(root: Path, *names: str) -> Path:
@@ -174,7 +174,7 @@ def test_scenes_need_a_seed_and_a_number(spec, num_samples, message):
 def test_preprocess_equals_the_transforms_of_sam2(shape, size):
     """Within 1e-5: both resize in float32 but round their filter weights differently; measured 1.1e-6."""
     pytest.importorskip("torch")
-    pytest.importorskip("converters.vanilla").define_torchvision_operators()
+    pytest.importorskip("converters.exports.vanilla").define_torchvision_operators()
     transforms = pytest.importorskip("sam2.utils.transforms")
     image = random_image(*shape)
     expected = transforms.SAM2Transforms(size, mask_threshold=0.0)(image).permute(1, 2, 0).numpy()

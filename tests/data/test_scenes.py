@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 from scipy.ndimage import binary_fill_holes, label
 
-from sam2jq.data import draw_clip, draw_scene, scenes, shapes
-from sam2jq.data.scenes import CENTRE, MAX_OBJECTS, MIN_VISIBLE, Motion, build_world, render
+from sam2jq.data import draw_clip, draw_scene
+from sam2jq.data.synthetic import scenes, shapes
+from sam2jq.data.synthetic.scenes import CENTRE, MAX_OBJECTS, MIN_VISIBLE, Motion, build_world, render
 
 SEEDS = range(60)
 PLAIN = {"camera": Motion(CENTRE, 1), "slope": 0, "dapple": 0, "blurs": np.zeros(2), "grain": 0, "strokes": []}

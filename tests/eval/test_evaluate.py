@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam2jq.cli import main
+from sam2jq.cli.main import main
 from sam2jq.data.sav import read_mask, write_mask
-from sam2jq.data.scenes import draw_clip
+from sam2jq.data.synthetic.scenes import draw_clip
 from sam2jq.eval.evaluate import find_clips, find_samples, track_objects
 from sam2jq.eval.metrics import video_scores
 

@@ -1,6 +1,6 @@
 import numpy as np
 
-from sam2jq.eval.compare import Compared, prompt_grid
+from sam2jq.eval.agreement import Compared, prompt_grid
 from sam2jq.eval.gallery import RANDOM, WORST, Gallery, Shown, add, draw, of_clicks, of_objects
 
 

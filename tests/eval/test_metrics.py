@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
-from sam2jq.eval.compare import prompt_grid
+from sam2jq.eval.agreement import prompt_grid
 from sam2jq.eval.metrics import (
     VideoScores,
     boundary_iou,

@@ -1,0 +1,255 @@
+"""A quantized Hiera as nunchaku's two files, and what its run time computes with them.
+
+Letters: M tokens, K inputs, N outputs, R rank, G groups of 64 inputs; h16 bfloat16.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from jax import lax
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from converters import hf
+from converters.exports.nunchaku import BF16, INT4_GROUP, Layer, pack_layer, unpack_layer
+from converters.names import array, tensor, to_torch, torch_key
+from converters.torch_files import whole
+from sam2jq.models.sam2 import TRUNK_LINEAR
+from sam2jq.quant.algorithms.lowrank import LowRank
+from sam2jq.quant.algorithms.rotate import Rotated
+from sam2jq.quant.algorithms.smooth import Smoothed
+from sam2jq.quant.leaves import contract, dense, effective, effective_params
+from sam2jq.quant.qtensor import QTensor, dequantize, quantize
+from sam2jq.quant.spec import QuantSpec
+from sam2jq.tree import flatten, kernels, layer_name, pytree, unflatten
+
+BLOCKS, REST = "hiera_blocks.safetensors", "unquantized_layers.safetensors"
+GRID = QuantSpec(4, group_size=INT4_GROUP, scales="bfloat16")  # the one that the kernels know
+NORM = re.compile(r".*\.blocks\.\d+\.(layer_)?norm[12]\.(weight|bias)")
+MODEL_CLASS = "NunchakuSam2HieraModel"
+WHY_NOT_ROTATED = "nunchaku's kernels do not rotate what enters a layer: quantize without quant.rotation for such files"
+
+
+def save_nunchaku(folder: Path, params: dict, model: Mapping, names: str) -> None:
+    """Writes BLOCKS, the trunk's linears that stand on GRID and the norms of its blocks, and REST, all other tensors.
+
+    model: what the files' metadata says of it. names: "original" or "huggingface", in which tensors are called. Leaves
+    elsewhere than in the trunk are written as what they stand for.
+    ValueError: a rotated layer, or no trunk linear on GRID.
+    """
+    flat = flatten(params)
+    chosen = [p for p, leaf in kernels(flat).items() if TRUNK_LINEAR.fullmatch(layer_name(p)) and on_grid(leaf)]
+    if not chosen:
+        raise ValueError("no linear of the trunk is quantized: nunchaku files would hold nothing that is")
+    layers = {p: to_layer(flat[p], flat[p.replace("kernel", "bias")]) for p in chosen}
+    rank = max(16, *(-(-len(layer.down) // 16) * 16 for layer in layers.values()))  # one for all: loaders are strict
+    rest = to_torch(effective_params(params))
+    for path in chosen:
+        del rest[torch_key(path)], rest[torch_key(path.replace("kernel", "bias"))]
+    rest = hf.to_hf(rest) if names == "huggingface" else rest
+    norms = {name: t for name, t in rest.items() if NORM.fullmatch(name)}
+
+    linears, sizes = {}, {}
+    for path, layer in layers.items():
+        name = module_name(path, names)
+        packed = pack_layer(with_rank(layer, rank))
+        linears |= {f"{name}.{part}": tensor(t) for part, t in packed.items()}
+        outputs, inputs = layer.codes.shape
+        sizes[name] = {"in_features": inputs, "out_features": outputs} | {
+            "padded_in_features": -(-inputs // 128) * 128,
+            "padded_out_features": -(-outputs // 128) * 128,
+        }
+    header = {
+        "model_class": MODEL_CLASS,
+        "config": json.dumps({"_class_name": MODEL_CLASS, **model, "names": names, "linears": sizes}),
+        "quantization_config": json.dumps({"method": "svdquant", "weight": side(), "activation": side(), "rank": rank}),
+    }
+    for name, tensors in ((BLOCKS, linears | norms), (REST, {k: t for k, t in rest.items() if k not in norms})):
+        with whole(folder / name) as temporary:
+            save_file(tensors, temporary, metadata=header)
+
+
+def load_nunchaku(folder: Path) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, torch.Tensor], dict]:
+    """The packed tensors of each linear by its name in the files, all other tensors, and the config in the header."""
+    everything = {}
+    for file in (BLOCKS, REST):
+        with safe_open(folder / file, "pt") as opened:
+            everything |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            config = json.loads(opened.metadata()["config"])
+    linears = {name: {} for name in config["linears"]}
+    for key in list(everything):
+        module, _, part = key.rpartition(".")
+        if module in linears:
+            linears[module][part] = array(everything.pop(key))
+    return linears, everything, config
+
+
+def side() -> dict:
+    """How weights, and activations, are rounded, as the files' header says it."""
+    return {"dtype": "int4", "scale_dtype": None, "group_size": INT4_GROUP}
+
+
+def module_name(path: str, names: str) -> str:
+    """The module of a kernel's path in the naming style `names`."""
+    key = torch_key(path)
+    return (hf.to_hf({key: torch.empty(0)}).popitem()[0] if names == "huggingface" else key).removesuffix(".weight")
+
+
+def with_rank(layer: Layer, rank: int) -> Layer:
+    """`layer` with factors of that rank, zeros appended."""
+    return layer._replace(
+        down=np.pad(layer.down, ((0, rank - len(layer.down)), (0, 0))),
+        up=np.pad(layer.up, ((0, 0), (0, rank - layer.up.shape[1]))),
+    )
+
+
+def peel(leaf) -> tuple[object, dict]:
+    """The innermost part of a weight leaf, and {class: leaf} of those around it."""
+    around = {}
+    while hasattr(leaf, "inner"):
+        around[type(leaf)] = leaf
+        leaf = leaf.inner
+    return leaf, around
+
+
+def on_grid(leaf) -> bool:
+    """Whether a leaf's codes can stand in the file as they are; ValueError for a rotated one."""
+    inner, around = peel(leaf)
+    if Rotated in around:
+        raise ValueError(WHY_NOT_ROTATED)
+    plain = QuantSpec(4, group_size=INT4_GROUP)
+    return isinstance(inner, QTensor) and inner.spec in (GRID, plain)
+
+
+def to_layer(leaf, bias) -> Layer:
+    """The linear of a leaf on GRID and its bias [N], in the file's terms."""
+    q, around = peel(leaf)
+    inputs, outputs = q.values.shape
+    smooth = np.asarray(around[Smoothed].scale) if Smoothed in around else np.ones(inputs, np.float32)
+    down, up = np.zeros((inputs, 0), np.float32), np.zeros((0, outputs), np.float32)
+    if LowRank in around:
+        down, up = np.asarray(around[LowRank].down), np.asarray(around[LowRank].up)
+    h16 = lambda x: np.asarray(x).astype(BF16).astype(np.float32)
+    return Layer(np.asarray(q.values).T, h16(q.scale).T, np.asarray(bias), h16(smooth), down.T, up.T)
+
+
+def onto_grid(params: dict) -> tuple[dict, list[str]]:
+    """`params` with the trunk's linears that stand on another grid rounded once more, to nearest, onto GRID; and which.
+
+    Each keeps its smoothing and its branch; how activations are rounded is up to the kernels.
+    """
+
+    def change(leaf):
+        q, around = peel(leaf)
+        w = jax.jit(quantize, static_argnums=1)(jnp.asarray(dequantize(q)), GRID)
+        if LowRank in around:
+            w = LowRank(w, around[LowRank].down, around[LowRank].up)
+        return Smoothed(w, around[Smoothed].scale) if Smoothed in around else w
+
+    flat = flatten(params)
+    others = {
+        path: leaf
+        for path, leaf in kernels(flat).items()
+        if TRUNK_LINEAR.fullmatch(layer_name(path)) and isinstance(peel(leaf)[0], QTensor) and not on_grid(leaf)
+    }
+    return unflatten(flat | {path: change(leaf) for path, leaf in others.items()}), list(map(layer_name, others))
+
+
+def in_file_precision(leaf):
+    """A leaf that is yet to be rounded with its smoothing and its branch in h16, and the rest made up to the same sum.
+
+    So what the file cannot hold of them is not lost but left to the codes.
+    """
+    inner, around = peel(leaf)
+    if Rotated in around:
+        raise ValueError(WHY_NOT_ROTATED)
+    h16 = lambda x: lax.reduce_precision(jnp.asarray(x), exponent_bits=8, mantissa_bits=7)
+    whole_weight = effective(leaf)
+    smooth = h16(around[Smoothed].scale) if Smoothed in around else jnp.ones(len(inner))
+    rest = whole_weight * smooth[:, None]
+    if LowRank in around:
+        before = around[Smoothed].scale if Smoothed in around else 1.0
+        down = h16((around[LowRank].down.T / before).T) * smooth[:, None]  # the file holds it divided by smooth
+        up = h16(around[LowRank].up)
+        rest = LowRank(rest - jnp.matmul(down, up, precision="highest"), down, up)
+    return Smoothed(rest, smooth) if Smoothed in around else rest
+
+
+@pytree()
+class Kernel:
+    """A linear as the run time computes it: its codes [K, N], scales [G, N], bias [N], smooth [K], and the factors
+    down [K, R], of inputs not yet divided by smooth, and up [R, N].
+    """
+
+    codes: jax.Array
+    scales: jax.Array
+    bias: jax.Array
+    smooth: jax.Array
+    down: jax.Array
+    up: jax.Array
+
+
+def read_kernel(tensors: Mapping[str, np.ndarray], in_features: int, out_features: int) -> Kernel:
+    """What one linear's tensors in the file hold."""
+    layer = unpack_layer(tensors, in_features, out_features)
+    down = layer.down / layer.smooth  # as it stands there
+    return Kernel(*map(jnp.asarray, (layer.codes.T, layer.scales.T, layer.bias, layer.smooth)),
+                  jnp.asarray(down.T, jnp.float32), jnp.asarray(layer.up.T))  # fmt: skip
+
+
+@effective.register
+def _(w: Kernel) -> jax.Array:
+    rows = w.scales.repeat(INT4_GROUP, axis=0)[: len(w.codes)]
+    return w.codes * rows / w.smooth[:, None] + jnp.matmul(w.down, w.up, precision="highest")
+
+
+@contract.register
+def _(w: Kernel, x: jax.Array, product) -> jax.Array:
+    if product is not dense:
+        raise ValueError("nunchaku computes linears only")
+    return (run(w, x) - w.bias).astype(x.dtype)  # the layer around adds the bias
+
+
+def run(w: Kernel, x: jax.Array) -> jax.Array:
+    """f32 [..., N], of h16 values: what the kernels compute for x [..., K], rounded to h16 wherever they round.
+
+    Activations in 4 bits with a scale for each token and 64 channels; products exact in integers; groups added up in
+    h16, one after the other; then the bias; the branch, which reads x itself, in float32.
+    """
+    h16 = lambda y: lax.reduce_precision(y, exponent_bits=8, mantissa_bits=7)
+    product = lambda a, b: jnp.matmul(a, b, precision="highest")
+    tokens, inputs = x.reshape(-1, x.shape[-1]).astype(jnp.float32), len(w.codes)
+    tokens = h16(tokens)
+    fill = [(0, 0), (0, -inputs % INT4_GROUP)]
+    groups = jnp.pad(h16(tokens / w.smooth), fill).reshape(len(tokens), -1, INT4_GROUP)
+    scale = jnp.abs(groups).max(-1) * jnp.float32(1 / 7)  # [M, G]
+    steps = jnp.clip(jnp.round(groups / jnp.where(scale > 0, scale, 1)[..., None]), -8, 7)
+    codes = jnp.pad(w.codes.astype(jnp.float32), fill[::-1]).reshape(-1, INT4_GROUP, w.codes.shape[1])
+
+    def add(total: jax.Array, group: tuple) -> tuple[jax.Array, None]:
+        step, code, activation_scale, weight_scale = group
+        factor = h16(h16(activation_scale)[:, None] * weight_scale)
+        return h16(h16(product(step, code)) * factor + total), None
+
+    start = jnp.zeros((len(tokens), w.codes.shape[1]))
+    main, _ = lax.scan(add, start, (steps.swapaxes(0, 1), codes, scale.T, w.scales))
+    out = h16(h16(main + w.bias) + product(h16(product(tokens, w.down)), w.up))
+    return out.reshape(*x.shape[:-1], -1)
+
+
+def computed_by_kernels(params: dict, folder: Path) -> dict:
+    """`params` with the linears in `folder` as the run time computes them, and all else as it is in the files."""
+    linears, _, config = load_nunchaku(folder)
+    flat = flatten(effective_params(params))
+    for path in kernels(flat):
+        if packed := linears.get(name := module_name(path, config["names"])):
+            size = config["linears"][name]
+            flat[path] = kernel = read_kernel(packed, size["in_features"], size["out_features"])
+            flat[path.replace("kernel", "bias")] = kernel.bias
+    return unflatten(flat)

@@ -1,0 +1,91 @@
+"""Quantized params as an ordinary SAM 2: its state dict, and the original model it loads in."""
+
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from converters.names import to_torch
+from converters.torch_files import save_torch
+from sam2jq.models.sam2 import VARIANTS, variant_name
+from sam2jq.quant.leaves import effective_params
+
+CONFIGS = {"tiny": "t", "small": "s", "base-plus": "b+", "large": "l", "nano": "t"}
+NANO = (
+    "++model.image_encoder.trunk.embed_dim=32",
+    "++model.image_encoder.trunk.stages=[1,2,3,1]",
+    "++model.image_encoder.trunk.global_att_blocks=[4]",
+    "++model.image_encoder.trunk.window_spec=[8,4,8,4]",
+    "++model.image_encoder.neck.d_model=64",
+    "++model.image_encoder.neck.position_encoding.num_pos_feats=64",
+    "++model.image_encoder.neck.backbone_channel_list=[256,128,64,32]",
+    "++model.memory_attention.d_model=64",
+    "++model.memory_attention.num_layers=2",
+    "++model.memory_attention.layer.d_model=64",
+    "++model.memory_attention.layer.dim_feedforward=256",
+    "++model.memory_attention.layer.self_attention.embedding_dim=64",
+    "++model.memory_attention.layer.cross_attention.embedding_dim=64",
+    "++model.memory_attention.layer.cross_attention.kv_in_dim=16",
+    "++model.memory_encoder.out_dim=16",
+    "++model.memory_encoder.in_dim=64",
+    "++model.memory_encoder.position_encoding.num_pos_feats=16",
+    "++model.memory_encoder.fuser.layer.dim=64",
+    "++model.memory_encoder.mask_downsampler.embed_dim=64",
+)
+
+
+def save_vanilla(path: str | Path, params: dict, random: bool = False) -> None:
+    """Writes {"model": state_dict} of what `params` stand for: loads strictly in build_sam2, needs nothing of ours.
+
+    A note beside the weights, which build_sam2 does not read, says where they are random.
+    """
+    note = {"random_weights": True} if random else {}
+    save_torch(path, {"model": to_torch(effective_params(params))} | note)
+
+
+def hydra_config(name: str, version: str = "2.1", image_size: int | None = None) -> tuple[str, list[str]]:
+    """The config file and the `hydra_overrides_extra` that make build_sam2 build a size of ours."""
+    name = variant_name(name)
+    overrides = list(NANO) if name == "nano" else []
+    size = image_size or VARIANTS[name].image_size
+    if size != 1024:
+        overrides.append(f"++model.image_size={size}")
+    family = {"2.0": "sam2", "2.1": "sam2.1"}[version]
+    return f"configs/{family}/{family}_hiera_{CONFIGS[name]}.yaml", overrides
+
+
+def build_original(
+    name: str,
+    version: str = "2.1",
+    image_size: int | None = None,
+    checkpoint: str | Path | None = None,
+    *,
+    video: bool = False,
+) -> torch.nn.Module:
+    """The unmodified SAM 2 of the `sam2` package, on the CPU, in eval mode; with `video`, its SAM2VideoPredictor."""
+    define_torchvision_operators()
+    from sam2.build_sam import build_sam2, build_sam2_video_predictor
+
+    config, overrides = hydra_config(name, version, image_size)
+    checkpoint = None if checkpoint is None else os.fspath(checkpoint)
+    make = build_sam2_video_predictor if video else build_sam2
+    return make(config, checkpoint, device="cpu", hydra_overrides_extra=overrides)
+
+
+@cache  # an operator lives as long as its library object
+def define_torchvision_operators() -> torch.library.Library | None:
+    """torchvision's nms and qnms declared where its binary cannot be loaded, as beside a CPU build of torch.
+
+    Its Python side stops at import without them; SAM 2 itself calls neither.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        library = torch.library.Library("torchvision", "DEF")
+        for operator in ("nms", "qnms"):
+            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        return library
+    return None

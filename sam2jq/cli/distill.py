@@ -1,0 +1,295 @@
+"""`sam2jq distill`: CDPQ from the command line, on one process or many."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from sam2jq import __version__
+from sam2jq import config as settings
+from sam2jq.cli.main import find_calibration, job_folder, load_model, replay, run_ptq, stage
+from sam2jq.config import DistillConfig
+from sam2jq.data.loader import Item, check_disjoint, find_items, read_item, split_of
+from sam2jq.distillation import trainer as cdpq
+from sam2jq.distillation.schedule import ladder
+from sam2jq.eval.fidelity import STAGE_IMAGES, find_truth, layer_figures, measure, truth_id
+from sam2jq.eval.metrics import relative_error
+from sam2jq.models.sam2 import SAM2
+from sam2jq.ptq.calibration import collect, fingerprint
+from sam2jq.ptq.recipe import activation_specs, check_prefixes, round_weights, weight_specs
+from sam2jq.ptq.recipe import layers as all_layers
+from sam2jq.quant.algorithms.activations import quantize_inputs, simulated
+from sam2jq.quant.algorithms.bit_allocation import WIDTHS, error_by_width
+from sam2jq.quant.algorithms.fake_quant import frozen, innermost, learning, student
+from sam2jq.quant.leaves import effective_params
+from sam2jq.quant.qtensor import QTensor
+from sam2jq.quant.spec import QuantSpec
+from sam2jq.quant.transform import Stats, each_layer
+from sam2jq.report import curves, text
+from sam2jq.report.run import layer_rows, merged, save_run
+from sam2jq.training.distributed import join_processes
+from sam2jq.training.metric_logging import tracker
+from sam2jq.tree import flatten, kernels, layer_name, unflatten
+
+COMPARED = 16  # held-out clips whose masks are compared at the end
+LOOKED_AT = 32  # clips that tell the ladder what enters a layer
+log = logging.getLogger("sam2jq")
+
+
+def run(config: DistillConfig, job: str, command: str) -> None:
+    """Teacher + student + frames -> <output.root>/<job>/ with package, vanilla checkpoint, curves and page."""
+    from converters.exports.package import load_package, save_package
+    from converters.exports.vanilla import save_vanilla
+
+    join_processes(config.distributed)
+    if jax.process_index():
+        log.setLevel(logging.WARNING)
+    final, record = Path(config.output.root) / (config.output.job or job), []
+    timed = partial(stage, record=record)
+    with shared_folder(final, settings.dump(config)) as folder:
+        with timed("data", f"{config.data.train}, {config.data.val}"):
+            train, val = find_clips(config)
+            seen = find_seen(config, val)
+        load = partial(load_model, cache=config.cache.root, image_size=config.data.image_size)
+        (teaching, teacher), (model, checkpoint) = load(config.teacher), load(config.student)
+        check_pair(teaching, model)
+        known = cdpq.Teacher(teaching, effective_params(teacher.params))
+        full = known.params if teaching == model else effective_params(checkpoint.params)
+        params = after_ptq(model, checkpoint.params, config, seen, timed) if config.ptq else checkpoint.params
+        begin = start(params, config, what_enters(model, params, train, config.distill))
+        with timed("teach", f"{len(val)} held-out clips"):
+            study = cdpq.study_of(model, known, train, val, config)
+        what = f"{len(train)} clips, {config.train.epochs} epochs, {len(learning(begin))} layers learn"
+        watched = tracker(config, folder), progress(study.epoch * config.train.epochs, config.train.batch_size)
+        with timed("distill", what), watched[0] as track, watched[1] as show:
+            best = cdpq.distill(begin, study, config, folder, lambda row: (track(row), show(row)))
+        if jax.process_index():
+            return
+        names, asked = [item.frames[0] for item in val[:COMPARED]], measured_as(config, len(val))
+        truth, reached = find_truth(asked), {"start": frozen(begin), "distill": frozen(best)}
+        kinds = {"full precision": full} | {name: simulated(tree) for name, tree in reached.items()}
+        results, errors, gallery = measure(model, kinds, reached, names, truth, asked, timed)
+        layers = layer_figures(full, reached["distill"], {})
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        told = history(rows)
+        with timed("write", "package.pt, vanilla.pt, curves.png"):
+            config_as = settings.to_dict(config) | {"model": settings.to_dict(config.student)}
+            metadata = {
+                "model": settings.to_dict(config.student) | {"image_size": model.variant.image_size},
+                "names": checkpoint.names,
+                "checkpoint": fingerprint(full),
+                "random_weights": checkpoint.random,
+                "config": config_as,
+                "results": results,
+                "history": told,
+                "versions": {"sam2jq": __version__} | {name: version(name) for name in ("jax", "flax", "torch")},
+            }
+            errors_of = {layer: row["relative_error"] for layer, row in layers.items()}
+            save_package(folder / "package.pt", reached["distill"], errors_of, metadata)
+            save_vanilla(folder / "vanilla.pt", reached["distill"], checkpoint.random)
+            curves.draw(told).savefig(folder / "curves.png", dpi=120)
+            summary = load_package(folder / "package.pt").summary()
+        metrics = summary | {
+            "layers": layer_rows(summary["layers"], layers, {}),
+            "unquantized": [layer for layer in all_layers(full) if layer not in layers],
+            "stages": [row | errors.get(row["name"], {}) for row in merged(record)],
+            "stage_images": min(STAGE_IMAGES, len(names)),
+            "images_id": fingerprint({}, names),
+            "truth_id": truth_id(truth),
+            "asked": config_as,
+            "command": command,
+            "history": told,
+        }
+        save_run(folder, metrics, gallery)
+        log.info("\n%s", text.totals(summary))
+    log.info("\nwritten     %s (all layers: sam2jq inspect %s; curves: %s)", final, final, final / "curves.png")
+    log.info("report      %s", final / "report.html")
+
+
+def find_seen(config: DistillConfig, val: list[Item]) -> tuple[list[Item], list[str]] | None:
+    """What `ptq` calibrates on, as `find_calibration` gives it. ValueError: held-out clips, or several processes."""
+    if config.ptq is None:
+        return None
+    if jax.process_count() > 1:
+        raise ValueError("ptq runs in one process: run quantize first, and give its package as student.checkpoint")
+    found = find_calibration(config.ptq.calib, config.seed)
+    check_disjoint(found[0], val, "ptq.calib.path")
+    return found
+
+
+def after_ptq(model: SAM2, params: dict, config: DistillConfig, seen: tuple, watch: Callable) -> dict:
+    """`params` quantized as `ptq` says, calibrated on what was `seen`.
+
+    ValueError: they are quantized already; and all that quantize raises.
+    """
+    if any(not isinstance(kernel, jax.Array | np.ndarray) for kernel in kernels(flatten(params)).values()):
+        raise ValueError(f"ptq: {config.student.checkpoint} is quantized already: leave ptq out")
+    try:
+        done = run_ptq(model, params, replay(config.ptq), seen, config, watch)
+    except ValueError as error:
+        raise ValueError(settings.told_of_ptq(str(error))) from error
+    return list(done.reached.values())[-1]
+
+
+def what_enters(model: SAM2, params: dict, clips: list[Item], config: settings.LessonConfig) -> dict[str, Stats]:
+    """{layer: Stats} of the first of `clips` where the ladder goes by outputs, else nothing."""
+    if (config.confidence_method, config.confidence_on) != ("ladder", "output"):
+        return {}
+    size = model.variant.image_size
+    with stage("calibrate", f"what enters each layer, {len(clips[:LOOKED_AT])} clips"):
+        frames = lambda n: (read_item(clip, size) for clip in clips[n:LOOKED_AT])
+        return collect(model, effective_params(params), frames, {"gram"})
+
+
+def errors_by_width(
+    params: dict, specs: dict[str, QuantSpec], widths: list[int], stats: dict[str, Stats]
+) -> dict[str, dict[int, float]]:
+    """{layer: {bits: error}} of rounding to nearest: |x w_hat - x w| / |x w| for the inputs x of layers in `stats`,
+    |w_hat - w| / |w| of others."""
+    plain, errors = flatten(effective_params(params)), {layer: {} for layer in specs}
+    if stats:
+        for path, w in kernels(plain).items():
+            if spec := specs.get(layer := layer_name(path)):
+                lost = np.sqrt(error_by_width(w, stats[layer].gram, spec)).tolist()
+                errors[layer] = dict(zip(WIDTHS, lost))
+        return errors
+    for bits in widths:
+        at = {layer: replace(spec, bits=bits) for layer, spec in specs.items()}
+        rounded = flatten(effective_params(round_weights(unflatten(plain), at)))
+        for path in kernels(plain):
+            if layer_name(path) in specs:
+                errors[layer_name(path)][bits] = relative_error(rounded[path], plain[path])
+    return errors
+
+
+def measured_as(config: DistillConfig, held_out: int) -> settings.Config:
+    """The settings under which `quantize` would measure the student; images are those of validation."""
+    calib = settings.CalibConfig(config.data.val, held_out)
+    quant = settings.QuantConfig(calib, config.quant.wgts, config.quant.ipts)
+    return settings.Config(config.student, quant=quant, measure=config.measure, seed=config.seed)
+
+
+@contextmanager
+def shared_folder(final: Path, resumes: str) -> Iterator[Path]:
+    """`job_folder` of process 0, for all processes."""
+    if jax.process_index() == 0:
+        with job_folder(final, resumes) as folder:
+            meet("folder")
+            yield folder
+    else:
+        meet("folder")
+        yield final.with_name(f".{final.name}.partial")
+
+
+def meet(name: str) -> None:
+    """Waits for all processes."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def find_clips(config: DistillConfig) -> tuple[list[Item], list[Item]]:
+    """The clips to learn from and to validate on. ValueError: they overlap, or do not fill a batch."""
+    data, batch = config.data, config.train.batch_size
+    find = partial(find_items, seed=config.seed, frames=data.frames, stride=data.stride)
+    train = find(split_of(data.train, "sav_train"), data.train_samples)
+    val = find(split_of(data.val, "sav_val"), data.val_samples)
+    check_disjoint(train, val)
+    for key, items in {"data.train": train, "data.val": val}.items():
+        if len(items) < batch:
+            raise ValueError(
+                f"{key} holds {len(items)} clips, which do not fill a batch of {batch}: give more data, or lower "
+                "train.batch_size"
+            )
+    if batch % jax.device_count():
+        raise ValueError(f"train.batch_size {batch} cannot be split evenly over {jax.device_count()} devices")
+    return train, val
+
+
+def check_pair(teacher: SAM2, model: SAM2) -> None:
+    """ValueError unless a student can learn from a teacher: sizes may differ, what the decoder gets may not."""
+    theirs, own = teacher.variant, model.variant
+    for name in ("image_size", "features", "memory_features"):
+        if getattr(theirs, name) != getattr(own, name):
+            raise ValueError(
+                f"teacher and student: {name} is {getattr(theirs, name)} and {getattr(own, name)}: a student learns "
+                "from a teacher of the same, such as nano from nano, tiny from small, base-plus from large"
+            )
+
+
+def start(params: dict, config: DistillConfig, stats: dict[str, Stats] | None = None) -> dict:
+    """The student: layers of the checkpoint that are quantized keep their grids, the others start on the config's.
+
+    stats: as `what_enters` finds them, for a ladder that goes by outputs.
+    """
+    quant, flat = config.quant, kernels(flatten(params))
+    wgts = quant.wgts
+    if quant.initial_bits is not None:
+        wgts = replace(wgts, dtype=f"{wgts.dtype[:-1]}{quant.initial_bits}")
+    layers = [layer_name(path) for path in flat]
+    specs = weight_specs(wgts, layers)
+    check_prefixes("quant.target_roots", quant.target_roots, layers)
+    if config.distill.confidence_method == "ladder":
+        rungs = [bits for bits in config.distill.bit_candidates if bits >= quant.min_bits]
+        chosen = ladder(errors_by_width(params, specs, rungs, stats or {}), rungs, config.distill.confidence_threshold)
+        specs = {layer: replace(spec, bits=chosen[layer]) for layer, spec in specs.items()}
+    made = student(params, specs)
+    if quant.ipts.dtype is None:
+        return made
+    bare = [layer for path, layer in zip(flat, layers) if not isinstance(innermost(flat[path]), QTensor)]
+    inputs = {layer: spec for layer, spec in activation_specs(quant.ipts, specs).items() if layer in bare}
+    return each_layer(partial(quantize_inputs, static=quant.ipts.static), inputs).apply(made, {})
+
+
+def history(rows: list[dict]) -> dict:
+    """What the run's curves and its heat map are drawn from, out of metrics.jsonl."""
+    told = [row for row in rows if "bits" in row]
+    layers = list(told[0]["bits"]) if told else []
+    return {
+        "loss": [[row["step"], row["train/loss"]] for row in rows if "train/loss" in row],
+        "val_loss": [[row["step"], row["val/loss"]] for row in rows if "val/loss" in row],
+        "avg_bit_width": [[row["step"], row["train/avg_bit_width"]] for row in told],
+        "bits": {
+            "steps": [row["step"] for row in told],
+            "layers": {layer: [row["bits"][layer] for row in told] for layer in layers},
+        },
+        "decisions": [decided(row["epoch"], one) for row in rows for one in row.get("decisions", ())],
+    }
+
+
+def decided(epoch: int, one: dict) -> dict:
+    """A decision in the words of the page."""
+    bits, rest = one["bits"], {key: value for key, value in one.items() if key != "bits"}
+    return {"epoch": epoch, "from": bits, "to": bits - 1} | rest
+
+
+@contextmanager
+def progress(steps: int, batch: int) -> Iterator[Callable[[dict], None]]:
+    """A function that shows a row's loss and bits on a line with images/s and the time left."""
+    if jax.process_index():
+        yield lambda row: None
+        return
+    with tqdm(total=steps * batch, unit="image", leave=False, disable=None) as bar:
+
+        def show(row: dict) -> None:
+            bar.update(row["step"] * batch - bar.n)
+            if "train/loss" in row:
+                bar.set_postfix(loss=f"{row['train/loss']:.4g}")
+            else:
+                lowered = (
+                    f", {row['quant/updated_layers']} of {row['quant/candidates']} layers" if "decisions" in row else ""
+                )
+                log.info(
+                    "epoch %-5d validation loss %.4g, %.2f bits%s",
+                    row["epoch"], row["val/loss"], row["train/avg_bit_width"], f"{lowered} lowered" * bool(lowered),
+                )  # fmt: skip
+
+        yield show

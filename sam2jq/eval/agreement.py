@@ -1,0 +1,68 @@
+"""A quantized model against full precision, image by image, in one pass of constant memory."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from sam2jq.data import preprocess
+from sam2jq.eval.metrics import iou
+from sam2jq.models.sam2 import SAM2
+from sam2jq.predictors.image import decode, encode
+
+STRIDES = (4, 8, 16)
+
+
+class Compared(NamedTuple):
+    """One image: squared norms per feature level of the difference and of the reference, and P x 3 masks."""
+
+    difference: np.ndarray  # [3]
+    reference: np.ndarray  # [3]
+    ious: np.ndarray  # [P, 3] of quantized against full-precision masks
+    best: np.ndarray  # [P]: which of a click's three masks full precision thinks best
+    masks: tuple[np.ndarray, np.ndarray]  # bool [P, 3, S / 4, S / 4]: full precision, quantized
+
+
+def prompt_grid(side: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """side * side foreground clicks, one a prompt: points [P, 1, 2] in pixels of a size x size image, labels [P, 1]."""
+    centres = (np.arange(side) + 0.5) * size / side
+    points = np.stack(np.meshgrid(centres, centres), -1).reshape(-1, 1, 2).astype(np.float32)
+    return points, np.ones(points.shape[:2], np.int32)
+
+
+def compare(
+    model: SAM2, params: dict, quantized: dict, images: Iterable[list[np.ndarray]], side: int, dtype: str = "float32"
+) -> Iterable[Compared]:
+    """Yields one result per image of each batch of uint8 images [H, W, 3], over side * side clicks.
+
+    All three masks of every click are compared, slot by slot: picking the best would compare two different masks
+    where their estimated scores change order.
+    """
+    points = prompt_grid(side, model.variant.image_size)
+    squares = lambda maps: np.array([np.sum(np.square(np.asarray(m, np.float64))) for m in maps])
+    for batch in images:
+        inputs = jnp.asarray(np.stack([preprocess(image, model.variant.image_size) for image in batch]), dtype)
+        full, small = encode(model, params, inputs), encode(model, quantized, inputs)
+        for i in range(len(batch)):
+            one, other = ([level[i : i + 1] for level in maps] for maps in (full, small))
+            found = [decode(model, p, maps, points, multimask=True) for p, maps in ((params, one), (quantized, other))]
+            before, after = (np.asarray(out.masks) > 0 for out in found)
+            best = np.asarray(found[0].ious).argmax(1)
+            difference = squares(b.astype(jnp.float32) - a.astype(jnp.float32) for a, b in zip(one, other))
+            yield Compared(difference, squares(one), iou(after, before), best, (before, after))
+
+
+def summarize(results: list[Compared]) -> dict:
+    """{"feature_error": {"stride4": ...}, "mask_iou", "mask_iou_worst_image", "images", "prompts_per_image"}."""
+    error = np.sqrt(sum(r.difference for r in results) / sum(r.reference for r in results))
+    if not np.isfinite(error).all():
+        raise ValueError("features are not finite: the model overflows in this dtype, give --model.dtype float32")
+    per_image = [float(r.ious.mean()) for r in results]
+    return {
+        "feature_error": {f"stride{stride}": float(e) for stride, e in zip(STRIDES, error)},
+        "mask_iou": float(np.mean(per_image)),
+        "mask_iou_worst_image": min(per_image),
+        "images": len(results),
+        "prompts_per_image": len(results[0].ious),
+    }

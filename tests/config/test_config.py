@@ -1,0 +1,138 @@
+from pathlib import Path
+
+import pytest
+
+from sam2jq import config
+from sam2jq.config import Config
+
+NEEDED = ["--model.checkpoint", "random:0", "--quant.calib.path", "scenes:0"]
+OTHERS = {"task": config.EvaluateConfig, "teacher": config.DistillConfig}  # by a key that only they have
+EXPERIMENTS = sorted((Path(__file__).parents[2] / "experiments").glob("*.yaml"))
+
+
+def load(*flags: str) -> Config:
+    return config.load(None, [*NEEDED, *flags])
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_shipped_config_loads(path):
+    found = config.read_yaml(str(path))
+    other = next((kind for key, kind in OTHERS.items() if key in found), None)
+    config.load(str(path), [] if other else NEEDED, other or config.Config)
+
+
+def test_flags_win_over_the_file_and_the_resolved_config_reads_back(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("quant: {wgts: {dtype: uint4, bits: {a.b: 3}}}\nseed: 7\n")
+    loaded = config.load(str(file), [*NEEDED, "--quant.wgts.dtype=sint6", "--quant.wgts.group_shapes", "[[1, 64]]"])
+    assert (loaded.quant.wgts.dtype, loaded.quant.wgts.bits, loaded.seed) == ("sint6", {"a.b": 3}, 7)
+    assert loaded.quant.wgts.group_shapes == [[1, 64]]
+    file.write_text(config.dump(loaded))
+    assert config.load(str(file), []) == loaded
+
+
+def test_a_version_may_be_written_as_a_number_and_a_switch_without_a_value():
+    assert load("--model.version", "2.1").model.version == "2.1"
+    assert load("--save-model").save_model
+    assert not load("--save_model", "false").save_model
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--quant.wgts.dtpe", "x"], "unknown key quant.wgts.dtpe; did you mean 'dtype'"),
+        (["--quant.wgts.dtype", "sint9"], "quant.wgts.dtype 'sint9'.*2..8"),
+        (["--quant.wgts.dtype", "int4"], "quant.wgts.dtype 'int4': allowed are sintN and uintN"),
+        (["--quant.wgts.bits", "{a: 9}"], "quant.wgts.bits: bits must be in 2..8, got {'a': 9}"),
+        (["--quant.wgts.group_shapes", "[[2, 8]]"], r"group_shapes \[\[2, 8\]\]: allowed are"),
+        (["--quant.calib.num_samples", "0"], "quant.calib.num_samples must be at least 1, got 0"),
+        (["--quant.calib.frames", "0"], "quant.calib.frames must be at least 1, got 0"),
+        (["--quant.rotation.fold_heads", "true"], "quant.rotation.fold_heads: set transforms"),
+        (
+            ["--quant.ipts", "{dtype: fp8, allow_unsigned: true}"],
+            "quant.ipts.allow_unsigned: dtype fp8 has no",
+        ),
+        (["--quant.opts", "{dtype: sint9}"], "quant.opts.dtype 'sint9'"),
+        (
+            ["--quant.opts", "{dtype: uint8, group_shapes: [[-1, -1]], static: true}"],
+            "quant.opts: static",
+        ),
+        (["--measure.images", "scenes:1"], "measure.num_images is not set: drawn scenes have no end"),
+        (["--measure.clips", "sa-v", "--measure.num_clips", "0"], "measure.num_clips must be at least 1, got 0"),
+        (["--quant.wgts.kernel_gptq.damp_percentage", "0"], "kernel_gptq: damp_percentage, block_size"),
+        (["--seed", "soon"], "seed.*'soon'"),
+        (["--model", "tiny"], "model must be a section"),
+        (["--quant.ipts.dtype", "uint4", "--quant.ipts.target_bits", "9"], "layers have 2 to 8 bits, so 9.0 is out of"),
+        (["--quant.ipts.target_bits", "4"], "ipts.bits and target_bits: set an integer dtype, such as uint4, not None"),
+        (["--quant.opts.dtype", "uint4", "--quant.opts.target_bits", "4"], "calibration saw, and that is inputs only"),
+        (["--seed", "1", "--seed.size", "2"], "--seed.size: seed is not a section"),
+        (["--model.device", "gpus"], "model.device 'gpus'.*did you mean 'gpu'"),
+        (["--model.checkpoint", ""], "model.checkpoint is not set"),
+        (["--quant.calib.path="], "quant.calib.path is not set"),
+        (["tiny"], "unexpected argument 'tiny'"),
+    ],
+)
+def test_a_wrong_setting_is_named_in_one_line(flags, message):
+    with pytest.raises(ValueError, match=message) as error:
+        load(*flags)
+    assert "\n" not in str(error.value)
+
+
+def test_a_grid_is_every_combination():
+    assert config.grid(["a.b=sint8,sint4", "seed=1,2"]) == [
+        {"a.b": bits, "seed": seed} for bits in ("sint8", "sint4") for seed in (1, 2)
+    ]
+    assert config.grid(["x=[[1, 32]],[[1, -1]]"]) == [{"x": [[1, 32]]}, {"x": [[1, -1]]}]
+    assert config.grid(["x=null,{rank: 4, num_iters: 2}"]) == [{"x": None}, {"x": {"rank": 4, "num_iters": 2}}]
+    with pytest.raises(ValueError, match="give all values of a key in one --over"):
+        config.grid(["x=1", "x=2"])
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no config at .*demo_w8\.yml; did you mean 'demo_w8\.yaml'"):
+        config.load(str(EXPERIMENTS[0].with_name("demo_w8.yml")), [])
+    for text, message in (("a: [", "is not YAML"), ("- 1", "holds no settings")):
+        (tmp_path / "c.yaml").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            config.load(str(tmp_path / "c.yaml"), [])
+
+
+DISTILL = ["--teacher.name", "nano", "--student.name", "nano", "--data.train", "scenes:1", "--data.val", "scenes:2"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--quant.min_bits", "7", "--quant.initial_bits", "6"],
+            "quant.min_bits 7: must be in 2..6, where the student",
+        ),
+        (["--quant.initial_bits", "9"], "quant.initial_bits must be in 2..8, got 9"),
+        (["--quant.target_bits", "3"], "quant.target_bits 3.0 is under quant.min_bits 4"),
+        (["--quant.wgts.kernel_gptq", "{}"], "give GPTQ, branches and bits for a target under ptq, or as student"),
+        (["--ptq.calib", "{path: scenes:3, image_size: 128}"], "ptq.calib.image_size: .* set that"),
+        (["--ptq", "{calib: {path: scenes:3}, rotation: {transforms: [hadamard], fold_heads: true}}"], "leave it out"),
+        (["--ptq.calib.num_samples", "3"], "ptq.calib.path is not set"),
+        (["--ptq", "{calib: {path: scenes:3}, wgts: {ridge: a}}"], "`ptq.wgts.ridge`: Couldn't parse 'a'"),
+        (["--quant.ipts", "{dtype: uint8, group_shapes: [[-1, -1]], static: true}"], "target_bits go by calibration"),
+        (["--quant.ipts", "{dtype: sint8, allow_unsigned: true}"], "target_bits go by calibration"),
+        (["--quant.ipts", "{dtype: uint8, target_bits: 5}"], "target_bits go by calibration"),
+        (["--data.val", ""], "data.val is not set"),
+        (["--distill.confidence_method", "varience"], "did you mean 'variance'"),
+        (["--distill.layers", "0"], "confidence looks at the losses of layers"),
+        (["--distill.objects", "5"], "at most half of the 8 prompts"),
+        (["--train.parallel", "xmap"], "allowed are jit, pmap"),
+        (["--train.ema", "1"], "train.ema must be in 0..1"),
+        (["--distributed.coordinator", "localhost:1"], "coordinator HOST:PORT, processes and index belong together"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_a_distillation_that_cannot_be_is_an_error(flags, message):
+    with pytest.raises(ValueError, match=message):
+        config.load(None, [*DISTILL, *flags], config.DistillConfig)
+
+
+def test_a_student_starts_at_the_bits_of_its_dtype_or_at_initial_bits():
+    load = lambda *flags: config.load(None, [*DISTILL, *flags], config.DistillConfig).quant.starts_at
+    assert load("--quant.wgts.dtype", "sint6") == 6
+    assert load("--quant.wgts.dtype", "sint6", "--quant.initial_bits", "5") == 5

@@ -1,0 +1,91 @@
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sam2jq import init_params
+from sam2jq.distillation.targets import PARTS, affinity, distillation_loss, mask_distance, moment_losses, teach
+from sam2jq.models.sam2 import SAM2, Variant
+from sam2jq.ptq.recipe import layers
+from sam2jq.quant.algorithms.fake_quant import innermost, learning, student
+from sam2jq.quant.spec import QuantSpec
+from sam2jq.tree import flatten, kernels, layer_name
+
+SMALL = Variant(
+    8, 1, (1, 1, 1, 1), (2,), (4, 4, 4, 2), features=32, memory_features=16, memory_layers=1, memory_hidden=32,
+    image_size=64,
+)  # fmt: skip
+LARGE = replace(SMALL, embed_dim=16, stages=(1, 2, 1, 1), global_blocks=(3,))
+
+
+def array(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def test_a_layer_s_loss_sees_its_channels():
+    """The original took the width for the channels: to permute them cost nothing there."""
+    moments = jnp.stack([array(6), jnp.abs(array(6, seed=1))])[None]
+    assert moment_losses({"a": moments}, {"a": moments})["a"] == 0
+    assert moment_losses({"a": moments[..., ::-1]}, {"a": moments})["a"] > 0.1
+
+
+def test_calls_of_a_layer_do_not_cancel():
+    wanted = jnp.zeros((2, 2, 4)).at[:, 1].set(1)
+    got = wanted.at[0, 0].set(1).at[1, 0].set(-1)
+    assert moment_losses({"a": got}, {"a": wanted})["a"] == pytest.approx(1)
+
+
+def test_layers_that_only_one_has_or_of_another_width_are_left_out():
+    got = {"a": jnp.ones((1, 2, 4)), "b": jnp.ones((1, 2, 4)), "c": jnp.ones((1, 2, 4))}
+    wanted = {"a": jnp.ones((1, 2, 4)), "b": jnp.ones((1, 2, 8))}
+    assert set(moment_losses(got, wanted)) == {"a"}
+
+
+def test_a_layer_s_loss_is_relative_to_its_scale():
+    got, wanted = array(1, 2, 8), array(1, 2, 8, seed=1)
+    loss = lambda factor: moment_losses(
+        {"a": got.at[:, 1].set(jnp.square(got[:, 1])) * jnp.array([factor, factor**2])[:, None]},
+        {"a": wanted.at[:, 1].set(jnp.square(wanted[:, 1])) * jnp.array([factor, factor**2])[:, None]},
+    )["a"]
+    np.testing.assert_allclose(loss(1e-3), loss(1.0), rtol=1e-3)
+
+
+def test_affinity_does_not_depend_on_width_nor_rotation():
+    x = array(1, 16, 16, 6)
+    turn = jnp.linalg.qr(array(24, 24))[0][:6]
+    np.testing.assert_allclose(affinity(x), affinity(x @ turn), atol=1e-5)
+    assert jnp.abs(affinity(x) - affinity(x[:, ::-1])).max() > 0.1
+
+
+def test_masks_are_at_no_distance_from_themselves_and_the_gradient_leads_there():
+    wanted = 5 * array(3, 2, 8, 8)
+    assert mask_distance(wanted, wanted) == pytest.approx(0, abs=1e-6)
+    assert mask_distance(wanted + 1, wanted) > 1e-3
+    np.testing.assert_allclose(jax.grad(mask_distance)(wanted, wanted), 0, atol=1e-6)
+
+
+@pytest.mark.slow  # compiles the gradient of a whole SAM 2
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_every_weight_that_may_learn_gets_a_gradient_from_a_teacher_of_another_size(dtype):
+    """In the original none did; there a student had to be as wide as its teacher."""
+    small, large = SAM2(SMALL), SAM2(LARGE)
+    params = init_params(small, 1)
+    begin = student(params, dict.fromkeys(layers(params), QuantSpec(4)))
+    ask = partial(teach, large, asked=2, followed=1)
+    shapes = jax.eval_shape(ask, init_params(large, 0), jnp.zeros((2, 64, 64, 3)), jax.random.key(0))
+    rng = np.random.default_rng(0)  # answers of no model, which spares compiling one
+    batch = jax.tree.map(lambda leaf: np.abs(rng.normal(size=(1, *leaf.shape))).astype(leaf.dtype), shapes)
+    loss = distillation_loss(small, dict.fromkeys(PARTS, 1.0), dtype)
+    grads, told = jax.jit(jax.grad(loss, has_aux=True))(begin, batch)
+    sizes = {
+        layer_name(path): float(jnp.abs(innermost(node).kernel).max()) for path, node in kernels(flatten(grads)).items()
+    }
+    assert len(sizes) == len(learning(begin)) > 90
+    assert [layer for layer, size in sizes.items() if not size > 0] == []
+    assert set(told["parts"]) == set(PARTS)
+    assert all(np.isfinite(value) and value > 0 for value in told["parts"].values())
+    assert "image_encoder.trunk.blocks.0.attn.qkv" not in told["layers"]  # of another width
+    assert "sam_mask_decoder.transformer.layers.0.self_attn.q_proj" in told["layers"]

@@ -1,0 +1,275 @@
+"""The loop of CDPQ on two layers that learn a product; that of SAM 2 is in test_distill.py."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from itertools import count
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sam2jq import config as settings
+from sam2jq.cli.distill import history
+from sam2jq.config import DistributedConfig
+from sam2jq.distillation import trainer as cdpq
+from sam2jq.distillation.targets import PARTS
+from sam2jq.quant.algorithms.activations import simulated
+from sam2jq.quant.algorithms.fake_quant import bits_of, frozen, innermost, student
+from sam2jq.quant.spec import QuantSpec
+from sam2jq.report.curves import draw
+from sam2jq.training.distributed import join_processes
+
+LAYERS = ("a", "b")
+
+
+def array(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+PLAIN = {name: {"kernel": array(8, 8, seed=i), "bias": np.zeros(8, np.float32)} for i, name in enumerate(LAYERS)}
+
+
+def run(params, x):
+    outputs = {}
+    for name in LAYERS:
+        x = outputs[name] = x @ params[name]["kernel"] + params[name]["bias"]
+    return outputs
+
+
+def loss(params, lessons, key=None):
+    got, wanted = run(simulated(params), lessons), run(PLAIN, lessons)
+    energy = lambda x: jnp.square(x).sum(-1)
+    layers = {name: (energy(got[name] - wanted[name]) / energy(wanted[name])).mean() for name in LAYERS}
+    parts = dict.fromkeys(PARTS, jnp.float32(0)) | {"layers": sum(layers.values())}
+    return parts["layers"], {"parts": parts, "layers": layers}
+
+
+def study():
+    batches = lambda first: (array(4, 8, seed=100 + i) for i in count(first))
+    return cdpq.Study(loss, batches, [array(4, 8, seed=7), array(4, 8, seed=8)], epoch=5)
+
+
+def config(*flags):
+    usual = [
+        *("--teacher.name", "nano", "--student.name", "nano", "--data.train", "scenes:1", "--data.val", "scenes:2"),
+        *("--quant.initial_bits", "6", "--quant.min_bits", "2", "--distill.window", "2", "--distill.impact_floor", "1"),
+        *("--train.epochs", "4", "--train.learning_rate", "0.01", "--train.checkpoint_every", "2"),
+    ]
+    return settings.load(None, [*usual, *flags], settings.DistillConfig)
+
+
+def begin():
+    return student(jax.tree.map(jnp.asarray, PLAIN), dict.fromkeys(LAYERS, QuantSpec(6)))
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_layers_lose_a_bit_an_epoch_until_the_last_ones(tmp_path):
+    best = cdpq.distill(begin(), study(), config(), tmp_path)
+    rounds = [row for row in rows_of(tmp_path) if "val/loss" in row]
+    assert [row["bits"] for row in rounds] == [dict.fromkeys(LAYERS, bits) for bits in (6, 5, 4, 3, 3)]
+    np.testing.assert_array_equal(bits_of(best), [3, 3])
+    assert [row["quant/updated_layers"] for row in rounds if "decisions" in row] == [2, 2, 2]
+
+
+def test_a_run_s_history_is_what_its_curves_and_its_page_are_drawn_from(tmp_path):
+    cdpq.distill(begin(), study(), config(), tmp_path)
+    told = history(rows_of(tmp_path))
+    assert [step for step, _ in told["val_loss"]] == told["bits"]["steps"] == [0, 5, 10, 15, 20]
+    assert told["bits"]["layers"] == {name: [6, 5, 4, 3, 3] for name in LAYERS}
+    assert set(told["decisions"][0]) == {"epoch", "layer", "from", "to", "impact", "accepted", "reason"}
+    assert [(one["from"], one["to"]) for one in told["decisions"]] == [(6, 5), (6, 5), (5, 4), (5, 4), (4, 3), (4, 3)]
+    draw(told).savefig(tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_no_layer_falls_below_the_least(tmp_path):
+    best = cdpq.distill(begin(), study(), config("--quant.min_bits", "5"), tmp_path)
+    np.testing.assert_array_equal(bits_of(best), [5, 5])
+
+
+def test_only_the_named_roots_are_lowered(tmp_path):
+    best = cdpq.distill(begin(), study(), config("--quant.target_roots", "[b]"), tmp_path)
+    np.testing.assert_array_equal(bits_of(best), [6, 3])
+
+
+def test_what_is_learned_beats_what_was_rounded(tmp_path):
+    fixed = config("--distill.confidence_method", "fixed", "--train.epochs", "12")
+    start = student(jax.tree.map(jnp.asarray, PLAIN), dict.fromkeys(LAYERS, QuantSpec(2)))
+    best = cdpq.distill(start, study(), fixed, tmp_path)
+    before, after = (float(loss(params, study().exam[0])[0]) for params in (start, best))
+    assert after < 0.8 * before
+    assert all(not np.array_equal(innermost(best[n]["kernel"]).kernel, PLAIN[n]["kernel"]) for n in LAYERS)
+
+
+class Killed(Exception):
+    pass
+
+
+AVERAGED = ["--train.accumulate", "2", "--train.ema", "0.9"]
+
+
+@pytest.mark.parametrize(
+    ("step", "flags"), [(1, []), pytest.param(3, [], marks=pytest.mark.slow), (20, []), (7, AVERAGED)], ids=str
+)
+def test_a_killed_run_ends_as_one_that_was_not(tmp_path, step, flags):
+    """To the bit, and with the same log."""
+
+    def dies(row):
+        if row["step"] >= step:
+            raise Killed
+
+    whole = cdpq.distill(begin(), study(), config(*flags), tmp_path / "whole")
+    with pytest.raises(Killed):
+        cdpq.distill(begin(), study(), config(*flags), tmp_path / "cut", dies)
+    with (tmp_path / "cut" / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 99, "tr')  # killed while it wrote
+    cut = cdpq.distill(begin(), study(), config(*flags), tmp_path / "cut")
+    jax.tree.map(np.testing.assert_array_equal, frozen(cut), frozen(whole))
+    assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_layer(tmp_path):
+    good = study()
+
+    def batches(first):
+        for i, batch in enumerate(good.batches(first), first + 1):
+            yield batch * np.nan if i == 8 else batch
+
+    with pytest.raises(ValueError, match="the loss is nan at step 8, first in layer a: lower train.learning_rate"):
+        cdpq.distill(begin(), good._replace(batches=batches), config(), tmp_path)
+    assert (tmp_path / "checkpoints" / "6").is_dir()  # the last good one
+
+
+def test_one_program_serves_every_step_and_one_every_trial(tmp_path):
+    traces = []
+
+    def counted(*args):
+        traces.append(0)
+        return loss(*args)
+
+    cdpq.distill(begin(), study()._replace(loss=counted), config(), tmp_path)
+    assert len(traces) == 2
+
+
+def test_a_run_without_progress_ends_early(tmp_path):
+    fixed = config("--distill.confidence_method", "fixed", "--train.learning_rate", "0", "--train.patience", "2")
+    cdpq.distill(begin(), study(), fixed, tmp_path)
+    assert max(row["epoch"] for row in rows_of(tmp_path)) == 2
+
+
+def test_a_run_that_only_does_harm_ends_as_it_began(tmp_path):
+    fixed = config("--distill.confidence_method", "fixed", "--train.learning_rate", "3", "--train.warmup_steps", "0")
+    best = cdpq.distill(begin(), study(), fixed, tmp_path)
+    first, *rest = [row["val/loss"] for row in rows_of(tmp_path) if "val/loss" in row]
+    assert min(rest) > first
+    jax.tree.map(np.testing.assert_array_equal, frozen(best), frozen(begin()))
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+import numpy as np
+from sam2jq.training.distributed import join_processes
+from tests import test_cdpq as toy
+folder, *flags = sys.argv[1:]
+config = toy.config(*flags)
+join_processes(config.distributed)
+import jax
+index, share = jax.process_index(), jax.process_count()
+study = toy.study()
+mine = lambda first: (np.split(batch, share)[index] for batch in study.batches(first))
+best = toy.cdpq.distill(toy.begin(), study._replace(batches=mine), config, Path(folder))
+kernels = [toy.innermost(best[name]["kernel"]).kernel for name in toy.LAYERS]
+print("ended", jax.device_count(), *(kernel.ravel().tolist() for kernel in kernels))
+"""
+
+
+def start_process(folder, *flags, devices=1, variables=()):
+    environment = os.environ | {
+        **dict(variables),
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": os.getcwd(),
+    }
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", PROGRAM, str(folder), *flags], env=environment, **pipes)
+
+
+def weights_of(process) -> tuple[int, np.ndarray]:
+    """The devices a finished process saw, and the weights it ended with."""
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    count, rest = out.rpartition("ended ")[2].split(maxsplit=1)
+    return int(count), np.array(re.findall(r"[-\d.e]+", rest), float)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    best = cdpq.distill(begin(), study(), config(), tmp_path_factory.mktemp("alone"))
+    return np.concatenate([innermost(best[name]["kernel"]).kernel.ravel() for name in LAYERS])
+
+
+@pytest.mark.parametrize("parallel", ["jit", "pmap"])
+def test_four_devices_learn_what_one_does(alone, tmp_path, parallel):
+    """Up to the order in which gradients are added."""
+    count, found = weights_of(start_process(tmp_path, "--train.parallel", parallel, devices=4))
+    assert count == 4
+    np.testing.assert_allclose(found, alone, atol=1e-5)
+
+
+def free_port() -> int:
+    """Of the highest 4096, where Slurm's jobs meet."""
+    with socket.socket() as free:
+        for port in range(61440, 65536):
+            with suppress(OSError):
+                free.bind(("127.0.0.1", port))
+                return port
+    raise OSError("no port is free")
+
+
+def named(port: int, index: int) -> tuple[list[str], dict[str, str]]:
+    return [f"127.0.0.1:{port}", "--distributed.processes", "2", "--distributed.index", str(index)], {}
+
+
+def under_slurm(port: int, index: int) -> tuple[list[str], dict[str, str]]:
+    """The port follows from the job's number."""
+    told = {"JOB_ID": port - 61440, "STEP_NODELIST": "127.0.0.1", "NTASKS": 2, "PROCID": index, "LOCALID": index}
+    return ["auto"], {f"SLURM_{name}": str(value) for name, value in told.items()}
+
+
+@pytest.mark.parametrize("told", [named, pytest.param(under_slurm, marks=pytest.mark.slow)])
+def test_two_processes_learn_what_one_does_and_the_first_writes(alone, tmp_path, told):
+    """Each reads its own half of every batch; they add gradients over the loopback."""
+    port, both = free_port(), []
+    for flags, variables in (told(port, index) for index in (0, 1)):
+        flags = ["--distributed.timeout", "60", "--distributed.coordinator", *flags]
+        both.append(start_process(tmp_path, *flags, variables=variables))
+    for process in both:
+        count, found = weights_of(process)
+        assert count == 2
+        np.testing.assert_allclose(found, alone, atol=1e-5)
+    assert len(rows_of(tmp_path)) == len({json.dumps(row) for row in rows_of(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [(0, "process 0 of 3 waited 1 s for process 1, 2: start it"), (1, "process 1 of 3 waited 1 s for process 0 at")],
+)
+def test_a_process_that_never_comes_is_named(index, message):
+    config = DistributedConfig(f"127.0.0.1:{free_port()}", 3, index, timeout=1)
+    with pytest.raises(ValueError, match=message):
+        join_processes(config)
+
+
+def test_a_place_that_nobody_tells_is_an_error(tmp_path):
+    process = start_process(tmp_path, "--distributed.coordinator", "auto")
+    assert "no Slurm job and no TPU pod; give HOST:PORT" in process.communicate(timeout=120)[1]
+    assert process.returncode

@@ -1,0 +1,82 @@
+import numpy as np
+import pytest
+
+from sam2jq.data.synthetic.scenes import draw_scene
+from sam2jq.eval.prompted import PROMPTS, corners, correction, enlarge, follow, segment_objects, widest
+from sam2jq.models.layers import resize
+from tests.conftest import twin
+
+MASK = np.zeros((40, 60), bool)
+MASK[10:21, 20:51] = True
+
+
+def test_a_box_is_tight():
+    np.testing.assert_array_equal(corners(MASK), [[20, 10], [50, 20]])
+
+
+def test_the_first_click_lies_farthest_from_the_edge():
+    (x, y), distance = widest(MASK)
+    assert (y, distance) == (15, 6)
+    assert 25 <= x <= 45
+    assert widest(np.ones((5, 9), bool))[0][1] == 2  # the image's edge counts
+
+
+def test_a_correction_lies_in_the_widest_wrong_part():
+    found = MASK.copy()
+    found[10:21, 40:51] = False  # missed
+    found[0:4, 0:4] = True  # smaller, and too much
+    (x, y), label = correction(found, MASK)
+    assert label == 1
+    assert MASK[y, x]
+    assert not found[y, x]
+    (x, y), label = correction(found | MASK, MASK)
+    assert label == 0
+    assert not MASK[y, x]
+    assert correction(MASK, MASK) == (widest(MASK)[0], 1)
+
+
+@pytest.mark.parametrize("size", [(64, 48), (17, 30), (8, 8), (5, 4)])
+def test_enlarging_is_the_predictors_own_interpolation(size):
+    logits = np.random.default_rng(0).normal(size=(3, 8, 8)).astype(np.float32)
+    expected = np.moveaxis(np.asarray(resize(np.moveaxis(logits, 0, -1)[None], size))[0], -1, 0)
+    np.testing.assert_allclose(enlarge(logits, size), expected, atol=1e-5)
+
+
+def test_objects_are_segmented_each_by_itself():
+    """More objects than go through the decoder at once, in another order: the same masks."""
+    pair, scene = twin("nano"), draw_scene(5)
+    masks = np.concatenate([scene.masks] * 6)[:18]
+    found = segment_objects(pair.model, pair.params, scene.image, masks)
+    turned = segment_objects(pair.model, pair.params, scene.image, masks[::-1])
+    assert set(found) == set(PROMPTS)
+    for name in PROMPTS:
+        assert found[name].shape == masks.shape
+        assert np.mean(found[name] != turned[name][::-1]) < 1e-3  # what rounding turns at the edges
+
+
+class Echo:
+    """A predictor that keeps the mask it was given."""
+
+    def __init__(self):
+        self.starts = []
+
+    def init_state(self, clip):
+        return {"clip": clip, "masks": {}}
+
+    def add_new_mask(self, state, frame, name, mask):
+        state["start"], state["masks"][name] = frame, mask
+
+    def propagate_in_video(self, state):
+        self.starts.append((state["start"], list(state["masks"])))
+        for frame in range(state["start"], state["clip"]):
+            logits = np.stack([np.where(mask, 1.0, -1.0)[None] for mask in state["masks"].values()])
+            yield frame, list(state["masks"]), logits
+
+
+def test_objects_are_followed_from_the_frame_they_are_first_seen_in():
+    predictor = Echo()
+    first = {"a": (0, MASK), "late": (3, ~MASK), "b": (0, ~MASK)}
+    rows = list(follow(predictor, 5, first))
+    assert predictor.starts == [(0, ["a", "b"]), (3, ["late"])]
+    assert [(frame, name) for frame, name, _ in rows if name == "late"] == [(3, "late"), (4, "late")]
+    assert all(np.array_equal(mask, first[name][1]) for _, name, mask in rows)

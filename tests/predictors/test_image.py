@@ -1,0 +1,92 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from converters.exports.vanilla import define_torchvision_operators
+from sam2jq import ImagePredictor
+from sam2jq.data import draw_scene
+from tests.conftest import relative, twin
+
+
+@pytest.fixture(scope="module")
+def predictors():
+    """The original predictor and ours, with one photograph-shaped image set."""
+    define_torchvision_operators()
+    from sam2.sam2_image_predictor import SAM2ImagePredictor
+
+    pair = twin("nano", "2.1", 256)
+    image = draw_scene(0, 320).image[:, :240]
+    original, ours = SAM2ImagePredictor(pair.torch), ImagePredictor(pair.model, pair.params)
+    original._bb_feat_sizes = [(64, 64), (32, 32), (16, 16)]  # it takes those of 1024 pixels for granted
+    for predictor in (original, ours):
+        predictor.set_image(image)
+    return original, ours
+
+
+POINT = {"point_coords": np.array([[100.0, 200.0], [30.5, 40.0]]), "point_labels": np.array([1, 0])}
+PROMPTS = {
+    "points": POINT,
+    "box": {"box": np.array([20, 30, 200, 250])},
+    "points and box": POINT | {"box": np.array([20, 30, 200, 250])},
+    "mask": {"mask_input": 4 * np.random.default_rng(0).standard_normal((1, 64, 64)).astype(np.float32)},
+    "boxes": {"box": np.array([[20, 30, 200, 250], [1, 2, 50, 60], [0, 0, 239, 319]])},
+    "batch of points": {"point_coords": np.arange(10, 90, 10).reshape(4, 1, 2), "point_labels": [[1]] * 4},
+    "normalized": {"point_coords": np.array([[0.4, 0.6]]), "point_labels": np.array([1]), "normalize_coords": False},
+}
+PROMPTS["points and mask"] = POINT | PROMPTS["mask"]
+
+
+@pytest.mark.parametrize("multimask", [True, False])
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_logits_scores_and_shapes_equal_the_original_predictor(predictors, prompt, multimask):
+    expected, got = (p.predict(**PROMPTS[prompt], multimask_output=multimask, return_logits=True) for p in predictors)
+    for x, y in zip(got, expected, strict=True):
+        assert x.shape == y.shape
+        assert x.dtype == y.dtype
+        np.testing.assert_allclose(x, y, atol=1e-4)
+    assert relative(got[0], expected[0]) <= 1e-4
+
+
+def test_masks_equal_the_original_predictor(predictors):
+    expected, got = (p.predict(**POINT)[0] for p in predictors)
+    assert set(np.unique(got)) == {0, 1}
+    assert got.dtype == expected.dtype
+    assert (got != expected).mean() < 1e-4  # pixels whose logit is zero but for rounding
+
+
+def test_a_pil_image_is_as_good_as_an_array(predictors):
+    _, ours = predictors
+    image = draw_scene(1).image
+    one, other = (ImagePredictor(ours.model, ours.params) for _ in range(2))
+    one.set_image(image)
+    other.set_image(Image.fromarray(image))
+    np.testing.assert_array_equal(one.get_image_embedding(), other.get_image_embedding())
+
+
+def test_bfloat16_activations_stay_close(predictors):
+    _, ours = predictors
+    half = ImagePredictor(ours.model, ours.params, dtype="bfloat16")
+    half.set_image(draw_scene(0, 320).image[:, :240])
+    assert str(half.get_image_embedding().dtype) == "bfloat16"
+    got, expected = (p.predict(**POINT, return_logits=True)[0] for p in (half, ours))
+    assert 0 < relative(got, expected) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ({"point_coords": [[1, 2]]}, "point_coords and point_labels go together"),
+        ({"point_coords": [[1, 2]], "point_labels": [1, 0]}, r"\[1, 2\] and point_labels \[2\]"),
+        ({"point_coords": [[1, 2]], "point_labels": [5]}, "point_labels must be 1"),
+        ({"mask_input": np.zeros((1, 8, 8))}, r"mask_input \[1, 8, 8\] must be \[1, 64, 64\]"),
+        ({"box": np.zeros((3, 4)), **POINT}, "the same number of prompts"),
+    ],
+)
+def test_a_wrong_prompt_is_named(predictors, prompt, message):
+    with pytest.raises(ValueError, match=message):
+        predictors[1].predict(**prompt)
+
+
+def test_predicting_without_an_image_is_an_error(predictors):
+    with pytest.raises(RuntimeError, match="call set_image before predict"):
+        ImagePredictor(predictors[1].model, predictors[1].params).predict(**POINT)

@@ -1,0 +1,173 @@
+from functools import cache
+
+import chex
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from converters.exports.vanilla import build_original
+from sam2jq import VideoPredictor
+from sam2jq.data.synthetic.scenes import draw_clip
+from sam2jq.predictors import video as tracking
+from tests.conftest import twin
+
+FRAMES = 12
+LIMIT = 1e-3  # of the logits: float32, and memories rounded to bfloat16 in both
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A folder of losslessly equal frames for both: jpg files, since the original reads nothing else."""
+    folder = tmp_path_factory.mktemp("clip")
+    for i, frame in enumerate(draw_clip(3, FRAMES).frames):
+        Image.fromarray(frame[:, :200]).save(folder / f"{i:05d}.jpg", quality=95)
+    return str(folder)
+
+
+@cache
+def predictors(version: str):
+    """The original video predictor and ours, on the same weights."""
+    weights = twin("nano", version)
+    original = build_original("nano", version, video=True)
+    original.load_state_dict(weights.torch.state_dict())
+    return original, VideoPredictor(weights.model, weights.params)
+
+
+@pytest.fixture
+def pair():
+    return predictors("2.1")
+
+
+def both(pair, clip, run):
+    """What `run(predictor, state)` yields from both, [[(frame, ids, masks)]]."""
+    results = []
+    for predictor in pair:
+        state = predictor.init_state(clip)
+        results.append([(frame, list(ids), np.asarray(masks)) for frame, ids, masks in run(predictor, state)])
+    return results
+
+
+def compare(results):
+    original, ours = results
+    assert [row[:2] for row in ours] == [row[:2] for row in original]
+    for (frame, _, expected), (_, _, got) in zip(original, ours):
+        assert got.shape == expected.shape
+        assert np.abs(got - expected).max() <= LIMIT, frame
+        assert got.std() > 10 * LIMIT  # there is something to compare
+
+
+@pytest.mark.parametrize("version", ["2.1", pytest.param("2.0", marks=pytest.mark.slow)])
+def test_two_objects_over_twelve_frames_match_the_original(version, clip):
+    def run(predictor, state):
+        yield predictor.add_new_points_or_box(state, 0, 7, points=[[60, 80]], labels=[1])
+        yield predictor.add_new_points_or_box(state, 0, 3, box=[100, 90, 180, 200])
+        yield from predictor.propagate_in_video(state)
+
+    compare(both(predictors(version), clip, run))
+
+
+@pytest.mark.slow  # the same programs as above on more ways to call them
+def test_corrections_masks_and_both_directions_match_the_original(pair, clip):
+    """One long session, for each call to meet the state that all before it left.
+
+    But no frame where an object has no pointer yet: there the original stops on a CPU, over its bfloat16 memories.
+    """
+    mask = np.zeros((256, 200), bool)
+    mask[40:120, 30:90] = True
+
+    def run(predictor, state):
+        yield predictor.add_new_mask(state, 5, 1, mask)
+        yield from predictor.propagate_in_video(state, max_frame_num_to_track=4)
+        yield from predictor.propagate_in_video(state, reverse=True)
+        yield predictor.add_new_points_or_box(state, 7, 1, points=[[60, 80]], labels=[1])  # corrects a tracked frame
+        yield predictor.add_new_points_or_box(state, 7, 1, points=[[20, 30]], labels=[0], clear_old_points=False)
+        yield predictor.add_new_points_or_box(state, 6, 2, points=[[100, 150]], labels=[1])  # later than object 1
+        yield from predictor.propagate_in_video(state, start_frame_idx=6)
+        yield predictor.clear_all_prompts_in_frame(state, 6, 2)
+        yield predictor.add_new_points_or_box(state, 5, 2, box=[0, 0, 90, 90])
+        yield from predictor.propagate_in_video(state, start_frame_idx=5, max_frame_num_to_track=3, reverse=True)
+        ids, updated = predictor.remove_object(state, 1)
+        yield from ((frame, ids, masks) for frame, masks in updated)
+        yield from predictor.propagate_in_video(state)
+        predictor.reset_state(state)
+        yield predictor.add_new_points_or_box(state, 2, 9, points=[[0.3, 0.3]], labels=[1], normalize_coords=False)
+
+    compare(both(pair, clip, run))
+
+
+@pytest.mark.slow
+def test_corrected_frames_are_kept_as_prompted_ones_when_asked(pair, clip):
+    original, ours = pair
+    original.add_all_frames_to_correct_as_cond = True
+    ours = VideoPredictor(ours.model, ours.params, add_all_frames_to_correct_as_cond=True)
+
+    def run(predictor, state):
+        yield predictor.add_new_points_or_box(state, 0, 1, points=[[60, 80]], labels=[1])
+        yield from predictor.propagate_in_video(state, max_frame_num_to_track=6)
+        yield predictor.add_new_points_or_box(state, 4, 1, points=[[80, 90]], labels=[1])
+        yield from predictor.propagate_in_video(state)
+
+    try:
+        compare(both((original, ours), clip, run))
+    finally:
+        original.add_all_frames_to_correct_as_cond = False
+
+
+def test_a_whole_clip_compiles_one_step(pair):
+    """Memories fill up over the first 15 frames, and nothing is traced again; what goes to the device for frame 17 is
+    as large as what goes there for frame 1."""
+    _, predictor = pair
+    chex.clear_trace_counter()
+    once = chex.assert_max_traces(tracking.track_frame.__wrapped__, n=1)
+    step = jax.jit(once, static_argnames="model")
+    state = predictor.init_state(draw_clip(4, 18).frames)
+    for obj_id, x in enumerate((60, 120, 200)):
+        predictor.add_new_points_or_box(state, 0, obj_id, points=[[x, 80]], labels=[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracking, "track_frame", step)
+        assert len(list(predictor.propagate_in_video(state))) == 18
+    shapes = [jax.tree.map(np.shape, predictor._bank(list(state.objects.values()), frame, False)) for frame in (1, 17)]
+    assert shapes[0] == shapes[1]
+
+
+def test_empty_places_of_the_bank_change_nothing(pair):
+    """To 1e-5: a bank with room for two frames, both there, as they are in one with room for all that it can hold."""
+    _, predictor = pair
+    state = predictor.init_state(draw_clip(4, 4).frames)
+    predictor.add_new_points_or_box(state, 0, 1, points=[[60, 80]], labels=[1])
+    list(predictor.propagate_in_video(state))
+    bank = predictor._bank(list(state.objects.values()), 3, False)
+    short = bank._replace(**{name: getattr(bank, name)[:, :2] for name in bank._fields if name.startswith("recent")})
+    coarse = np.random.default_rng(0).standard_normal((1, 16, 16, 64)).astype(np.float32)
+    look = jax.jit(
+        lambda bank: predictor.model.apply(
+            {"params": predictor.params}, coarse, bank, tracking.Now(3, 1, 3.0), method=tracking.look_back
+        )
+    )
+    assert bank.recent.sum() == 2
+    np.testing.assert_allclose(look(short), look(bank), atol=1e-5)
+
+
+def test_bad_input_is_named(pair):
+    _, predictor = pair
+    state = predictor.init_state(np.zeros((2, 40, 60, 3), np.uint8))
+    with pytest.raises(ValueError, match="no prompt on any object"):
+        next(predictor.propagate_in_video(state))
+    with pytest.raises(ValueError, match="object 5 was never added; the objects are"):
+        predictor.remove_object(state, 5)
+    with pytest.raises(ValueError, match=r"object 1: the mask is \[40, 61\], the frames \[40, 60\]"):
+        predictor.add_new_mask(state, 0, 1, np.ones((40, 61)))
+    with pytest.raises(ValueError, match="frame 2: the clip has frames 0 to 1"):
+        predictor.add_new_points_or_box(state, 2, 1, points=[[1, 1]], labels=[1])
+    with pytest.raises(ValueError, match="object 1: no prompt; give points and labels, or a box"):
+        predictor.add_new_points_or_box(state, 0, 1)
+    with pytest.raises(ValueError, match="go together"):
+        predictor.add_new_points_or_box(state, 0, 1, points=[[1, 1]])
+    with pytest.raises(ValueError, match="clear_old_points=True"):
+        predictor.add_new_points_or_box(state, 0, 1, box=[1, 1, 5, 5], clear_old_points=False)
+    assert state.objects == {}  # nothing half entered
+    with pytest.raises(ValueError, match=r"a clip must be uint8 \[T, H, W, 3\]"):
+        predictor.init_state(np.zeros((0, 40, 60, 3), np.uint8))
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        predictor.init_state("nowhere.mp4")

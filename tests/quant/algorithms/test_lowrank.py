@@ -1,0 +1,140 @@
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sam2jq.eval.metrics import relative_error
+from sam2jq.quant.algorithms.activations import round_inputs
+from sam2jq.quant.algorithms.lowrank import LowRank, LowRankSpec, low_rank
+from sam2jq.quant.leaves import conv, effective, matmul
+from sam2jq.quant.qtensor import dequantize, quantize
+from sam2jq.quant.spec import QuantSpec
+from sam2jq.quant.transform import Stats, descend
+
+K, N = 48, 30
+W4, A4, A8 = QuantSpec(4), QuantSpec(4), QuantSpec(8)
+SPECS = [
+    LowRankSpec(rank=4, weights=W4),
+    LowRankSpec(rank=4, weights=W4, inputs=A8, num_iters=5),
+    LowRankSpec(rank=8, weights=W4, inputs=A4, num_iters=5, early_stop=True),
+    LowRankSpec(rank=4, weights=QuantSpec(2, group_size=16), inputs=A4, num_iters=3, compensate=True),
+    LowRankSpec(rank=4, weights=W4, inputs=A8, num_iters=3, objective="weight"),
+]
+every_spec = pytest.mark.parametrize("spec", SPECS)
+shapes = pytest.mark.parametrize("shape", [(K, N), (N, K)], ids=["tall", "wide"])  # each takes the smaller eigenproblem
+
+
+def weights(*shape: int) -> jax.Array:
+    return jnp.array(np.random.default_rng(0).standard_normal(shape), jnp.float32)
+
+
+def tokens(width: int, count: int = 400) -> jax.Array:
+    """Correlated inputs of unequal strength."""
+    rng = np.random.default_rng(1)
+    mixed = rng.standard_normal((count, width)) @ rng.standard_normal((width, width)) * np.geomspace(3, 0.1, width)
+    return jnp.array(mixed, jnp.float32)
+
+
+def told(x) -> Stats:
+    return Stats(x.mean(0), x.min(0), x.max(0), x.T @ x / len(x), x)
+
+
+def error(layer: LowRank | None, w, x, spec: LowRankSpec) -> float:
+    """The square error of outputs after plain rounding, in float64; of no branch for None."""
+    inner, down, up = (w, 0 * w[:, :1], 0 * w[:1]) if layer is None else (layer.inner, layer.down, layer.up)
+    read = x if spec.inputs is None else round_inputs(x, spec.inputs)
+    f64 = lambda a: np.asarray(a, np.float64)
+    got = f64(read) @ f64(dequantize(quantize(inner, spec.weights))) + f64(x) @ f64(down) @ f64(up)
+    return float(np.square(got - f64(x) @ f64(w)).sum())
+
+
+@every_spec
+@shapes
+def test_before_rounding_the_layer_computes_and_stands_for_the_same(shape, spec):
+    """To 1e-5, in float32."""
+    w, x = weights(*shape), tokens(shape[0])
+    layer = low_rank(w, told(x), spec)
+    assert (layer.down.shape, layer.up.shape) == ((shape[0], spec.rank), (spec.rank, shape[1]))
+    assert jnp.abs(layer.down @ layer.up).max() > 0
+    assert relative_error(matmul(layer, x), x @ w) <= 1e-5
+    assert relative_error(effective(layer), w) <= 1e-5
+
+
+@every_spec
+@shapes
+def test_outputs_are_nearer_than_without_a_branch(shape, spec):
+    w, x = weights(*shape), tokens(shape[0])
+    assert error(low_rank(w, told(x), spec), w, x, spec) < 0.95 * error(None, w, x, spec)
+
+
+def test_a_branch_that_cannot_help_is_nothing():
+    """Weights that lie on their grid lose nothing; the branch must not bring in an error."""
+    w, x = jnp.tile(jnp.arange(-7.0, 8.0)[:, None], (3, 4)), tokens(45)
+    layer = low_rank(w, told(x), LowRankSpec(rank=2, weights=W4, num_iters=3))
+    assert error(layer, w, x, LowRankSpec(weights=W4)) <= error(None, w, x, LowRankSpec(weights=W4)) + 1e-6
+
+
+def test_more_rounds_and_more_rank_do_not_hurt():
+    w, x = weights(K, N), tokens(K)
+    at = lambda **changes: error(low_rank(w, told(x), s := replace(SPECS[1], **changes)), w, x, s)
+    assert at(num_iters=10) <= at(num_iters=5) <= at(num_iters=1)
+    assert at(rank=16) < at(rank=8) < at(rank=2)
+
+
+def test_the_output_objective_beats_the_weights():
+    w, x = weights(K, N), tokens(K)
+    at = lambda objective: error(low_rank(w, told(x), s := replace(SPECS[0], objective=objective)), w, x, s)
+    assert at("output") < 0.8 * at("weight")
+
+
+def test_a_convolution_has_a_branch_too():
+    w, x = weights(3, 3, 4, 12), tokens(36)
+    layer = low_rank(w, told(x), LowRankSpec(rank=3, weights=W4))
+    image = weights(2, 8, 8, 4)
+    settings = {"stride": 1, "padding": 1, "groups": 1}
+    assert layer.down.shape == (3, 3, 4, 3)
+    assert relative_error(conv(layer, image, **settings), conv(w, image, **settings)) <= 1e-5
+
+
+def test_the_inner_part_reads_the_same_inputs():
+    w, x = weights(K, N), tokens(K)
+    heard = []
+    descend(low_rank(w, told(x), SPECS[0]), told(x), lambda inner, stats: heard.append(stats) or inner)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, heard[0], told(x)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w, s: (quantize(w, W4), s), "got a rounded one"),
+        (lambda w, s: (w[:, :3], s), r"rank 4 of a branch is over what 48 inputs and 3 outputs allow: set it to 3"),
+        (lambda w, s: (w.at[0, 0].set(jnp.inf), s), "the weight holds NaN or infinity"),
+        (lambda w, s: (w, s._replace(gram=None, tokens=None)), "calibrate for tokens"),
+        (lambda w, s: (w.T, told(tokens(N))._replace(gram=-s.gram[:N, :N])), "not positive semidefinite"),
+    ],
+)
+def test_what_has_no_branch_is_an_error(change, message):
+    with pytest.raises(ValueError, match=message):
+        low_rank(*change(weights(K, N), told(tokens(K))), SPECS[0])
+
+
+@pytest.mark.parametrize("settings", [{"rank": 0}, {"num_iters": 0}, {"objective": "loss"}])
+def test_settings_that_cannot_be_are_errors(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        LowRankSpec(weights=W4, **settings)
+
+
+@pytest.mark.parametrize("kind", ["", ".outlier"])
+@pytest.mark.parametrize(("name", "inputs"), [("w4a8", A8), ("w4a4", A4)])
+def test_captured_layers_err_less_than_the_references_ten_rounds(shared, kind, name, inputs):
+    """The reference lists the square error over its 2048 calibration tokens; its factors are tried on others."""
+    folder = shared / "golden" / "ptq"
+    case, peer = (np.load(folder / f"blocks.0.attn.qkv{kind}.{part}.npz") for part in ("inputs", "peer"))
+    w, x, unseen = jnp.array(case["w"].T), jnp.array(np.concatenate([case["x0"], case["x1"]])), jnp.array(case["xe"])
+    spec = LowRankSpec(rank=32, num_iters=10, weights=W4, inputs=inputs)
+    layer = low_rank(w, told(x), spec)
+    assert error(layer, w, x, spec) < 0.7 * peer[f"svd_r32_i10_{name}.errors"].min()
+    down, up = (jnp.array(peer[f"svd_r32_i10_{name}.{part}"].T) for part in "AB")
+    assert error(layer, w, unseen, spec) < error(LowRank(w - down @ up, down, up), w, unseen, spec)
