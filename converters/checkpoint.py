@@ -14,7 +14,7 @@ import sam2jq
 from converters import hf
 from converters.exports.package import is_package, open_package
 from converters.names import array, from_torch, mismatches, shapes, to_torch
-from converters.torch_files import load_torch, save_torch, whole
+from converters.torch_files import atomic_write, load_torch, save_torch
 from sam2jq.models.sam2 import SAM2, VARIANTS, VERSIONS, abstract_params, build, init_params
 from sam2jq.tree import flatten, suggest, unflatten
 
@@ -63,7 +63,7 @@ def save_checkpoint(path: str | Path, params: dict) -> None:
     """Writes a tree of plain arrays: `.pt` as the original checkpoints are, `.safetensors` as Hugging Face's are."""
     state_dict = to_torch(params)
     if Path(path).suffix == ".safetensors":
-        with whole(path) as temporary:
+        with atomic_write(path) as temporary:
             save_file(hf.to_hf(state_dict), temporary, metadata={"format": "pt"})
     else:
         save_torch(path, {"model": state_dict})

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 
-from sam2jq.files import whole
+from sam2jq.files import atomic_write
 
 
 def save_torch(path: str | Path, content: dict) -> None:
     """Writes `content` with torch.save, atomically."""
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         torch.save(content, temporary)
 
 

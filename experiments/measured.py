@@ -13,7 +13,7 @@ from converters.exports.package import load_package, save_package
 from sam2jq.eval.evaluate import Sample, evaluate_clips, evaluate_images, find_clips, find_samples
 from sam2jq.models.sam2 import SAM2
 from sam2jq.predictors.video import VideoPredictor
-from sam2jq.quant.algorithms.activations import simulated
+from sam2jq.quant.algorithms.activations import materialize_weights
 from sam2jq.tree import flatten, kernels, layer_name
 
 Data = tuple[str, int]  # where it is, and how much of it
@@ -27,11 +27,11 @@ def drawn(data: str, count: int) -> list[Sample]:
 
 def measure(model: SAM2, params: dict, images: Data, clips: Data | None = None) -> dict[str, float]:
     """mIoU of each prompt and, of `clips`, J&F, in percent; and bits a weight as a package holds them."""
-    scores = evaluate_images(model, simulated(params), drawn(*images))["miou"]
+    scores = evaluate_images(model, materialize_weights(params), drawn(*images))["miou"]
     found = {prompt: 100 * value for prompt, value in scores.items()} | {"bits": effective_bits(params)}
     if clips:
         data, count = clips
-        predictor = VideoPredictor(model, simulated(params))
+        predictor = VideoPredictor(model, materialize_weights(params))
         found["J&F"] = evaluate_clips(predictor, find_clips(data, "", count), None)["j&f"]
     return found
 

@@ -413,7 +413,7 @@ METHODS = ("baseline", "variance", "ladder", "fixed")
 
 
 @dataclass(frozen=True)
-class LessonConfig:
+class DistillLossConfig:
     """layers, affinity, features, masks, ious, memory: weights of the parts of the loss; prompts: random clicks a
     clip, each asked again as a box and with a second click; objects: followed into the clip's last frame.
 
@@ -445,7 +445,7 @@ class LessonConfig:
     impact_budget: float = 1.0
     impact_floor: float = 0.01
     candidates: int | None = None
-    settle_epochs: int = 1
+    cooldown_epochs: int = 1
     cache_teacher: bool = False
 
     def __post_init__(self):
@@ -536,7 +536,7 @@ class DistillConfig:
     data: DataConfig = field(default_factory=DataConfig)
     ptq: QuantConfig | None = None
     quant: StudentConfig = field(default_factory=StudentConfig)
-    distill: LessonConfig = field(default_factory=LessonConfig)
+    distill: DistillLossConfig = field(default_factory=DistillLossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
@@ -622,15 +622,15 @@ def load(path: str | None, flags: list[str], schema: type = Config):
             last = last.__cause__
         unmet = str(last).startswith("Couldn't instantiate")  # a __post_init__ above said why
         why = " ".join(str(last.__cause__ if unmet else last).split())
-        raise ValueError(told_of_ptq(why) if within else why) from error
+        raise ValueError(rename_quant_to_ptq(why) if within else why) from error
 
 
-def told_of_ptq(message: str) -> str:
+def rename_quant_to_ptq(message: str) -> str:
     """An error of quantize's section `quant`, for the same that stands under `ptq`."""
     return message.replace("quant.", "ptq.")
 
 
-def grid(overs: list[str]) -> list[dict[str, object]]:
+def sweep_combinations(overs: list[str]) -> list[dict[str, object]]:
     """Every combination of ["quant.wgts.dtype=sint8,sint4", "seed=1,2"] as {key: value}; values are YAML."""
     axes = {}
     for over in overs:

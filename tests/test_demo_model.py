@@ -8,9 +8,9 @@ from sam2jq import QuantSpec, build, layers, round_weights
 from sam2jq.data.synthetic.scenes import draw_scene, scene_seed
 from sam2jq.eval.evaluate import evaluate_clips, evaluate_images, find_clips, find_samples
 from sam2jq.eval.metrics import iou
-from sam2jq.eval.prompted import segment_objects, widest
+from sam2jq.eval.prompted import interior_point, segment_objects
 from sam2jq.predictors.video import VideoPredictor
-from sam2jq.quant.leaves import effective_params
+from sam2jq.quant.leaves import materialize_params
 
 CARD = {"box": 0.801, "1 click": 0.751, "3 clicks": 0.810}  # sam2jq/assets/nano.md
 IMAGES = find_samples("scenes:1001", 24)
@@ -27,7 +27,7 @@ def test_different_clicks_give_different_masks_that_hold_the_click(demo):
     for index in range(6):
         scene = draw_scene(scene_seed(f"scenes:1001/{index:04d}"))
         found = segment_objects(*demo, scene.image, scene.masks)["1 click"]
-        held += [mask[widest(wanted)[0][::-1]] for mask, wanted in zip(found, scene.masks)]
+        held += [mask[interior_point(wanted)[0][::-1]] for mask, wanted in zip(found, scene.masks)]
         overlaps += [iou(a, b) for i, a in enumerate(found) for b in found[:i]]
     assert np.mean(held) >= 0.9
     assert np.mean(overlaps) <= 0.15
@@ -52,7 +52,9 @@ def test_two_bits_hurt_and_eight_do_not(demo):
     scores = {}
     for bits in (8, 2):
         specs = dict.fromkeys(layers(params), QuantSpec(bits))
-        scores[bits] = evaluate_images(model, effective_params(round_weights(params, specs)), IMAGES[:8])["miou"]["box"]
+        scores[bits] = evaluate_images(model, materialize_params(round_weights(params, specs)), IMAGES[:8])["miou"][
+            "box"
+        ]
     full = evaluate_images(model, params, IMAGES[:8])["miou"]["box"]
     assert abs(full - scores[8]) < 0.02
     assert scores[2] < full - 0.1

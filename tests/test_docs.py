@@ -32,7 +32,10 @@ def check(command: list[str]) -> None:
     """An error unless `sam2jq` takes these arguments."""
     args, flags = command_parser().parse_known_args(command)
     if args.command == "sweep":
-        flags = [*flags, *(part for k, v in config.grid(args.over)[0].items() for part in (f"--{k}", str(v)))]
+        flags = [
+            *flags,
+            *(part for k, v in config.sweep_combinations(args.over)[0].items() for part in (f"--{k}", str(v))),
+        ]
     if args.command in ("quantize", "sweep", *SCHEMAS):
         config.load(getattr(args, "config", None), flags, SCHEMAS.get(args.command, config.Config))
     else:

@@ -17,7 +17,7 @@ from converters.torch_files import save_torch
 from sam2jq.quant.algorithms.lowrank import LowRank
 from sam2jq.quant.algorithms.rotate import Rotated
 from sam2jq.quant.algorithms.smooth import Smoothed
-from sam2jq.quant.leaves import effective
+from sam2jq.quant.leaves import materialize
 from sam2jq.quant.qtensor import QTensor, to_e4m3
 from sam2jq.tree import flatten
 
@@ -41,7 +41,7 @@ def to_deepcompressor(params: Mapping, names: str) -> dict[str, dict]:
         inner, around = peel(leaf)
         if Rotated in around:
             raise ValueError(WHY_NOT_ROTATED)
-        state_dict[torch_key(path)] = tensor(to_layout(path, effective(inner)))
+        state_dict[torch_key(path)] = tensor(to_layout(path, materialize(inner)))
         if not path.endswith("/kernel"):
             continue
         module = module_name(path, names)
@@ -64,7 +64,10 @@ def grids(weight: str, q: QTensor) -> dict[str, torch.Tensor | None]:
     """The scales and zero points [N, 1, G, 1] of one weight; nvfp4's have a scale of the tensor, [1], before them."""
     by_output = lambda x: tensor(x.T[:, None, :, None])
     if q.spec.scales == "e4m3":
-        common = q.scale.max() / 448  # as `span_grid` chose it
+        common = q.scale.max() / 448  # as `compute_scale_zero_point` chose it
         steps = by_output(to_e4m3(jnp.asarray(q.scale) / common))
         return {f"{weight}.scale.0": torch.tensor([common]), f"{weight}.scale.1": steps, f"{weight}.zero": None}
-    return {f"{weight}.scale.0": by_output(q.scale), f"{weight}.zero": None if q.zero is None else by_output(q.zero)}
+    return {
+        f"{weight}.scale.0": by_output(q.scale),
+        f"{weight}.zero": None if q.zero_point is None else by_output(q.zero_point),
+    }

@@ -19,12 +19,12 @@ from safetensors.torch import save_file
 from converters import hf
 from converters.exports.nunchaku import BF16, INT4_GROUP, Layer, pack_layer, unpack_layer
 from converters.names import array, tensor, to_torch, torch_key
-from converters.torch_files import whole
+from converters.torch_files import atomic_write
 from sam2jq.models.sam2 import TRUNK_LINEAR
 from sam2jq.quant.algorithms.lowrank import LowRank
 from sam2jq.quant.algorithms.rotate import Rotated
 from sam2jq.quant.algorithms.smooth import Smoothed
-from sam2jq.quant.leaves import contract, dense, effective, effective_params
+from sam2jq.quant.leaves import apply_kernel, dense, materialize, materialize_params
 from sam2jq.quant.qtensor import QTensor, dequantize, quantize
 from sam2jq.quant.spec import QuantSpec
 from sam2jq.tree import flatten, kernels, layer_name, pytree, unflatten
@@ -49,7 +49,7 @@ def save_nunchaku(folder: Path, params: dict, model: Mapping, names: str) -> Non
         raise ValueError("no linear of the trunk is quantized: nunchaku files would hold nothing that is")
     layers = {p: to_layer(flat[p], flat[p.replace("kernel", "bias")]) for p in chosen}
     rank = max(16, *(-(-len(layer.down) // 16) * 16 for layer in layers.values()))  # one for all: loaders are strict
-    rest = to_torch(effective_params(params))
+    rest = to_torch(materialize_params(params))
     for path in chosen:
         del rest[torch_key(path)], rest[torch_key(path.replace("kernel", "bias"))]
     rest = hf.to_hf(rest) if names == "huggingface" else rest
@@ -71,7 +71,7 @@ def save_nunchaku(folder: Path, params: dict, model: Mapping, names: str) -> Non
         "quantization_config": json.dumps({"method": "svdquant", "weight": side(), "activation": side(), "rank": rank}),
     }
     for name, tensors in ((BLOCKS, linears | norms), (REST, {k: t for k, t in rest.items() if k not in norms})):
-        with whole(folder / name) as temporary:
+        with atomic_write(folder / name) as temporary:
             save_file(tensors, temporary, metadata=header)
 
 
@@ -130,13 +130,13 @@ def on_grid(leaf) -> bool:
 def to_layer(leaf, bias) -> Layer:
     """The linear of a leaf on GRID and its bias [N], in the file's terms."""
     q, around = peel(leaf)
-    inputs, outputs = q.values.shape
+    inputs, outputs = q.qvalue.shape
     smooth = np.asarray(around[Smoothed].scale) if Smoothed in around else np.ones(inputs, np.float32)
     down, up = np.zeros((inputs, 0), np.float32), np.zeros((0, outputs), np.float32)
     if LowRank in around:
         down, up = np.asarray(around[LowRank].down), np.asarray(around[LowRank].up)
     h16 = lambda x: np.asarray(x).astype(BF16).astype(np.float32)
-    return Layer(np.asarray(q.values).T, h16(q.scale).T, np.asarray(bias), h16(smooth), down.T, up.T)
+    return Layer(np.asarray(q.qvalue).T, h16(q.scale).T, np.asarray(bias), h16(smooth), down.T, up.T)
 
 
 def onto_grid(params: dict) -> tuple[dict, list[str]]:
@@ -170,7 +170,7 @@ def in_file_precision(leaf):
     if Rotated in around:
         raise ValueError(WHY_NOT_ROTATED)
     h16 = lambda x: lax.reduce_precision(jnp.asarray(x), exponent_bits=8, mantissa_bits=7)
-    whole_weight = effective(leaf)
+    whole_weight = materialize(leaf)
     smooth = h16(around[Smoothed].scale) if Smoothed in around else jnp.ones(len(inner))
     rest = whole_weight * smooth[:, None]
     if LowRank in around:
@@ -203,13 +203,13 @@ def read_kernel(tensors: Mapping[str, np.ndarray], in_features: int, out_feature
                   jnp.asarray(down.T, jnp.float32), jnp.asarray(layer.up.T))  # fmt: skip
 
 
-@effective.register
+@materialize.register
 def _(w: Kernel) -> jax.Array:
     rows = w.scales.repeat(INT4_GROUP, axis=0)[: len(w.codes)]
     return w.codes * rows / w.smooth[:, None] + jnp.matmul(w.down, w.up, precision="highest")
 
 
-@contract.register
+@apply_kernel.register
 def _(w: Kernel, x: jax.Array, product) -> jax.Array:
     if product is not dense:
         raise ValueError("nunchaku computes linears only")
@@ -246,7 +246,7 @@ def run(w: Kernel, x: jax.Array) -> jax.Array:
 def computed_by_kernels(params: dict, folder: Path) -> dict:
     """`params` with the linears in `folder` as the run time computes them, and all else as it is in the files."""
     linears, _, config = load_nunchaku(folder)
-    flat = flatten(effective_params(params))
+    flat = flatten(materialize_params(params))
     for path in kernels(flat):
         if packed := linears.get(name := module_name(path, config["names"])):
             size = config["linears"][name]

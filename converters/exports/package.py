@@ -16,7 +16,7 @@ from sam2jq.quant.algorithms.activations import ActQuantized, OutQuantized
 from sam2jq.quant.algorithms.lowrank import LowRank
 from sam2jq.quant.algorithms.rotate import Rotated
 from sam2jq.quant.algorithms.smooth import Smoothed
-from sam2jq.quant.leaves import effective
+from sam2jq.quant.leaves import materialize
 from sam2jq.quant.qtensor import QTensor
 from sam2jq.quant.spec import E2M1, QuantSpec
 from sam2jq.tree import flatten, layer_name
@@ -48,11 +48,11 @@ class PackedLayer:
 
     def leaf(self):
         """The weight leaf that was packed, of numpy arrays."""
-        return unpack(self.stored)
+        return unpack_leaf(self.stored)
 
     def dequantize(self) -> torch.Tensor:
         """The float32 weight in torch's layout that the leaf stands for."""
-        return tensor(to_layout(self.path, np.asarray(effective(self.leaf()))))
+        return tensor(to_layout(self.path, np.asarray(materialize(self.leaf()))))
 
     @property
     def nbytes(self) -> int:
@@ -105,7 +105,7 @@ def describe(name: str, layer: PackedLayer) -> dict:
             case "LowRank":
                 rank = stored["up"]["shape"][0]
             case "ActQuantized":
-                inputs = unpack(stored["spec"]).dtype
+                inputs = unpack_leaf(stored["spec"]).dtype
         around, stored = [*around, stored["kind"]], stored["inner"]
     spec = None if stored["kind"] == "array" else QuantSpec(**stored["spec"])
     return {
@@ -127,7 +127,8 @@ def save_package(path: str | Path, params: dict, errors: dict[str, float], metad
     flat = flatten(params)
     leaves = {p: leaf for p, leaf in flat.items() if dataclasses.is_dataclass(leaf)}
     layers = {
-        layer_name(p): {"path": p, "error": errors[layer_name(p)], "leaf": pack(leaf)} for p, leaf in leaves.items()
+        layer_name(p): {"path": p, "error": errors[layer_name(p)], "leaf": pack_leaf(leaf)}
+        for p, leaf in leaves.items()
     }
     plain = {torch_key(p): tensor(to_layout(p, np.asarray(leaf))) for p, leaf in flat.items() if p not in leaves}
     header = {"format": FORMAT, "format_version": FORMAT_VERSION, "metadata": metadata}
@@ -173,7 +174,7 @@ def check_codes(where: str, stored: dict) -> None:
             raise ValueError(f"{where} has {stored['codes'].numel()} bytes of codes, not {expected}: damaged")
 
 
-def pack(leaf) -> dict:
+def pack_leaf(leaf) -> dict:
     """A weight leaf, and those inside it, as dicts of tensors and plain values; `kind` names its class."""
     match leaf:
         case QTensor(values, scale, zero, spec):
@@ -190,7 +191,7 @@ def pack(leaf) -> dict:
         case _ if dataclasses.is_dataclass(leaf):
             parts = {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)}
             return {"kind": type(leaf).__name__} | {
-                name: part if isinstance(part, bool | None) else pack(part) for name, part in parts.items()
+                name: part if isinstance(part, bool | None) else pack_leaf(part) for name, part in parts.items()
             }
         case _:
             return {"kind": "array", "shape": list(leaf.shape), "values": compact(leaf)}
@@ -203,8 +204,8 @@ def compact(array) -> torch.Tensor:
     return tensor(half if np.array_equal(half.astype(array.dtype), array) else array)
 
 
-def unpack(stored: dict):
-    """The leaf that `pack` made the dict of, with numpy arrays."""
+def unpack_leaf(stored: dict):
+    """The leaf that `pack_leaf` made the dict of, with numpy arrays."""
     match stored:
         case {"kind": "QTensor", "shape": shape, "spec": spec, "codes": codes, "scale": scale, "zero": zero}:
             spec = QuantSpec(**spec)
@@ -215,7 +216,9 @@ def unpack(stored: dict):
         case {"kind": "array", "values": values}:
             return values.float().numpy()
         case {"kind": kind, **parts}:
-            return LEAVES[kind](**{k: unpack(part) if isinstance(part, dict) else part for k, part in parts.items()})
+            return LEAVES[kind](
+                **{k: unpack_leaf(part) if isinstance(part, dict) else part for k, part in parts.items()}
+            )
 
 
 def to_bits(values: np.ndarray, spec: QuantSpec) -> np.ndarray:

@@ -9,7 +9,7 @@ import torch
 from converters.names import to_torch
 from converters.torch_files import save_torch
 from sam2jq.models.sam2 import VARIANTS, variant_name
-from sam2jq.quant.leaves import effective_params
+from sam2jq.quant.leaves import materialize_params
 
 CONFIGS = {"tiny": "t", "small": "s", "base-plus": "b+", "large": "l", "nano": "t"}
 NANO = (
@@ -41,7 +41,7 @@ def save_vanilla(path: str | Path, params: dict, random: bool = False) -> None:
     A note beside the weights, which build_sam2 does not read, says where they are random.
     """
     note = {"random_weights": True} if random else {}
-    save_torch(path, {"model": to_torch(effective_params(params))} | note)
+    save_torch(path, {"model": to_torch(materialize_params(params))} | note)
 
 
 def hydra_config(name: str, version: str = "2.1", image_size: int | None = None) -> tuple[str, list[str]]:

@@ -31,8 +31,8 @@ from converters.exports.vanilla import build_original
 from converters.names import to_torch
 from sam2jq import build, init_params
 from sam2jq.distillation.targets import relative
-from sam2jq.quant.algorithms.activations import simulated
-from sam2jq.quant.algorithms.fake_quant import learns, only, student
+from sam2jq.quant.algorithms.activations import materialize_weights
+from sam2jq.quant.algorithms.fake_quant import init_fake_quant, stop_gradient_where, trainable_mask
 from sam2jq.quant.spec import QuantSpec
 from sam2jq.training.step import init_state, make_train_step
 from sam2jq.tree import flatten, kernels, layer_name, unflatten
@@ -51,18 +51,18 @@ def encoder_of(params: dict) -> tuple[dict, dict]:
 def jax_step(student_name: str, teacher_name: str, image: np.ndarray, remat: bool = False):
     """A function that takes one step and returns its loss; remat: as train.remat."""
     teacher, model = build(teacher_name), build(student_name).clone(remat=remat)
-    (known, other), (params, rest) = encoder_of(init_params(teacher, 0)), encoder_of(init_params(model, 1))
-    known |= other
+    (targets, other), (params, rest) = encoder_of(init_params(teacher, 0)), encoder_of(init_params(model, 1))
+    targets |= other
     layers = [layer_name(path) for path in kernels(flatten(params))]
-    begin = student(params, dict.fromkeys(layers, QuantSpec(BITS)))
+    begin = init_fake_quant(params, dict.fromkeys(layers, QuantSpec(BITS)))
     encode = lambda model, params, x: model.apply({"params": params}, x, method="encode_image")
 
-    marks = learns(begin, clipping=False)
+    marks = trainable_mask(begin, clipping=False)
 
     def loss(params, batch, key):
-        image, known, rest = batch  # not constants of the program, whose compilation would hold them several times
-        wanted = encode(teacher, known, image)
-        got = encode(model, unflatten(rest | flatten(simulated(only(params, marks)))), image)
+        image, targets, rest = batch  # not constants of the program, whose compilation would hold them several times
+        wanted = encode(teacher, targets, image)
+        got = encode(model, unflatten(rest | flatten(materialize_weights(stop_gradient_where(params, marks)))), image)
         return sum(relative(a, b) for a, b in zip(got, wanted)) / 3, {}
 
     stays = jax.tree.map(lambda mark: not mark, marks)
@@ -71,7 +71,7 @@ def jax_step(student_name: str, teacher_name: str, image: np.ndarray, remat: boo
 
     def run() -> float:
         nonlocal state
-        state, metrics = step(state, (image, known, rest))
+        state, metrics = step(state, (image, targets, rest))
         return float(metrics["loss"])
 
     return run

@@ -24,13 +24,13 @@ from converters.checkpoint import load_checkpoint
 from experiments.measured import Runs, measure
 from sam2jq import build
 from sam2jq import config as settings
-from sam2jq.cli.distill import after_ptq, start
+from sam2jq.cli.distill import quantize_student, start
 from sam2jq.cli.main import find_calibration, stage
 from sam2jq.config import (
     DataConfig,
     DistillConfig,
+    DistillLossConfig,
     InputsConfig,
-    LessonConfig,
     ModelConfig,
     QuantConfig,
     StudentConfig,
@@ -39,8 +39,8 @@ from sam2jq.config import (
 )
 from sam2jq.data.loader import find_items
 from sam2jq.distillation import trainer as cdpq
-from sam2jq.quant.algorithms.fake_quant import frozen
-from sam2jq.quant.leaves import effective_params
+from sam2jq.quant.algorithms.fake_quant import to_quantized_params
+from sam2jq.quant.leaves import materialize_params
 
 SEEDS = (0, 1, 2)  # of the scenes to learn from, scenes:11 and up, and of their order
 TRAINED, IMAGES, CLIPS = 128, ("scenes:1001", 48), ("scenes:2002", 4)  # the latter two held out
@@ -73,7 +73,7 @@ def config_of(name: str, seed: int, kind: str) -> DistillConfig:
     rate = 1e-3 if kind == "to nearest" or name == "W2A16" else 1e-4
     data = DataConfig(f"scenes:{11 + seed}", "scenes:21", TRAINED, 4)
     quant = StudentConfig(**STARTS[name], min_bits=2, target_bits=float(name[3:]) if falls else None)
-    ask = LessonConfig(**LOWERED if falls else FIXED, settle_epochs=3, cache_teacher=True)
+    ask = DistillLossConfig(**LOWERED if falls else FIXED, cooldown_epochs=3, cache_teacher=True)
     train = TrainConfig(epochs=5, batch_size=4, learning_rate=rate, checkpoint_every=10**6)
     ptq = ptq_of(**STARTS[name]) if kind == "PTQ" else None
     return DistillConfig(NANO, NANO, data, ptq, quant, ask, train, seed=seed)
@@ -90,10 +90,10 @@ def learned(model, full: dict, params: dict, config: DistillConfig, folder: Path
     """`params` after distillation; and its curve: step, held-out loss and mean bits after each epoch."""
     find = partial(find_items, seed=config.seed)
     teacher, val = cdpq.Teacher(model, full), find(config.data.val, config.data.val_samples)
-    study = cdpq.study_of(model, teacher, find(config.data.train, TRAINED), val, config)
+    task = cdpq.make_distill_task(model, teacher, find(config.data.train, TRAINED), val, config)
     folder.mkdir(parents=True, exist_ok=True)
     show = lambda row: "val/loss" in row and print(folder.name, row["epoch"], f"{row['val/loss']:.4f}", file=sys.stderr)
-    params = frozen(cdpq.distill(start(params, config), study, config, folder, show))
+    params = to_quantized_params(cdpq.distill(start(params, config), task, config, folder, show))
     rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     curve = [[row["step"], row["val/loss"], row["train/avg_bit_width"]] for row in rows if "val/loss" in row]
     return params, {"curve": curve}
@@ -125,7 +125,7 @@ def main() -> None:
     model = build("nano")
     jax.config.update("jax_compilation_cache_dir", str(Path("cache/sam2/compiled").absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    full = effective_params(load_checkpoint("demo", model).params)
+    full = materialize_params(load_checkpoint("demo", model).params)
 
     runs = Runs(Path(__file__).with_name("runs.jsonl"))
 
@@ -136,17 +136,17 @@ def main() -> None:
             runs.add(mark, {"scores": measure(model, params, IMAGES, CLIPS if clips else None)} | more)
 
     @cache
-    def begin(name: str, kind: str) -> dict:
+    def make_student(name: str, kind: str) -> dict:
         if name == "to 3":
-            return begin("to 3.5", kind)
+            return make_student("to 3.5", kind)
         config = config_of(name, 0, kind)
         if config.ptq:
-            return after_ptq(model, full, config, find_calibration(config.ptq.calib, config.seed), stage)
-        return frozen(start(full, config))
+            return quantize_student(model, full, config, find_calibration(config.ptq.calib, config.seed), stage)
+        return to_quantized_params(start(full, config))
 
     def distilled(name: str, kind: str, seed: int) -> tuple[dict, dict]:
         folder = FOLDER / runs.weights / f"{name} {kind} {seed}"
-        return learned(model, full, begin(name, kind), config_of(name, seed, kind), folder)
+        return learned(model, full, make_student(name, kind), config_of(name, seed, kind), folder)
 
     asked = [name for name in sys.argv[1:] if name != "--kept"] or STARTS
     rows = [(name, kind) for name, kind in ROWS if name in asked]
@@ -154,7 +154,7 @@ def main() -> None:
         run("full", lambda: (full, {}))
         for seed, (name, kind) in itertools.product(SEEDS, rows):  # every row once before any is repeated
             if name != "to 3":
-                run(f"{name} {kind}", lambda at=(name, kind): (begin(*at), {}))
+                run(f"{name} {kind}", lambda at=(name, kind): (make_student(*at), {}))
             run(f"{name} {kind} distilled {seed}", partial(distilled, name, kind, seed), clips=seed == 0)
 
     columns, base = ("box", "1 click", "3 clicks", "J&F"), runs["full"]["scores"]
@@ -162,7 +162,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     print("| float32 | | | 32 | " + " | ".join(f"{base[c]:.1f}" for c in columns) + " |")
 
-    def tell(name: str, what: str, marks: Sequence[str]) -> None:
+    def log_fn(name: str, what: str, marks: Sequence[str]) -> None:
         results, cells = [runs[mark]["scores"] for mark in marks if mark in runs], []
         if not results:
             return
@@ -176,8 +176,8 @@ def main() -> None:
     for name, kind in rows:
         shown, after = ("W4A16", f"lowered {name} bits") if name.startswith("to ") else (name, "distilled")
         if name != "to 3":
-            tell(shown, kind, [f"{name} {kind}"])
-        tell(shown, f"{kind}, {after}", [f"{name} {kind} distilled {seed}" for seed in SEEDS])
+            log_fn(shown, kind, [f"{name} {kind}"])
+        log_fn(shown, f"{kind}, {after}", [f"{name} {kind} distilled {seed}" for seed in SEEDS])
     draw_curves(runs, Path(__file__).with_name("curves.png"))
     print(
         "\nnano: the first row in percent, the others the change in points. "

@@ -34,7 +34,14 @@ from sam2jq.data.synthetic.scenes import MAX_OBJECTS, build_world, pointable, re
 from sam2jq.models.decoder import Decoded
 from sam2jq.models.sam2 import MEMORIES, POINTERS
 from sam2jq.predictors.image import LOGIT_LIMIT
-from sam2jq.predictors.video import MemoryBank, Now, Tracked, memorize, remember, track
+from sam2jq.predictors.video import (
+    FrameInfo,
+    FrameOutput,
+    MemoryBank,
+    memorize,
+    track_objects_in_frame,
+    update_memory_bank,
+)
 from sam2jq.training.losses import balanced_dice, focal_dice, mask_loss, soft_iou
 from sam2jq.training.step import fit, init_state, make_train_step
 from sam2jq.tree import flatten, unflatten
@@ -155,7 +162,7 @@ def short_cut(sam: SAM2, maps: list[Array], coverage: Array) -> tuple[Array, Arr
     What it teaches the trunk, the upscaling and the hypernetwork is what the decoder needs of them; and its tokens
     are what the decoder's mask tokens are to become.
     """
-    fine, middle, coarse = sam.without_memory(maps)
+    fine, middle, coarse = sam.add_no_memory_embed(maps)
     coarse = coarse + sam.sam_prompt_encoder(None, None)[1]
     coarse = jax.nn.standardize(coarse, epsilon=1e-5)  # as the transformer's last layer leaves it
     side = coarse.shape[1]
@@ -180,16 +187,16 @@ def prompt_loss(model: SAM2, phase: Phase, params: dict, maps: list[Array], labe
     masks, coverage = seen_objects(labels, half, pick)
     maps = [level[None] for level in maps]
     guides = apply(maps, coverage, method=short_cut) if phase.guide else None
-    maps = apply(maps, method="without_memory")
+    maps = apply(maps, method="add_no_memory_embed")
     starts = {
         "click": (prompts.random_points(click, prompts.inside(coverage), phase.size), jnp.ones((half, 1), jnp.int32)),
-        "box": (prompts.shaken(box, prompts.boxes(masks), phase.size), jnp.tile(jnp.array([[2, 3]]), (half, 1))),
+        "box": (prompts.jitter_boxes(box, prompts.boxes(masks), phase.size), jnp.tile(jnp.array([[2, 3]]), (half, 1))),
     }
     total, metrics = 0.0, {}
     for name, (points, kinds) in starts.items():
-        hint = None
+        mask_input = None
         for i in range(phase.rounds):
-            out = apply(maps, (points, kinds), hint, method="decode_all_masks")
+            out = apply(maps, (points, kinds), mask_input, method="decode_all_masks")
             total += mask_loss(out.masks[:, :1], out.ious[:, :1], coverage, phase.shape).mean()
             if i == 0:
                 total += mask_loss(out.masks[:, 1:], out.ious[:, 1:], coverage, phase.shape).mean()
@@ -199,9 +206,9 @@ def prompt_loss(model: SAM2, phase: Phase, params: dict, maps: list[Array], labe
             logits = jax.lax.stop_gradient(goes_on)
             metrics[f"{name}{i}"] = soft_iou(logits, coverage).mean()
             metrics[f"influence_{name}{i}"] = logits.std(0).mean() / logits.std((1, 2)).mean()
-            point, kind = prompts.corrections(keys.pop(), logits, coverage, phase.size)
+            point, kind = prompts.sample_correction_clicks(keys.pop(), logits, coverage, phase.size)
             points, kinds = jnp.concatenate([points, point], 1), jnp.concatenate([kinds, kind], 1)
-            hint = jnp.clip(logits, -LOGIT_LIMIT, LOGIT_LIMIT)[..., None]
+            mask_input = jnp.clip(logits, -LOGIT_LIMIT, LOGIT_LIMIT)[..., None]
     drawn = phase.shape(guides[1], coverage).mean() if guides else 0.0
     return total / (2 * phase.rounds) + drawn, metrics
 
@@ -221,21 +228,23 @@ def clip_loss(model: SAM2, phase: Phase, params: dict, maps: list[Array], labels
     there = masks.any((2, 3))
     half, apply = phase.objects // 2, functools.partial(model.apply, {"params": params})
 
-    def begin(sam: SAM2) -> tuple[Tracked, Array]:
+    def begin(sam: SAM2) -> tuple[FrameOutput, Array]:
         *fine, coarse = [level[:1] for level in maps]
         coarse = jnp.broadcast_to(coarse, (half, *coarse.shape[1:]))
         given = sam.object_from_mask([*fine, coarse], masks[0, :half, ..., None].astype(coarse.dtype))
         points = prompts.random_points(key, prompts.inside(coverage[0, half:]), phase.size)
         clicks = points, jnp.ones((phase.objects - half, 1), jnp.int32)
-        decoded = sam.decode_masks(sam.without_memory([*fine, coarse[:1]]), clicks, multimask=True)
-        prompted = [memorize(sam, coarse, out) for out in (given, sam.choose(decoded))]
+        decoded = sam.decode_masks(sam.add_no_memory_embed([*fine, coarse[:1]]), clicks, multimask=True)
+        prompted = [memorize(sam, coarse, out) for out in (given, sam.select_best_mask(decoded))]
         return jax.tree.map(lambda *both: jnp.concatenate(both), *prompted), decoded
 
     def step(bank: MemoryBank, frame):
         index, level, wanted, is_there = frame
-        now = Now(index, 1, phase.frames - 1.0)
-        seen, decoded = apply([m[None] for m in level], bank, now, method=track)
-        return remember(bank, seen, jnp.ones(phase.objects, bool)), tracking_loss(phase, decoded, wanted, is_there)
+        now = FrameInfo(index, 1, phase.frames - 1.0)
+        seen, decoded = apply([m[None] for m in level], bank, now, method=track_objects_in_frame)
+        return update_memory_bank(bank, seen, jnp.ones(phase.objects, bool)), tracking_loss(
+            phase, decoded, wanted, is_there
+        )
 
     prompted, decoded = apply(method=begin)
     bank = empty_bank(prompted, min(phase.frames, MEMORIES) - 1)
@@ -255,7 +264,7 @@ def tracking_loss(phase: Phase, decoded: Decoded, coverage: Array, there: Array)
     return shape + called, jnp.where(there, soft_iou(best_mask(decoded), coverage), 0.0), (score > 0) == there
 
 
-def empty_bank(prompted: Tracked, slots: int) -> MemoryBank:
+def empty_bank(prompted: FrameOutput, slots: int) -> MemoryBank:
     """What is remembered after frame 0, with places for the memories of `slots` frames."""
     objects, grid, width = len(prompted.mask), prompted.memory.shape[1:], prompted.pointer.shape[-1]
     return MemoryBank(

@@ -26,7 +26,7 @@ from sam2jq import config as settings
 from sam2jq.config import GptqConfig, LowRankConfig, QuantConfig, RotationConfig, SmoothConfig, SmoothProjConfig
 from sam2jq.data import find_images, preprocess, read_image
 from sam2jq.ptq.pipeline import quantize_params
-from sam2jq.quant.leaves import effective_params
+from sam2jq.quant.leaves import materialize_params
 
 GRIDS = ("w8a8", "w4a16", "w4a8", "w4a4", "w3a16")  # weights and inputs as in experiments/nano_*.yaml
 SEEDS = (7, 8, 9)  # of the scenes to calibrate on; figures are medians over these
@@ -65,7 +65,7 @@ def main() -> None:
     grids = [name for name in asked if name not in ("--kept", "fresh")] or GRIDS
     jax.config.update("jax_compilation_cache_dir", str(Path("cache/sam2/compiled").absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    full = effective_params(load_checkpoint("demo", model).params)
+    full = materialize_params(load_checkpoint("demo", model).params)
     runs = Runs(Path(__file__).with_name("runs.jsonl"))
 
     def known(name: str, make: Callable[[], dict], clips: bool) -> dict[str, float] | None:
@@ -80,7 +80,9 @@ def main() -> None:
         clips = lambda n: (preprocess(read_image(name), size)[None] for name in names[n:])
         store = Path("cache/sam2/calibration"), names
         needs = ("gram", "tokens")  # of all rows, so that one calibration serves them
-        *_, params = quantize_params(model, full, config, clips, seed=seed, needs=needs, cache=store).reached.values()
+        *_, params = quantize_params(
+            model, full, config, clips, seed=seed, needs=needs, cache=store
+        ).params_by_stage.values()
         return params
 
     configs = {grid: settings.load(f"experiments/nano_{grid}.yaml", []).quant for grid in grids}

@@ -8,7 +8,7 @@ import time
 from converters.checkpoint import load_checkpoint
 from experiments.measured import measure
 from sam2jq import QuantSpec, build, layers, round_weights
-from sam2jq.quant.leaves import effective_params
+from sam2jq.quant.leaves import materialize_params
 
 BITS = (None, 8, 6, 5, 4, 3, 2)  # None: full precision
 IMAGES, CLIPS = ("scenes:1001", 100), ("scenes:2002", 6)  # held out
@@ -19,7 +19,7 @@ def row(model, params: dict, bits: int | None) -> str:
     quantized = params
     if bits:
         specs = dict.fromkeys(layers(params), QuantSpec(bits))
-        quantized = effective_params(round_weights(params, specs))
+        quantized = materialize_params(round_weights(params, specs))
     scores = measure(model, quantized, IMAGES, CLIPS)
     return f"| {f'W{bits}' if bits else 'float32'} | {' | '.join(f'{scores[column]:.1f}' for column in COLUMNS)} |"
 

@@ -20,24 +20,24 @@ from sam2jq.cli.main import find_calibration, job_folder, load_model, replay, ru
 from sam2jq.config import DistillConfig
 from sam2jq.data.loader import Item, check_disjoint, find_items, read_item, split_of
 from sam2jq.distillation import trainer as cdpq
-from sam2jq.distillation.schedule import ladder
-from sam2jq.eval.fidelity import STAGE_IMAGES, find_truth, layer_figures, measure, truth_id
+from sam2jq.distillation.schedule import bit_search
+from sam2jq.eval.fidelity import STAGE_IMAGES, find_ground_truth, ground_truth_id, layer_figures, measure
 from sam2jq.eval.metrics import relative_error
 from sam2jq.models.sam2 import SAM2
 from sam2jq.ptq.calibration import collect, fingerprint
 from sam2jq.ptq.recipe import activation_specs, check_prefixes, round_weights, weight_specs
 from sam2jq.ptq.recipe import layers as all_layers
-from sam2jq.quant.algorithms.activations import quantize_inputs, simulated
+from sam2jq.quant.algorithms.activations import materialize_weights, quantize_inputs
 from sam2jq.quant.algorithms.bit_allocation import WIDTHS, error_by_width
-from sam2jq.quant.algorithms.fake_quant import frozen, innermost, learning, student
-from sam2jq.quant.leaves import effective_params
+from sam2jq.quant.algorithms.fake_quant import base_weight, fake_quant_layers, init_fake_quant, to_quantized_params
+from sam2jq.quant.leaves import materialize_params
 from sam2jq.quant.qtensor import QTensor
 from sam2jq.quant.spec import QuantSpec
 from sam2jq.quant.transform import Stats, each_layer
 from sam2jq.report import curves, text
 from sam2jq.report.run import layer_rows, merged, save_run
-from sam2jq.training.distributed import join_processes
-from sam2jq.training.metric_logging import tracker
+from sam2jq.training.distributed import initialize_distributed
+from sam2jq.training.metric_logging import metric_logger
 from sam2jq.tree import flatten, kernels, layer_name, unflatten
 
 COMPARED = 16  # held-out clips whose masks are compared at the end
@@ -50,37 +50,45 @@ def run(config: DistillConfig, job: str, command: str) -> None:
     from converters.exports.package import load_package, save_package
     from converters.exports.vanilla import save_vanilla
 
-    join_processes(config.distributed)
+    initialize_distributed(config.distributed)
     if jax.process_index():
         log.setLevel(logging.WARNING)
     final, record = Path(config.output.root) / (config.output.job or job), []
     timed = partial(stage, record=record)
-    with shared_folder(final, settings.dump(config)) as folder:
+    with shared_run_folder(final, settings.dump(config)) as folder:
         with timed("data", f"{config.data.train}, {config.data.val}"):
             train, val = find_clips(config)
-            seen = find_seen(config, val)
+            seen = find_student_calibration(config, val)
         load = partial(load_model, cache=config.cache.root, image_size=config.data.image_size)
         (teaching, teacher), (model, checkpoint) = load(config.teacher), load(config.student)
         check_pair(teaching, model)
-        known = cdpq.Teacher(teaching, effective_params(teacher.params))
-        full = known.params if teaching == model else effective_params(checkpoint.params)
-        params = after_ptq(model, checkpoint.params, config, seen, timed) if config.ptq else checkpoint.params
-        begin = start(params, config, what_enters(model, params, train, config.distill))
+        known = cdpq.Teacher(teaching, materialize_params(teacher.params))
+        full = known.params if teaching == model else materialize_params(checkpoint.params)
+        params = quantize_student(model, checkpoint.params, config, seen, timed) if config.ptq else checkpoint.params
+        begin = start(params, config, collect_input_stats(model, params, train, config.distill))
         with timed("teach", f"{len(val)} held-out clips"):
-            study = cdpq.study_of(model, known, train, val, config)
-        what = f"{len(train)} clips, {config.train.epochs} epochs, {len(learning(begin))} layers learn"
-        watched = tracker(config, folder), progress(study.epoch * config.train.epochs, config.train.batch_size)
+            task = cdpq.make_distill_task(model, known, train, val, config)
+        what = f"{len(train)} clips, {config.train.epochs} epochs, {len(fake_quant_layers(begin))} layers learn"
+        watched = (
+            metric_logger(config, folder),
+            progress(task.steps_per_epoch * config.train.epochs, config.train.batch_size),
+        )
         with timed("distill", what), watched[0] as track, watched[1] as show:
-            best = cdpq.distill(begin, study, config, folder, lambda row: (track(row), show(row)))
+            best = cdpq.distill(begin, task, config, folder, lambda row: (track(row), show(row)))
         if jax.process_index():
             return
-        names, asked = [item.frames[0] for item in val[:COMPARED]], measured_as(config, len(val))
-        truth, reached = find_truth(asked), {"start": frozen(begin), "distill": frozen(best)}
-        kinds = {"full precision": full} | {name: simulated(tree) for name, tree in reached.items()}
-        results, errors, gallery = measure(model, kinds, reached, names, truth, asked, timed)
-        layers = layer_figures(full, reached["distill"], {})
+        names, asked = [item.frames[0] for item in val[:COMPARED]], measure_config(config, len(val))
+        ground_truth, params_by_stage = (
+            find_ground_truth(asked),
+            {"start": to_quantized_params(begin), "distill": to_quantized_params(best)},
+        )
+        variants = {"full precision": full} | {
+            name: materialize_weights(tree) for name, tree in params_by_stage.items()
+        }
+        results, errors, gallery = measure(model, variants, params_by_stage, names, ground_truth, asked, timed)
+        layers = layer_figures(full, params_by_stage["distill"], {})
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        told = history(rows)
+        metrics = history(rows)
         with timed("write", "package.pt, vanilla.pt, curves.png"):
             config_as = settings.to_dict(config) | {"model": settings.to_dict(config.student)}
             metadata = {
@@ -90,13 +98,13 @@ def run(config: DistillConfig, job: str, command: str) -> None:
                 "random_weights": checkpoint.random,
                 "config": config_as,
                 "results": results,
-                "history": told,
+                "history": metrics,
                 "versions": {"sam2jq": __version__} | {name: version(name) for name in ("jax", "flax", "torch")},
             }
             errors_of = {layer: row["relative_error"] for layer, row in layers.items()}
-            save_package(folder / "package.pt", reached["distill"], errors_of, metadata)
-            save_vanilla(folder / "vanilla.pt", reached["distill"], checkpoint.random)
-            curves.draw(told).savefig(folder / "curves.png", dpi=120)
+            save_package(folder / "package.pt", params_by_stage["distill"], errors_of, metadata)
+            save_vanilla(folder / "vanilla.pt", params_by_stage["distill"], checkpoint.random)
+            curves.plot_history(metrics).savefig(folder / "curves.png", dpi=120)
             summary = load_package(folder / "package.pt").summary()
         metrics = summary | {
             "layers": layer_rows(summary["layers"], layers, {}),
@@ -104,10 +112,10 @@ def run(config: DistillConfig, job: str, command: str) -> None:
             "stages": [row | errors.get(row["name"], {}) for row in merged(record)],
             "stage_images": min(STAGE_IMAGES, len(names)),
             "images_id": fingerprint({}, names),
-            "truth_id": truth_id(truth),
+            "truth_id": ground_truth_id(ground_truth),
             "asked": config_as,
             "command": command,
-            "history": told,
+            "history": metrics,
         }
         save_run(folder, metrics, gallery)
         log.info("\n%s", text.totals(summary))
@@ -115,7 +123,7 @@ def run(config: DistillConfig, job: str, command: str) -> None:
     log.info("report      %s", final / "report.html")
 
 
-def find_seen(config: DistillConfig, val: list[Item]) -> tuple[list[Item], list[str]] | None:
+def find_student_calibration(config: DistillConfig, val: list[Item]) -> tuple[list[Item], list[str]] | None:
     """What `ptq` calibrates on, as `find_calibration` gives it. ValueError: held-out clips, or several processes."""
     if config.ptq is None:
         return None
@@ -126,7 +134,7 @@ def find_seen(config: DistillConfig, val: list[Item]) -> tuple[list[Item], list[
     return found
 
 
-def after_ptq(model: SAM2, params: dict, config: DistillConfig, seen: tuple, watch: Callable) -> dict:
+def quantize_student(model: SAM2, params: dict, config: DistillConfig, seen: tuple, on_stage: Callable) -> dict:
     """`params` quantized as `ptq` says, calibrated on what was `seen`.
 
     ValueError: they are quantized already; and all that quantize raises.
@@ -134,20 +142,22 @@ def after_ptq(model: SAM2, params: dict, config: DistillConfig, seen: tuple, wat
     if any(not isinstance(kernel, jax.Array | np.ndarray) for kernel in kernels(flatten(params)).values()):
         raise ValueError(f"ptq: {config.student.checkpoint} is quantized already: leave ptq out")
     try:
-        done = run_ptq(model, params, replay(config.ptq), seen, config, watch)
+        done = run_ptq(model, params, replay(config.ptq), seen, config, on_stage)
     except ValueError as error:
-        raise ValueError(settings.told_of_ptq(str(error))) from error
-    return list(done.reached.values())[-1]
+        raise ValueError(settings.rename_quant_to_ptq(str(error))) from error
+    return list(done.params_by_stage.values())[-1]
 
 
-def what_enters(model: SAM2, params: dict, clips: list[Item], config: settings.LessonConfig) -> dict[str, Stats]:
+def collect_input_stats(
+    model: SAM2, params: dict, clips: list[Item], config: settings.DistillLossConfig
+) -> dict[str, Stats]:
     """{layer: Stats} of the first of `clips` where the ladder goes by outputs, else nothing."""
     if (config.confidence_method, config.confidence_on) != ("ladder", "output"):
         return {}
     size = model.variant.image_size
     with stage("calibrate", f"what enters each layer, {len(clips[:LOOKED_AT])} clips"):
         frames = lambda n: (read_item(clip, size) for clip in clips[n:LOOKED_AT])
-        return collect(model, effective_params(params), frames, {"gram"})
+        return collect(model, materialize_params(params), frames, {"gram"})
 
 
 def errors_by_width(
@@ -155,7 +165,7 @@ def errors_by_width(
 ) -> dict[str, dict[int, float]]:
     """{layer: {bits: error}} of rounding to nearest: |x w_hat - x w| / |x w| for the inputs x of layers in `stats`,
     |w_hat - w| / |w| of others."""
-    plain, errors = flatten(effective_params(params)), {layer: {} for layer in specs}
+    plain, errors = flatten(materialize_params(params)), {layer: {} for layer in specs}
     if stats:
         for path, w in kernels(plain).items():
             if spec := specs.get(layer := layer_name(path)):
@@ -164,14 +174,14 @@ def errors_by_width(
         return errors
     for bits in widths:
         at = {layer: replace(spec, bits=bits) for layer, spec in specs.items()}
-        rounded = flatten(effective_params(round_weights(unflatten(plain), at)))
+        rounded = flatten(materialize_params(round_weights(unflatten(plain), at)))
         for path in kernels(plain):
             if layer_name(path) in specs:
                 errors[layer_name(path)][bits] = relative_error(rounded[path], plain[path])
     return errors
 
 
-def measured_as(config: DistillConfig, held_out: int) -> settings.Config:
+def measure_config(config: DistillConfig, held_out: int) -> settings.Config:
     """The settings under which `quantize` would measure the student; images are those of validation."""
     calib = settings.CalibConfig(config.data.val, held_out)
     quant = settings.QuantConfig(calib, config.quant.wgts, config.quant.ipts)
@@ -179,18 +189,18 @@ def measured_as(config: DistillConfig, held_out: int) -> settings.Config:
 
 
 @contextmanager
-def shared_folder(final: Path, resumes: str) -> Iterator[Path]:
+def shared_run_folder(final: Path, resumes: str) -> Iterator[Path]:
     """`job_folder` of process 0, for all processes."""
     if jax.process_index() == 0:
         with job_folder(final, resumes) as folder:
-            meet("folder")
+            wait_for_processes("folder")
             yield folder
     else:
-        meet("folder")
+        wait_for_processes("folder")
         yield final.with_name(f".{final.name}.partial")
 
 
-def meet(name: str) -> None:
+def wait_for_processes(name: str) -> None:
     """Waits for all processes."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
@@ -228,7 +238,7 @@ def check_pair(teacher: SAM2, model: SAM2) -> None:
 def start(params: dict, config: DistillConfig, stats: dict[str, Stats] | None = None) -> dict:
     """The student: layers of the checkpoint that are quantized keep their grids, the others start on the config's.
 
-    stats: as `what_enters` finds them, for a ladder that goes by outputs.
+    stats: as `collect_input_stats` finds them, for a ladder that goes by outputs.
     """
     quant, flat = config.quant, kernels(flatten(params))
     wgts = quant.wgts
@@ -239,27 +249,29 @@ def start(params: dict, config: DistillConfig, stats: dict[str, Stats] | None = 
     check_prefixes("quant.target_roots", quant.target_roots, layers)
     if config.distill.confidence_method == "ladder":
         rungs = [bits for bits in config.distill.bit_candidates if bits >= quant.min_bits]
-        chosen = ladder(errors_by_width(params, specs, rungs, stats or {}), rungs, config.distill.confidence_threshold)
+        chosen = bit_search(
+            errors_by_width(params, specs, rungs, stats or {}), rungs, config.distill.confidence_threshold
+        )
         specs = {layer: replace(spec, bits=chosen[layer]) for layer, spec in specs.items()}
-    made = student(params, specs)
+    made = init_fake_quant(params, specs)
     if quant.ipts.dtype is None:
         return made
-    bare = [layer for path, layer in zip(flat, layers) if not isinstance(innermost(flat[path]), QTensor)]
+    bare = [layer for path, layer in zip(flat, layers) if not isinstance(base_weight(flat[path]), QTensor)]
     inputs = {layer: spec for layer, spec in activation_specs(quant.ipts, specs).items() if layer in bare}
     return each_layer(partial(quantize_inputs, static=quant.ipts.static), inputs).apply(made, {})
 
 
 def history(rows: list[dict]) -> dict:
     """What the run's curves and its heat map are drawn from, out of metrics.jsonl."""
-    told = [row for row in rows if "bits" in row]
-    layers = list(told[0]["bits"]) if told else []
+    metrics = [row for row in rows if "bits" in row]
+    layers = list(metrics[0]["bits"]) if metrics else []
     return {
         "loss": [[row["step"], row["train/loss"]] for row in rows if "train/loss" in row],
         "val_loss": [[row["step"], row["val/loss"]] for row in rows if "val/loss" in row],
-        "avg_bit_width": [[row["step"], row["train/avg_bit_width"]] for row in told],
+        "avg_bit_width": [[row["step"], row["train/avg_bit_width"]] for row in metrics],
         "bits": {
-            "steps": [row["step"] for row in told],
-            "layers": {layer: [row["bits"][layer] for row in told] for layer in layers},
+            "steps": [row["step"] for row in metrics],
+            "layers": {layer: [row["bits"][layer] for row in metrics] for layer in layers},
         },
         "decisions": [decided(row["epoch"], one) for row in rows for one in row.get("decisions", ())],
     }

@@ -28,8 +28,8 @@ from sam2jq.data.loader import Item, find_items, read_item
 from sam2jq.data.sav import write_mask
 from sam2jq.data.video import open_video
 from sam2jq.eval.evaluate import drawn_video, evaluate_clips, evaluate_images, find_clips, find_samples
-from sam2jq.eval.fidelity import STAGE_IMAGES, find_truth, layer_figures, measure, truth_id
-from sam2jq.files import whole
+from sam2jq.eval.fidelity import STAGE_IMAGES, find_ground_truth, ground_truth_id, layer_figures, measure
+from sam2jq.files import atomic_write
 from sam2jq.models.sam2 import SAM2, TRUNK_LINEAR, build
 from sam2jq.predictors.image import ImagePredictor
 from sam2jq.predictors.video import VideoPredictor
@@ -37,8 +37,8 @@ from sam2jq.ptq.calibration import fingerprint
 from sam2jq.ptq.pipeline import FOLDED, UNROUNDED, Quantized, quantize_params, smoothed_by
 from sam2jq.ptq.recipe import layers as all_layers
 from sam2jq.ptq.recipe import onto, weight_specs
-from sam2jq.quant.algorithms.activations import simulated
-from sam2jq.quant.leaves import effective_params
+from sam2jq.quant.algorithms.activations import materialize_weights
+from sam2jq.quant.leaves import materialize_params
 from sam2jq.report import figures, text
 from sam2jq.report.comparison import runs_csv, runs_page, settings_of
 from sam2jq.report.page import run_page
@@ -126,24 +126,24 @@ def quantize(args: argparse.Namespace, flags: list[str]) -> None:
         calib = config.quant.calib
         with timed("images", calib.path):
             items, images = find_calibration(calib, config.seed)
-            truth = find_truth(config)
+            ground_truth = find_ground_truth(config)
         config = replace(config, quant=replay(config.quant))
         model, checkpoint = load_model(config.model, config.cache.root, calib.image_size)
 
-        full = effective_params(checkpoint.params)
+        full = materialize_params(checkpoint.params)
         names = [item.frames[0] for item in items]
         needs = {"gram"} if config.convert_nunchaku else ()
         done = run_ptq(model, full, config.quant, (items, images), config, timed, needs)
         asked, config = config, replace(config, quant=done.config)
         (folder / "config.yaml").write_text(settings.dump(config))  # with the bits that were chosen for a target
-        kinds = {"full precision": full}
-        measured = [name for name in ("weights", "inputs", "outputs") if name in done.reached]
-        kinds |= {name: simulated(done.reached[name]) for name in measured}
-        *_, quantized = done.reached.values()
-        layers = layer_figures(done.reached.get(FOLDED, full), quantized, done.stats)
+        variants = {"full precision": full}
+        measured = [name for name in ("weights", "inputs", "outputs") if name in done.params_by_stage]
+        variants |= {name: materialize_weights(done.params_by_stage[name]) for name in measured}
+        *_, quantized = done.params_by_stage.values()
+        layers = layer_figures(done.params_by_stage.get(FOLDED, full), quantized, done.stats)
         if config.convert_nunchaku:
-            kinds["nunchaku"] = convert_nunchaku(config, model, checkpoint, full, done, folder)
-        results, errors, gallery = measure(model, kinds, done.reached, names, truth, config, timed)
+            variants["nunchaku"] = convert_nunchaku(config, model, checkpoint, full, done, folder)
+        results, errors, gallery = measure(model, variants, done.params_by_stage, names, ground_truth, config, timed)
         with timed("write", "package.pt" + ", vanilla.pt, cache" * config.save_model):
             metadata = {
                 "model": settings.to_dict(config.model) | {"image_size": model.variant.image_size},
@@ -159,7 +159,7 @@ def quantize(args: argparse.Namespace, flags: list[str]) -> None:
             save_package(folder / "package.pt", quantized, weight_errors, metadata)
             if config.save_model:
                 save_vanilla(folder / "vanilla.pt", quantized, checkpoint.random)
-                if "rotation" not in done.reached:  # these files have no place for it
+                if "rotation" not in done.params_by_stage:  # these files have no place for it
                     save_deepcompressor(folder / "cache", quantized, checkpoint.names)
             summary = load_package(folder / "package.pt").summary()
         metrics = summary | {
@@ -168,7 +168,7 @@ def quantize(args: argparse.Namespace, flags: list[str]) -> None:
             "stages": [row | errors.get(row["name"], {}) for row in merged(record)],
             "stage_images": min(STAGE_IMAGES, len(names)),
             "images_id": fingerprint({}, images),
-            "truth_id": truth_id(truth),
+            "truth_id": ground_truth_id(ground_truth),
             "asked": settings.to_dict(asked),
             "command": command_line(args, flags),
         }
@@ -181,7 +181,7 @@ def quantize(args: argparse.Namespace, flags: list[str]) -> None:
 
 def distill(args: argparse.Namespace, flags: list[str]) -> None:
     """Teacher + student + frames -> <output.root>/<job>/ with package, vanilla checkpoint and curves."""
-    from sam2jq.cli.main import distill as cli_distill
+    from sam2jq.cli import distill as cli_distill
 
     config = settings.load(args.config, flags, DistillConfig)
     cli_distill.run(config, Path(args.config or "distill").stem, command_line(args, flags))
@@ -193,7 +193,7 @@ def segment(args: argparse.Namespace, flags: list[str]) -> None:
     image = read_image(args.image)
     config = settings.load(None, flags, settings.SegmentConfig)
     model, checkpoint = load_model(config.model, config.cache.root)
-    predictor = ImagePredictor(model, simulated(checkpoint.params), dtype=config.model.dtype)
+    predictor = ImagePredictor(model, materialize_weights(checkpoint.params), dtype=config.model.dtype)
     predictor.set_image(image)
     points = {"point_coords": args.points, "point_labels": labels} if args.points else {}
     masks, scores, _ = predictor.predict(**points, box=args.box, multimask_output=args.multimask)
@@ -201,7 +201,7 @@ def segment(args: argparse.Namespace, flags: list[str]) -> None:
     figures.draw_prompts(picture, args.points, labels, args.box)
     if checkpoint.random:
         figures.write(picture, "random weights")
-    with whole(args.out) as temporary:
+    with atomic_write(args.out) as temporary:
         picture.save(temporary, format=Image.registered_extensions().get(Path(args.out).suffix.lower(), "PNG"))
     for mask, score in zip(masks, scores):
         log.info("mask        %.1f %% of the image, estimated IoU %.3f", 100 * mask.mean(), score)
@@ -216,7 +216,7 @@ def track(args: argparse.Namespace, flags: list[str]) -> None:
     video = drawn_video(args.clip) if args.clip.startswith("scenes:") else open_video(args.clip)
     config = settings.load(None, flags, settings.SegmentConfig)
     model, checkpoint = load_model(config.model, config.cache.root)
-    predictor = VideoPredictor(model, simulated(checkpoint.params), dtype=config.model.dtype)
+    predictor = VideoPredictor(model, materialize_weights(checkpoint.params), dtype=config.model.dtype)
     state = predictor.init_state(video)
     points = {"points": args.points, "labels": labels} if args.points else {}
     predictor.add_new_points_or_box(state, args.frame, 1, **points, box=args.box)
@@ -228,7 +228,7 @@ def track(args: argparse.Namespace, flags: list[str]) -> None:
                 figures.draw_prompts(pictures[-1], args.points, labels, args.box)
             if checkpoint.random:
                 figures.write(pictures[-1], "random weights")
-    with whole(args.out) as temporary:
+    with atomic_write(args.out) as temporary:
         if out.suffix.lower() == ".gif":
             pictures[0].save(temporary, format="GIF", save_all=True, append_images=pictures[1:], duration=42, loop=0)
         else:
@@ -248,7 +248,7 @@ def evaluate(args: argparse.Namespace, flags: list[str]) -> None:
             else:
                 samples = find_clips(config.data, config.split, config.num_samples)
         model, checkpoint = load_model(config.model, config.cache.root)
-        params, progress = simulated(checkpoint.params), tqdm(samples, leave=False, disable=None)
+        params, progress = materialize_weights(checkpoint.params), tqdm(samples, leave=False, disable=None)
         with stage("evaluate", f"{len(samples)} {'images' if config.task == 'image' else 'clips'}"):
             if config.task == "image":
                 results = evaluate_images(model, params, progress, config.model.dtype)
@@ -327,7 +327,7 @@ def export(args: argparse.Namespace, flags: list[str]) -> None:
         case "vanilla":
             vanilla.save_vanilla(out / "vanilla.pt", params, metadata["random_weights"])
         case "safetensors":
-            save_checkpoint(out / "model.safetensors", effective_params(params))
+            save_checkpoint(out / "model.safetensors", materialize_params(params))
         case "deepcompressor":
             deepcompressor.save_deepcompressor(out, params, metadata["names"])
         case "nunchaku":
@@ -348,7 +348,7 @@ def report(args: argparse.Namespace, flags: list[str]) -> None:
         raise ValueError(f"report takes no {flags[0]}")
     runs = read_runs(args.runs)
     page = runs_page(runs) if len(runs) > 1 else run_page(*next(iter(runs.items())))
-    with whole(args.out) as temporary:
+    with atomic_write(args.out) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="replace")
     log.info("written     %s", args.out)
 
@@ -357,7 +357,7 @@ def sweep(args: argparse.Namespace, flags: list[str]) -> None:
     """A run for every combination of `args.over`, those that are finished kept; their page and a table as CSV."""
     root, job = sweep_folder(args, flags)
     jobs = {}
-    for values in settings.grid(args.over):  # all are read before the first one runs
+    for values in settings.sweep_combinations(args.over):  # all are read before the first one runs
         name = job_name(values)
         places = {"output.root": str(root / job), "output.job": name}
         own = [*flags, *(part for key, value in (values | places).items() for part in (f"--{key}", json.dumps(value)))]
@@ -375,7 +375,7 @@ def sweep(args: argparse.Namespace, flags: list[str]) -> None:
         log.info("job %2d/%-4d %s done, about %.0f s to go\n", i, len(jobs), folder.name, left)
     runs = read_runs(jobs)
     for name, content in {"runs.csv": runs_csv(runs), "report.html": runs_page(runs)}.items():
-        with whole(root / job / name) as temporary:
+        with atomic_write(root / job / name) as temporary:
             temporary.write_text(content, encoding="utf-8", errors="replace")
     log.info("written     %s\nreport      %s", root / job / "runs.csv", root / job / "report.html")
 
@@ -436,14 +436,14 @@ def run_ptq(
     quant: QuantConfig,
     found: tuple[list[Item], list[str]],
     config: Config | DistillConfig,
-    watch: Callable,
+    on_stage: Callable,
     needs: Iterable[str] = (),
 ) -> Quantized:
     """`quantize_params` on what `find_calibration` found, with progress, and statistics kept in cache.root."""
     (items, images), size = found, model.variant.image_size
     clips = lambda n: (read_item(item, size) for item in tqdm(items[n:], leave=False, disable=None))
     cache = Path(config.cache.root) / "calibration", (__version__, images, quant.calib.frames, quant.calib.stride)
-    return quantize_params(model, params, quant, clips, seed=config.seed, needs=needs, cache=cache, watch=watch)
+    return quantize_params(model, params, quant, clips, seed=config.seed, needs=needs, cache=cache, on_stage=on_stage)
 
 
 def replay(quant: QuantConfig) -> QuantConfig:
@@ -474,7 +474,7 @@ def convert_nunchaku(config: Config, model: SAM2, checkpoint, full: dict, done: 
     """
     from converters.exports.nunchaku_model import GRID, computed_by_kernels, in_file_precision, save_nunchaku
 
-    flat = flatten(done.reached[UNROUNDED])
+    flat = flatten(done.params_by_stage[UNROUNDED])
     layers = [k for k in weight_specs(config.quant.wgts, map(layer_name, kernels(flat))) if TRUNK_LINEAR.fullmatch(k)]
     with stage("nunchaku", f"{len(layers)} linears onto {GRID.dtype} [[1, {GRID.group}]] with GPTQ"):
         chosen = {path: in_file_precision(leaf) for path, leaf in kernels(flat).items() if layer_name(path) in layers}

@@ -42,13 +42,13 @@ def boxes(masks: Array) -> Array:
     return jnp.stack([jnp.stack([x0, y0], -1), jnp.stack([x1, y1], -1)], 1).astype(jnp.float32)
 
 
-def shaken(key: Array, corners: Array, size: int) -> Array:
+def jitter_boxes(key: Array, corners: Array, size: int) -> Array:
     """`corners` [P, 2, 2] moved by up to BOX_NOISE of the box's sides, standard deviation, and 2 % of the image."""
     noise = jax.random.normal(key, corners.shape) * BOX_NOISE * (corners[:, 1:] - corners[:, :1])
     return jnp.clip(corners + jnp.clip(noise, -0.02 * size, 0.02 * size), 0, size - 1)
 
 
-def corrections(key: Array, logits: Array, coverage: Array, size: int) -> tuple[Array, Array]:
+def sample_correction_clicks(key: Array, logits: Array, coverage: Array, size: int) -> tuple[Array, Array]:
     """A click [P, 1, 2] where mask logits [P, h, w] are wrong, and its label [P, 1]: 1 where object was missed."""
     wanted = coverage > 0.5
     wrong = (logits > 0) != wanted

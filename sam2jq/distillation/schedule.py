@@ -32,7 +32,7 @@ class Decision(NamedTuple):
     reason: str
 
 
-def begin(bits: Array, window: int) -> Schedule:
+def init_schedule(bits: Array, window: int) -> Schedule:
     """The schedule before the first step."""
     return Schedule(bits, jnp.zeros((window, len(bits))), jnp.zeros(len(bits), jnp.int32))
 
@@ -43,7 +43,7 @@ def observe(state: Schedule, losses: Array) -> Schedule:
     return state._replace(history=jnp.concatenate([state.history[1:], losses[None]]), seen=state.seen + 1)
 
 
-def confident(state: Schedule, method: str, layer_threshold: float, variance_threshold: float) -> np.ndarray:
+def confident_layers(state: Schedule, method: str, layer_threshold: float, variance_threshold: float) -> np.ndarray:
     """bool [L]: layers whose window is full and whose mean loss is at most `layer_threshold`; with the method
     "variance" also those only whose variance is at most `variance_threshold` of the squared mean."""
     history, full = np.asarray(state.history), np.asarray(state.seen) >= len(state.history)
@@ -59,7 +59,7 @@ def candidates(state: Schedule, sure: np.ndarray, least: int, most: int | None) 
     return able[order][:most]
 
 
-def lower(
+def reduce_bits(
     state: Schedule,
     names: Sequence[str],
     sizes: np.ndarray,
@@ -95,7 +95,7 @@ def lower(
     return Schedule(jnp.asarray(bits), state.history, jnp.where(changed, 0, state.seen)), decisions
 
 
-def ladder(errors: Mapping[str, Mapping[int, float]], rungs: Sequence[int], threshold: float) -> dict[str, int]:
+def bit_search(errors: Mapping[str, Mapping[int, float]], rungs: Sequence[int], threshold: float) -> dict[str, int]:
     """{layer: bits}: the lowest of `rungs`, from the top down, before the first whose error is over `threshold`.
 
     errors: {layer: {bits: relative error of its weight or output}}. ValueError: a layer's highest rung is over it.

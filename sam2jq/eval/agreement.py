@@ -9,7 +9,7 @@ import numpy as np
 from sam2jq.data import preprocess
 from sam2jq.eval.metrics import iou
 from sam2jq.models.sam2 import SAM2
-from sam2jq.predictors.image import decode, encode
+from sam2jq.predictors.image import decode, encode_images
 
 STRIDES = (4, 8, 16)
 
@@ -43,7 +43,7 @@ def compare(
     squares = lambda maps: np.array([np.sum(np.square(np.asarray(m, np.float64))) for m in maps])
     for batch in images:
         inputs = jnp.asarray(np.stack([preprocess(image, model.variant.image_size) for image in batch]), dtype)
-        full, small = encode(model, params, inputs), encode(model, quantized, inputs)
+        full, small = encode_images(model, params, inputs), encode_images(model, quantized, inputs)
         for i in range(len(batch)):
             one, other = ([level[i : i + 1] for level in maps] for maps in (full, small))
             found = [decode(model, p, maps, points, multimask=True) for p, maps in ((params, one), (quantized, other))]

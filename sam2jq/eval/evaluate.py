@@ -12,7 +12,7 @@ from sam2jq.data.sav import read_mask, vos_videos
 from sam2jq.data.synthetic.scenes import Clip, draw_clip, draw_scene, scene_seed
 from sam2jq.data.video import Video, open_video, video_of
 from sam2jq.eval.metrics import VideoScores, mean_scores, video_scores
-from sam2jq.eval.prompted import follow, mean_ious, object_ious, segment_objects
+from sam2jq.eval.prompted import mean_ious, object_ious, segment_objects, track_from_masks
 from sam2jq.models.sam2 import SAM2
 from sam2jq.predictors.video import VideoPredictor
 
@@ -104,7 +104,7 @@ def track_objects(
         if seen:
             first[obj] = seen[0], masks[seen[0]]
     found = {obj: {frame: np.zeros_like(mask) for frame, mask in masks.items()} for obj, masks in truth.items()}
-    for frame, obj, mask in follow(predictor, video, first):
+    for frame, obj, mask in track_from_masks(predictor, video, first):
         if frame in found[obj]:
             found[obj][frame] = mask
         if write:

@@ -7,7 +7,7 @@ import numpy as np
 
 from sam2jq.eval.agreement import Compared, prompt_grid
 from sam2jq.eval.metrics import iou
-from sam2jq.eval.prompted import widest
+from sam2jq.eval.prompted import interior_point
 
 WORST, RANDOM = 5, 7
 
@@ -20,7 +20,7 @@ class Shown(NamedTuple):
     iou: float  # of the two masks
     before: np.ndarray  # bool [h, w], in full precision
     after: np.ndarray  # bool [h, w], quantized
-    truth: tuple[float, float] | None = None  # IoU of either with the true mask, where that is known
+    ground_truth: tuple[float, float] | None = None  # IoU of either with the true mask, where that is known
 
 
 class Gallery(NamedTuple):
@@ -30,7 +30,7 @@ class Gallery(NamedTuple):
     sample: tuple[Shown, ...] = ()
 
 
-def draw(images: int, seed: int) -> dict[int, float]:
+def sample_images(images: int, seed: int) -> dict[int, float]:
     """{index of an image: which of its masks is shown, in 0..1} of RANDOM images."""
     rng = random.Random(seed)
     return {i: rng.random() for i in sorted(rng.sample(range(images), min(RANDOM, images)))}
@@ -59,7 +59,7 @@ def of_clicks(image: str, result: Compared) -> list[Shown]:
 def of_objects(image: str, masks: np.ndarray, before: np.ndarray, after: np.ndarray) -> list[Shown]:
     """What two models make of one click into each of the objects `masks`; all bool [I, H, W]."""
     height, width = masks.shape[1:]
-    clicks = [widest(mask)[0] for mask in masks]
+    clicks = [interior_point(mask)[0] for mask in masks]
     ious = zip(*(iou(*pair).tolist() for pair in ((after, before), (before, masks), (after, masks))))
     return [
         Shown(image, (float(x + 0.5) / width, float(y + 0.5) / height), between, *both, tuple(truth))

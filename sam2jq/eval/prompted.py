@@ -13,7 +13,7 @@ from scipy.ndimage import distance_transform_edt
 from sam2jq.data import preprocess
 from sam2jq.eval.metrics import iou
 from sam2jq.models.sam2 import SAM2
-from sam2jq.predictors.image import LOGIT_LIMIT, decode, encode
+from sam2jq.predictors.image import LOGIT_LIMIT, decode, encode_images
 from sam2jq.predictors.video import VideoPredictor
 
 PROMPTS = ("box", "1 click", "3 clicks")
@@ -28,7 +28,7 @@ def segment_objects(
     A box is the mask's own. The first click lies where the mask is widest and takes the best of three masks by
     estimated IoU; each later one lies in the widest part that is wrong, and refines one mask (SAM 2, appendix F.1).
     """
-    features = encode(model, params, jnp.asarray(preprocess(image, model.variant.image_size)[None], dtype))
+    features = encode_images(model, params, jnp.asarray(preprocess(image, model.variant.image_size)[None], dtype))
     parts = [segment_some(model, params, features, masks[i : i + AT_ONCE]) for i in range(0, len(masks), AT_ONCE)]
     return {name: np.concatenate([part[name] for part in parts]) for name in PROMPTS}
 
@@ -50,12 +50,12 @@ def segment_some(model: SAM2, params: dict, features: list, masks: np.ndarray) -
     results = {}
     boxes = np.stack([corners(mask) for mask in masks])
     _, results["box"] = predict(boxes, np.tile(np.array([[2, 3]], np.int32), (count, 1)), None, False)
-    points = np.stack([widest(mask)[0] for mask in masks])[:, None].astype(np.float32)
+    points = np.stack([interior_point(mask)[0] for mask in masks])[:, None].astype(np.float32)
     labels = np.ones((count, 1), np.int32)
     logits, found = predict(points, labels, None, True)
     results["1 click"] = found
     for _ in range(2):
-        fixes = [correction(mask, wanted) for mask, wanted in zip(found, masks)]
+        fixes = [correction_click(mask, wanted) for mask, wanted in zip(found, masks)]
         points = np.concatenate([points, np.array([[place] for place, _ in fixes], np.float32)], 1)
         labels = np.concatenate([labels, np.array([[label] for _, label in fixes], np.int32)], 1)
         logits, found = predict(points, labels, logits, False)
@@ -68,18 +68,18 @@ def corners(mask: np.ndarray) -> np.ndarray:
     return np.array([[x.min(), y.min()], [x.max(), y.max()]], np.float32)
 
 
-def widest(region: np.ndarray) -> tuple[tuple[int, int], float]:
+def interior_point(region: np.ndarray) -> tuple[tuple[int, int], float]:
     """The pixel x, y of a region [H, W] that lies farthest from its edge, and how far; the image ends it too."""
     distance = distance_transform_edt(np.pad(region, 1))[1:-1, 1:-1]
     y, x = np.unravel_index(distance.argmax(), region.shape)
     return (x, y), distance[y, x]
 
 
-def correction(found: np.ndarray, wanted: np.ndarray) -> tuple[tuple[int, int], int]:
+def correction_click(found: np.ndarray, wanted: np.ndarray) -> tuple[tuple[int, int], int]:
     """The next click x, y on a mask [H, W] and its label: 1 where object was missed, 0 where too much was taken."""
-    (missed, deep), (extra, deeper) = widest(wanted & ~found), widest(found & ~wanted)
+    (missed, deep), (extra, deeper) = interior_point(wanted & ~found), interior_point(found & ~wanted)
     if deep == deeper == 0:  # nothing is wrong
-        return widest(wanted)[0], 1
+        return interior_point(wanted)[0], 1
     return (missed, 1) if deep >= deeper else (extra, 0)
 
 
@@ -103,7 +103,7 @@ def mean_ious(images: list[dict[str, np.ndarray]]) -> dict[str, float]:
     return {name: float(np.concatenate([ious[name] for ious in images]).mean()) for name in PROMPTS}
 
 
-def follow(
+def track_from_masks(
     predictor: VideoPredictor, clip, first: dict[str, tuple[int, np.ndarray]]
 ) -> Iterator[tuple[int, str, np.ndarray]]:
     """Yields (frame, object, bool mask [H, W]) of objects given by a mask on the first frame they are seen in.

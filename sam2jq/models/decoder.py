@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sam2jq.models.layers import MLP, Conv, ConvTranspose, Dense, LayerNorm, attend, declare, gelu
+from sam2jq.models.layers import MLP, Conv, ConvTranspose, Dense, LayerNorm, attention, declare, gelu
 
 Array = jax.Array
 MASKS = 4  # token 0 answers a clear prompt with one mask, tokens 1..3 an ambiguous one with three
@@ -32,7 +32,7 @@ class Attention(nn.Module):
     def __call__(self, q: Array, k: Array, v: Array) -> Array:
         heads = lambda x: x.reshape(*x.shape[:-1], self.heads, self.features // self.heads)
         projected = (Dense(self.features, name=f"{n}_proj")(x) for n, x in (("q", q), ("k", k), ("v", v)))
-        out = attend(*map(heads, projected))
+        out = attention(*map(heads, projected))
         return Dense(q.shape[-1], name="out_proj")(out.reshape(*out.shape[:2], self.features))
 
 
@@ -81,7 +81,7 @@ class MaskDecoder(nn.Module):
     features: int
 
     @nn.compact
-    def project(self, fine: Array, middle: Array) -> tuple[Array, Array]:
+    def high_res_features(self, fine: Array, middle: Array) -> tuple[Array, Array]:
         """Maps at strides 4 and 8, [B, H, W, C] -> C / 8 and C / 4 channels: once an image, not once a prompt."""
         return Conv(self.features // 8, name="conv_s0")(fine), Conv(self.features // 4, name="conv_s1")(middle)
 
@@ -94,8 +94,8 @@ class MaskDecoder(nn.Module):
 
     @nn.compact
     def decode(self, features, sparse: Array, dense: Array, position: Array) -> Decoded:
-        """All four masks. features: maps [1 or P, H, W, C] at strides 4, 8, 16, the finer two from `project`; sparse
-        [P, N, C]; dense [1 or P, h, w, C]; position [h, w, C]."""
+        """All four masks. features: maps [1 or P, H, W, C] at strides 4, 8, 16, the finer two from
+        `high_res_features`; sparse [P, N, C]; dense [1 or P, h, w, C]; position [h, w, C]."""
         fine, middle, coarse = features
         prompts = len(sparse)
         names = (("obj_score_token", 1), ("iou_token", 1), ("mask_tokens", MASKS))
@@ -111,10 +111,12 @@ class MaskDecoder(nn.Module):
         scores = MLP((self.features, self.features, 1), name="pred_obj_score_head")(tokens[:, 0])
         ious = jax.nn.sigmoid(MLP((256, 256, MASKS), name="iou_prediction_head")(tokens[:, 1]))
         tokens = tokens[:, 2 : 2 + MASKS]
-        return Decoded(self.draw(tokens, image.reshape(prompts, *grid, -1), middle, fine), ious, tokens, scores)
+        return Decoded(
+            self.predict_masks(tokens, image.reshape(prompts, *grid, -1), middle, fine), ious, tokens, scores
+        )
 
     @nn.compact
-    def draw(self, tokens: Array, image: Array, middle: Array, fine: Array) -> Array:
+    def predict_masks(self, tokens: Array, image: Array, middle: Array, fine: Array) -> Array:
         """Mask logits [P, M, H, W]: a token's mask is where its kernel, [C / 8], meets the upscaled image.
 
         tokens [P, M, C]; image [1 or P, h, w, C] and the two finer maps, which it is doubled twice to meet.

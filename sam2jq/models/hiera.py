@@ -12,13 +12,13 @@ from sam2jq.models.layers import (
     Conv,
     Dense,
     LayerNorm,
-    attend,
-    cached_rows,
-    collecting,
+    attention,
+    chunked_map,
+    cpu_chunk_rows,
     declare,
     gelu,
-    in_chunks,
-    recomputed,
+    is_capturing_any,
+    remat,
     resize,
 )
 
@@ -59,19 +59,19 @@ class Attention(nn.Module):
     pool: bool
 
     @nn.compact
-    def __call__(self, x: Array, real: Array | None = None) -> Array:
+    def __call__(self, x: Array, token_mask: Array | None = None) -> Array:
         qkv, proj = Dense(3 * self.features, name="qkv"), Dense(self.features, name="proj")
 
-        def run(x: Array, real: Array | None = None) -> Array:
-            q, k, v = jnp.split(qkv(x, real), 3, axis=-1)
+        def run(x: Array, token_mask: Array | None = None) -> Array:
+            q, k, v = jnp.split(qkv(x, token_mask), 3, axis=-1)
             if self.pool:
-                q, real = max_pool(q), None if real is None else max_pool(real)
+                q, token_mask = max_pool(q), None if token_mask is None else max_pool(token_mask)
             heads = (t.reshape(len(x), -1, self.heads, self.features // self.heads) for t in (q, k, v))
-            return proj(attend(*heads).reshape(q.shape), real)
+            return proj(attention(*heads).reshape(q.shape), token_mask)
 
-        if collecting(self):
-            return run(x, real)
-        return in_chunks(run, x, cached_rows(3 * self.features * x.shape[1] * x.shape[2]))
+        if is_capturing_any(self):
+            return run(x, token_mask)
+        return chunked_map(run, x, cpu_chunk_rows(3 * self.features * x.shape[1] * x.shape[2]))
 
 
 class Block(nn.Module):
@@ -90,12 +90,12 @@ class Block(nn.Module):
         shortcut, x = x, LayerNorm(EPS, name="norm1")(x)
         if pool:  # norm1 feeds the shortcut too
             shortcut = max_pool(Dense(self.features, name="proj")(x))
-        real = None
+        token_mask = None
         if self.window:
             if any(side % self.window for side in x.shape[1:3]):  # windows are padded
-                real = to_windows(jnp.ones((*x.shape[:3], 1), bool), self.window)
+                token_mask = to_windows(jnp.ones((*x.shape[:3], 1), bool), self.window)
             x = to_windows(x, self.window)
-        x = Attention(self.features, self.heads, pool, name="attn")(x, real)
+        x = Attention(self.features, self.heads, pool, name="attn")(x, token_mask)
         x = from_windows(x, *shortcut.shape[1:3]) if self.window else x
         x = shortcut + x
         mlp = MLP((4 * self.features, self.features), gelu, name="mlp")
@@ -109,7 +109,7 @@ class BlockSpec(NamedTuple):
 
 
 class Hiera(nn.Module):
-    """Image [B, H, W, 3] -> the last map of each stage, at strides 4, 8, 16, 32. remat: blocks are `recomputed`."""
+    """Image [B, H, W, 3] -> the last map of each stage, at strides 4, 8, 16, 32. remat: blocks are `remat`."""
 
     embed_dim: int
     num_heads: int
@@ -138,7 +138,7 @@ class Hiera(nn.Module):
         outputs = []
         for i, spec in enumerate(self.blocks()):
             block = Block(*spec, name=f"blocks.{i}")
-            x = recomputed(block, x) if self.remat and not self.is_initializing() else block(x)
+            x = remat(block, x) if self.remat and not self.is_initializing() else block(x)
             outputs.append(x)
         ends = [sum(self.stages[: stage + 1]) - 1 for stage in range(len(self.stages))]
         maps = [outputs[end] for end in ends]

@@ -32,27 +32,27 @@ def declare(module: nn.Module, name: str, *shape: int):
     return module.param(name, nn.initializers.zeros, shape)
 
 
-def wanted(module: nn.Module, *collections: str) -> bool:
+def is_capturing(module: nn.Module, *collections: str) -> bool:
     """Whether one of `collections` of what layers see and say is being filled."""
     return not module.is_initializing() and any(map(module.is_mutable_collection, collections))
 
 
-def collecting(module: nn.Module) -> bool:
+def is_capturing_any(module: nn.Module) -> bool:
     """Whether calibration or distillation wants to see the layers in `module`, which then must not run in chunks."""
-    return wanted(module, *FOLDS, OUTPUTS)
+    return is_capturing(module, *FOLDS, OUTPUTS)
 
 
-def observe(module: nn.Module, x: Array, real: Array | None = None) -> None:
+def sow_input_stats(module: nn.Module, x: Array, token_mask: Array | None = None) -> None:
     """Folds the inputs x [..., K] of a layer into what is being collected; real: bool [...], tokens that count."""
-    if wanted(module, *FOLDS):
+    if is_capturing(module, *FOLDS):
         rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-        real = None if real is None else real.reshape(-1)
+        token_mask = None if token_mask is None else token_mask.reshape(-1)
         for name, fold in FOLDS.items():
-            module.sow(name, "input", (rows, real), reduce_fn=fold, init_fn=lambda: None)
+            module.sow(name, "input", (rows, token_mask), reduce_fn=fold, init_fn=lambda: None)
 
 
-def observe_patches(module: nn.Module, images: Array, rows: Callable[[Array], Array]) -> None:
-    """As `observe` with the rows of all images: of one after the other, since they may be 49 times the images."""
+def sow_patch_stats(module: nn.Module, images: Array, rows: Callable[[Array], Array]) -> None:
+    """`sow_input_stats` of the patches of all images, one image after the other: they may take 49 times the memory."""
     for name, fold in FOLDS.items():
         module.sow(name, "input", images, reduce_fn=partial(fold_each, fold, rows), init_fn=lambda: None)
 
@@ -62,24 +62,24 @@ def fold_each(fold: Callable, rows: Callable[[Array], Array], state: Array | tup
     return jax.lax.scan(lambda *of: (after(*of), None), after(state, images[0]), images[1:])[0]
 
 
-def tell(module: nn.Module, y: Array) -> Array:
+def sow_output_moments(module: nn.Module, y: Array) -> Array:
     """`y`, what leaves a layer; its mean and variance over all but the channels, [2, C], go to whom it concerns."""
-    if wanted(module, OUTPUTS):
+    if is_capturing(module, OUTPUTS):
         rows = y.reshape(-1, y.shape[-1]).astype(jnp.float32)
         module.sow(OUTPUTS, "moments", jnp.stack([rows.mean(0), rows.var(0)]))
     return y
 
 
-def recomputed(module: nn.Module, x: Array) -> Array:
+def remat(module: nn.Module, x: Array) -> Array:
     """module(x), whose gradient keeps x alone and computes the rest once more (arXiv 1604.06174).
 
     Compilers for CPUs see that a second computation equals the first, and share it, so that `jax.checkpoint` saves
     nothing there; they do not look through a branch on the incoming gradient.
     """
-    alone, told = module.clone(parent=None), [OUTPUTS] if wanted(module, OUTPUTS) else []
+    alone, captured = module.clone(parent=None), [OUTPUTS] if is_capturing(module, OUTPUTS) else []
 
     def plain(params: dict, x: Array) -> tuple[Array, dict]:
-        return alone.apply({"params": params}, x, mutable=told)
+        return alone.apply({"params": params}, x, mutable=captured)
 
     def backward(kept: tuple[dict, Array], dy: tuple[Array, dict]) -> tuple[dict, Array]:
         number = dy[0].ravel()[0]
@@ -109,11 +109,11 @@ class Dense(nn.Module):
     features: int
 
     @nn.compact
-    def __call__(self, x: Array, real: Array | None = None) -> Array:
-        observe(self, x, real)
+    def __call__(self, x: Array, token_mask: Array | None = None) -> Array:
+        sow_input_stats(self, x, token_mask)
         kernel = declare(self, "kernel", x.shape[-1], self.features)
         bias = declare(self, "bias", self.features)
-        return tell(self, ops.finish(kernel, ops.matmul(kernel, x) + bias.astype(x.dtype)))
+        return sow_output_moments(self, ops.quantize_output(kernel, ops.matmul(kernel, x) + bias.astype(x.dtype)))
 
 
 class Conv(nn.Module):
@@ -130,15 +130,15 @@ class Conv(nn.Module):
         shape = (self.size, self.size, x.shape[-1] // self.groups, self.features)
         kernel = declare(self, "kernel", *shape)
         bias = declare(self, "bias", self.features)
-        if wanted(self, *FOLDS):
-            observe_patches(self, x, lambda image: self.rows(image, math.prod(shape[:-1])))
+        if is_capturing(self, *FOLDS):
+            sow_patch_stats(self, x, lambda image: self.rows(image, math.prod(shape[:-1])))
         y = ops.conv(kernel, x, stride=self.stride, padding=self.padding, groups=self.groups)
-        return tell(self, ops.finish(kernel, y + bias.astype(x.dtype)))
+        return sow_output_moments(self, ops.quantize_output(kernel, y + bias.astype(x.dtype)))
 
     def rows(self, image: Array, inputs: int) -> Array:
         """What a kernel of so many `inputs` is multiplied by, [n, inputs], one group of its channels after another."""
-        seen = patches(image[None], self.size, self.stride, self.padding)
-        grouped = seen.reshape(*seen.shape[:-1], self.size**2, self.groups, -1)
+        key_mask = patches(image[None], self.size, self.stride, self.padding)
+        grouped = key_mask.reshape(*key_mask.shape[:-1], self.size**2, self.groups, -1)
         return grouped.swapaxes(-2, -3).reshape(-1, inputs)
 
 
@@ -149,10 +149,12 @@ class ConvTranspose(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        observe(self, x)
+        sow_input_stats(self, x)
         kernel = declare(self, "kernel", 2, 2, x.shape[-1], self.features)
         bias = declare(self, "bias", self.features)
-        return tell(self, ops.finish(kernel, ops.conv_transpose(kernel, x, stride=2) + bias.astype(x.dtype)))
+        return sow_output_moments(
+            self, ops.quantize_output(kernel, ops.conv_transpose(kernel, x, stride=2) + bias.astype(x.dtype))
+        )
 
 
 class LayerNorm(nn.Module):
@@ -186,12 +188,12 @@ class MLP(nn.Module):
                 x = layer(self.act(x))
             return x
 
-        at_once = sys.maxsize if collecting(self) else cached_rows(max(self.widths))
-        rows = in_chunks(run, x.reshape(-1, x.shape[-1]), at_once)
+        at_once = sys.maxsize if is_capturing_any(self) else cpu_chunk_rows(max(self.widths))
+        rows = chunked_map(run, x.reshape(-1, x.shape[-1]), at_once)
         return rows.reshape(*x.shape[:-1], self.widths[-1])
 
 
-def in_chunks(f: Callable, x: Array, rows: int):
+def chunked_map(f: Callable, x: Array, rows: int):
     """f(x), an array or several, at most `rows` of the leading axis at a time, for an `f` to which each row of
     x [N, ...] is a case of its own. Layers that `f` calls may read parameters but not sow.
     """
@@ -203,7 +205,7 @@ def in_chunks(f: Callable, x: Array, rows: int):
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), out)
 
 
-def cached_rows(width: int) -> int:
+def cpu_chunk_rows(width: int) -> int:
     """How many rows of `width` numbers a CPU's caches hold; an accelerator takes them all at once, to fill its cores.
 
     Going through wide intermediate arrays in such pieces halves the time of Hiera's first MLPs: memory, not
@@ -212,7 +214,7 @@ def cached_rows(width: int) -> int:
     return max(1, CACHED // width) if jax.default_backend() == "cpu" else sys.maxsize
 
 
-def attend(q: Array, k: Array, v: Array, seen: Array | None = None) -> Array:
+def attention(q: Array, k: Array, v: Array, key_mask: Array | None = None) -> Array:
     """softmax(q kT / sqrt(C)) v for q [B, N, heads, C] and k, v [B, M, heads, C], the softmax in float32.
 
     seen: bool [B, M], which keys there are; all when None. Long queries go through in chunks of QUERY_CHUNK rows, so
@@ -220,28 +222,28 @@ def attend(q: Array, k: Array, v: Array, seen: Array | None = None) -> Array:
     """
     batch, length, heads, channels = q.shape
     q, k, v = (x.swapaxes(1, 2) for x in (q * channels**-0.5, k, v))  # batched products want the heads in front
-    hidden = None if seen is None else jnp.where(seen, 0.0, HIDDEN)[:, None, None]
+    hidden = None if key_mask is None else jnp.where(key_mask, 0.0, HIDDEN)[:, None, None]
     if length <= QUERY_CHUNK:
-        return weigh(q, k, v, hidden)[0].swapaxes(1, 2)
-    head = lambda each: weigh_in_chunks(*each)
-    at_once = min(batch * heads, cached_rows(QUERY_CHUNK * k.shape[2]))  # heads whose scores stay in the caches
+        return softmax_attention(q, k, v, hidden)[0].swapaxes(1, 2)
+    head = lambda each: chunked_softmax_attention(*each)
+    at_once = min(batch * heads, cpu_chunk_rows(QUERY_CHUNK * k.shape[2]))  # heads whose scores stay in the caches
     flat = tuple(x.reshape(batch * heads, -1, channels) for x in (q, k, v))
-    flat += (None if seen is None else jnp.repeat(hidden[:, 0], heads, axis=0),)
+    flat += (None if key_mask is None else jnp.repeat(hidden[:, 0], heads, axis=0),)
     return jax.lax.map(head, flat, batch_size=at_once).reshape(batch, heads, length, channels).swapaxes(1, 2)
 
 
 @jax.custom_vjp
-def weigh_in_chunks(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
-    """`weigh` of one head, QUERY_CHUNK rows of q at a time."""
-    return _weigh_forward(q, k, v, bias)[0]
+def chunked_softmax_attention(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
+    """`softmax_attention` of one head, QUERY_CHUNK rows of q at a time."""
+    return _chunked_attention_forward(q, k, v, bias)[0]
 
 
-def _weigh_forward(q: Array, k: Array, v: Array, bias: Array | None):
-    y, level = in_chunks(lambda rows: weigh(rows, k, v, bias), q, QUERY_CHUNK)
+def _chunked_attention_forward(q: Array, k: Array, v: Array, bias: Array | None):
+    y, level = chunked_map(lambda rows: softmax_attention(rows, k, v, bias), q, QUERY_CHUNK)
     return y, (q, k, v, bias, y, level)
 
 
-def _weigh_backward(kept, dy: Array):
+def _chunked_attention_backward(kept, dy: Array):
     """Scores are computed once more, chunk by chunk (as in FlashAttention, arXiv 2205.14135)."""
     q, k, v, bias, y, level = kept
     rows = next(size for size in range(min(QUERY_CHUNK, len(q)), 0, -1) if len(q) % size == 0)
@@ -260,10 +262,10 @@ def _weigh_backward(kept, dy: Array):
     return dq.reshape(q.shape), dk.T, dv.T, None if bias is None else jnp.zeros_like(bias)
 
 
-weigh_in_chunks.defvjp(_weigh_forward, _weigh_backward)
+chunked_softmax_attention.defvjp(_chunked_attention_forward, _chunked_attention_backward)
 
 
-def weigh(q: Array, k: Array, v: Array, bias: Array | None = None) -> tuple[Array, Array]:
+def softmax_attention(q: Array, k: Array, v: Array, bias: Array | None = None) -> tuple[Array, Array]:
     """softmax(q kT + bias) v, [..., N, C], and the logarithm of the softmax' sums, [..., N, 1].
 
     Dividing the few outputs, not the many scores, saves a pass over them.

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sam2jq.models.layers import Conv, Dense, LayerNorm, attend, declare, gelu
+from sam2jq.models.layers import Conv, Dense, LayerNorm, attention, declare, gelu
 
 Array = jax.Array
 EPS = 1e-6
@@ -55,7 +55,7 @@ class MemoryEncoder(nn.Module):
         return Conv(self.features, name="out_proj")(Fuser(name="fuser")(x))
 
 
-def rotate(x: Array, height: int, width: int) -> Array:
+def apply_rope(x: Array, height: int, width: int) -> Array:
     """`x` [B, R * height * width, C] with channel pairs turned by their token's place: x in the first half of the
     channels, y in the second; R maps in a row are turned alike. Real-valued axial RoPE (arXiv 2403.13298)."""
     frequency = 10000.0 ** -(jnp.arange(0, x.shape[-1], 4) / x.shape[-1])
@@ -74,11 +74,13 @@ class RotaryAttention(nn.Module):
     features: int
 
     @nn.compact
-    def __call__(self, q: Array, k: Array, v: Array, *, grid: tuple[int, int], unplaced: int = 0, seen=None) -> Array:
+    def __call__(
+        self, q: Array, k: Array, v: Array, *, grid: tuple[int, int], unplaced: int = 0, key_mask=None
+    ) -> Array:
         q, k, v = (Dense(self.features, name=f"{n}_proj")(x) for n, x in (("q", q), ("k", k), ("v", v)))
         placed = k.shape[1] - unplaced
-        k = jnp.concatenate([rotate(k[:, :placed], *grid), k[:, placed:]], axis=1)
-        out = attend(*(x[:, :, None] for x in (rotate(q, *grid), k, v)), seen)
+        k = jnp.concatenate([apply_rope(k[:, :placed], *grid), k[:, placed:]], axis=1)
+        out = attention(*(x[:, :, None] for x in (apply_rope(q, *grid), k, v)), key_mask)
         return Dense(self.features, name="out_proj")(out[:, :, 0])
 
 
@@ -107,11 +109,11 @@ class MemoryAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, frame: Array, frame_position: Array, memory: Array, position: Array, pointers: int, seen: Array | None
+        self, frame: Array, frame_position: Array, memory: Array, position: Array, pointers: int, key_mask: Array | None
     ) -> Array:
         grid = frame.shape[1:3]
         x = (frame + 0.1 * frame_position.astype(frame.dtype)).reshape(len(frame), -1, frame.shape[-1])
         for i in range(self.layers):
             layer = MemoryAttentionLayer(self.hidden, name=f"layers.{i}")
-            x = layer(x, memory, position, grid=grid, unplaced=pointers, seen=seen)
+            x = layer(x, memory, position, grid=grid, unplaced=pointers, key_mask=key_mask)
         return LayerNorm(name="norm")(x).reshape(frame.shape)

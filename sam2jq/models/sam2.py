@@ -110,9 +110,9 @@ class SAM2(nn.Module):
     def encode_image(self, images: Array) -> list[Array]:
         """Images [B, S, S, 3], preprocessed -> maps [B, S/4, S/4, C/8], [B, S/8, S/8, C/4], [B, S/16, S/16, C]."""
         fine, middle, coarse = self.neck(self.trunk(images))
-        return [*self.sam_mask_decoder.project(fine, middle), coarse]
+        return [*self.sam_mask_decoder.high_res_features(fine, middle), coarse]
 
-    def without_memory(self, features: list[Array]) -> list[Array]:
+    def add_no_memory_embed(self, features: list[Array]) -> list[Array]:
         """`features` as the mask decoder wants those of an image, or of a clip's first prompted frame."""
         return [*features[:-1], features[-1] + self.no_mem_embed.astype(features[-1].dtype)]
 
@@ -121,7 +121,7 @@ class SAM2(nn.Module):
     ) -> Decoded:
         """Masks of P prompts: points ([P, N, 2] pixels of the S x S image, labels [P, N]), masks [P, S/4, S/4, 1].
 
-        features: maps of one image, or one each prompt; coarsest from `without_memory` or `attend_memory`.
+        features: maps of one image, or one each prompt; coarsest from `add_no_memory_embed` or `attend_memory`.
         """
         sparse, dense, position = self.sam_prompt_encoder(points, masks)
         return self.sam_mask_decoder(features, sparse, dense, position, multimask)
@@ -145,9 +145,9 @@ class SAM2(nn.Module):
             points = jnp.zeros((batch, 1, 2)), -jnp.ones((batch, 1), jnp.int32)
         if masks is not None:
             masks = resize(masks, (self.variant.image_size // 4,) * 2, antialias=True)
-        return self.choose(self.decode_masks(features, points, masks, multimask=multimask))
+        return self.select_best_mask(self.decode_masks(features, points, masks, multimask=multimask))
 
-    def choose(self, decoded: Decoded) -> ObjectOutput:
+    def select_best_mask(self, decoded: Decoded) -> ObjectOutput:
         """Of each object's masks the one with the best estimated IoU."""
         present = decoded.object_scores > 0
         best = decoded.ious.argmax(-1)[:, None]
@@ -187,7 +187,7 @@ class SAM2(nn.Module):
         times: Array,
         pointers: Array,
         pointer_times: Array,
-        seen: Array | None = None,
+        key_mask: Array | None = None,
     ) -> Array:
         """`coarse` [B, h, w, C] having looked at what came before it.
 
@@ -204,11 +204,11 @@ class SAM2(nn.Module):
         position = jnp.broadcast_to(position.reshape(-1, channels), (batch, position.size // channels, channels))
         position = jnp.concatenate([position, token_position], axis=1).astype(memories.dtype)
         memory = jnp.concatenate([memories.reshape(batch, -1, channels), tokens], axis=1)
-        if seen is not None:
+        if key_mask is not None:
             lengths = np.array([height * width] * len(times) + [split] * pointers.shape[1])
-            seen = jnp.repeat(seen, lengths, axis=1, total_repeat_length=memory.shape[1])
+            key_mask = jnp.repeat(key_mask, lengths, axis=1, total_repeat_length=memory.shape[1])
         frame_position = sine_position(height, width, coarse.shape[-1])
-        return self.memory_attention(coarse, frame_position, memory, position, tokens.shape[1], seen)
+        return self.memory_attention(coarse, frame_position, memory, position, tokens.shape[1], key_mask)
 
     def pointer_position(self, times: Array) -> Array:
         """[B, P, Cm] of times [B, P]: 2.1 projects a sine of the time, 2.0 leaves pointers without one."""
@@ -220,7 +220,7 @@ class SAM2(nn.Module):
 
     def __call__(self, images: Array) -> ObjectOutput:
         """Every part once, on images [B, S, S, 3]: what `init` needs to lay out the params."""
-        features = self.without_memory(self.encode_image(images))
+        features = self.add_no_memory_embed(self.encode_image(images))
         size = self.variant.image_size
         shown = self.object_from_mask(features, jnp.ones((len(images), size, size, 1)))
         mask = resize(shown.mask[..., None], (size, size))

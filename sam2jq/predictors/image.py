@@ -16,16 +16,16 @@ LOGIT_LIMIT = 32.0  # low-resolution logits are handed out within +- this
 
 
 @partial(jax.jit, static_argnames="model")
-def encode(model: SAM2, params: dict, images: Array) -> list[Array]:
+def encode_images(model: SAM2, params: dict, images: Array) -> list[Array]:
     """Preprocessed images [B, S, S, 3] -> the three feature maps that `decode` takes, in the images' dtype."""
     features = model.apply({"params": params}, images, method="encode_image")
-    return model.apply({"params": params}, features, method="without_memory")
+    return model.apply({"params": params}, features, method="add_no_memory_embed")
 
 
 def decode(model: SAM2, params: dict, features: list[Array], points, masks=None, *, multimask: bool) -> Decoded:
     """Masks of P prompts on one image's features; see SAM2.decode_masks.
 
-    What `encode` reads is left out, so that models which differ there only share one program.
+    What `encode_images` reads is left out, so that models which differ there only share one program.
     """
     read = {name: part for name, part in params.items() if name != "image_encoder"}
     return _decode(model, read, features, points, masks, multimask=multimask)
@@ -59,7 +59,7 @@ class ImagePredictor:
         """Encodes an image, uint8 [H, W, 3] RGB or a PIL image, for the calls of `predict` that follow."""
         image = np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
         batch = jnp.asarray(preprocess(image, self.model.variant.image_size)[None], self.dtype)
-        self._features = encode(self.model, self.params, batch)
+        self._features = encode_images(self.model, self.params, batch)
         self._orig_hw = image.shape[:2]
 
     def get_image_embedding(self) -> Array:

@@ -25,7 +25,7 @@ Array = jax.Array
 NEVER = -1  # the frame number of a memory that is not there
 
 
-class Tracked(NamedTuple):
+class FrameOutput(NamedTuple):
     """B objects in one frame, and what is remembered of it."""
 
     mask: Array  # logits [B, S / 4, S / 4]
@@ -49,7 +49,7 @@ class MemoryBank(NamedTuple):
     recent_pointer: Array  # [B, POINTERS, C]
 
 
-class Now(NamedTuple):
+class FrameInfo(NamedTuple):
     """frame: its number; direction: 1 or, in reverse, -1; span: the longest time that a pointer's age can be."""
 
     frame: Array
@@ -57,7 +57,7 @@ class Now(NamedTuple):
     span: Array
 
 
-def look_back(sam: SAM2, coarse: Array, bank: MemoryBank, now: Now) -> Array:
+def condition_on_memory(sam: SAM2, coarse: Array, bank: MemoryBank, now: FrameInfo) -> Array:
     """`coarse` [B, h, w, C] of the current frame having looked at the bank; pointers from the future do not count."""
     slots = bank.recent_memory.shape[1]
     times = np.array([0] * bank.prompted.shape[1] + list(range(MEMORIES - 1, MEMORIES - 1 - slots, -1)))
@@ -75,7 +75,7 @@ def look_back(sam: SAM2, coarse: Array, bank: MemoryBank, now: Now) -> Array:
     )
 
 
-def remember(bank: MemoryBank, seen: Tracked, is_new: Array) -> MemoryBank:
+def update_memory_bank(bank: MemoryBank, seen: FrameOutput, is_new: Array) -> MemoryBank:
     """The bank a frame later: `seen` [B] becomes its newest entry, one that is there where `is_new` [B]."""
     shift = lambda old, new: jnp.concatenate([new[:, None].astype(old.dtype), old[:, :-1]], axis=1)
     return bank._replace(
@@ -85,41 +85,43 @@ def remember(bank: MemoryBank, seen: Tracked, is_new: Array) -> MemoryBank:
     )
 
 
-def track(sam: SAM2, features: list[Array], bank: MemoryBank, now: Now) -> tuple[Tracked, Decoded]:
+def track_objects_in_frame(
+    sam: SAM2, features: list[Array], bank: MemoryBank, now: FrameInfo
+) -> tuple[FrameOutput, Decoded]:
     """The bank's B objects in the frame with feature maps [1, ...], and all the masks that each was chosen of."""
     *fine, coarse = features
     coarse = jnp.broadcast_to(coarse, (len(bank.prompted), *coarse.shape[1:]))
     points = jnp.zeros((len(coarse), 1, 2)), jnp.full((len(coarse), 1), -1)  # one that says: no point
-    decoded = sam.decode_masks([*fine, look_back(sam, coarse, bank, now)], points, multimask=True)
-    return memorize(sam, coarse, sam.choose(decoded)), decoded
+    decoded = sam.decode_masks([*fine, condition_on_memory(sam, coarse, bank, now)], points, multimask=True)
+    return memorize(sam, coarse, sam.select_best_mask(decoded)), decoded
 
 
-def memorize(sam: SAM2, coarse: Array, out: ObjectOutput | Tracked, *, binarize: bool = False) -> Tracked:
+def memorize(sam: SAM2, coarse: Array, out: ObjectOutput | FrameOutput, *, binarize: bool = False) -> FrameOutput:
     """`out` of B objects with its memory; coarse: the frame's map [B, h, w, C]."""
     mask = resize(out.mask[..., None], (sam.variant.image_size,) * 2).astype(coarse.dtype)
     memory = sam.encode_memory(coarse, mask, out.object_score, binarize=binarize)
-    return Tracked(out.mask, out.pointer, out.object_score, memory.astype(jnp.bfloat16))
+    return FrameOutput(out.mask, out.pointer, out.object_score, memory.astype(jnp.bfloat16))
 
 
 @partial(jax.jit, static_argnames="model")
-def encode(model: SAM2, params: dict, image: Array) -> list[Array]:
+def encode_frame(model: SAM2, params: dict, image: Array) -> list[Array]:
     """The feature maps of one preprocessed image [1, S, S, 3]."""
     return model.apply({"params": params}, image, method="encode_image")
 
 
 @partial(jax.jit, static_argnames="model")
 def track_frame(
-    model: SAM2, params: dict, image: Array, bank: MemoryBank, prompted: Tracked, is_prompted: Array, now: Now
-) -> tuple[Tracked, MemoryBank]:
+    model: SAM2, params: dict, image: Array, bank: MemoryBank, prompted: FrameOutput, is_prompted: Array, now: FrameInfo
+) -> tuple[FrameOutput, MemoryBank]:
     """One frame [1, S, S, 3] of a clip: its objects, and the bank for the next one.
 
     Where `is_prompted` [B], an object is taken from `prompted` and not tracked; the bank knows it as such already.
     """
     features = model.apply({"params": params}, image, method="encode_image")
-    found, _ = model.apply({"params": params}, features, bank, now, method=track)
+    found, _ = model.apply({"params": params}, features, bank, now, method=track_objects_in_frame)
     choose = lambda given, own: jnp.where(is_prompted.reshape(-1, *[1] * (own.ndim - 1)), given, own)
     seen = jax.tree.map(choose, prompted, found)
-    return seen, remember(bank, seen, ~is_prompted)
+    return seen, update_memory_bank(bank, seen, ~is_prompted)
 
 
 @partial(jax.jit, static_argnames=("model", "multimask"))
@@ -128,35 +130,37 @@ def prompt_frame(
     params: dict,
     features: list[Array],
     bank: MemoryBank | None,
-    now: Now,
+    now: FrameInfo,
     points,
-    hint,
+    mask_input,
     *,
     multimask: bool,
-) -> Tracked:
+) -> FrameOutput:
     """An object from points on a frame, after a look at `bank` unless it is None; hint: earlier logits to refine."""
 
     def run(sam: SAM2):
         *fine, coarse = features
-        maps = sam.without_memory(features) if bank is None else [*fine, look_back(sam, coarse, bank, now)]
-        return sam.decode_object(maps, points, hint, multimask=multimask)
+        maps = (
+            sam.add_no_memory_embed(features) if bank is None else [*fine, condition_on_memory(sam, coarse, bank, now)]
+        )
+        return sam.decode_object(maps, points, mask_input, multimask=multimask)
 
     return to_remember(model.apply({"params": params}, method=run))
 
 
 @partial(jax.jit, static_argnames="model")
-def mask_frame(model: SAM2, params: dict, features: list[Array], mask: Array) -> Tracked:
+def mask_frame(model: SAM2, params: dict, features: list[Array], mask: Array) -> FrameOutput:
     """An object from its mask [1, S, S, 1] of 0 and 1."""
     return to_remember(model.apply({"params": params}, features, mask, method="object_from_mask"))
 
 
-def to_remember(out: ObjectOutput) -> Tracked:
+def to_remember(out: ObjectOutput) -> FrameOutput:
     """`out` before its memory is encoded."""
-    return Tracked(out.mask, out.pointer, out.object_score, None)
+    return FrameOutput(out.mask, out.pointer, out.object_score, None)
 
 
 @partial(jax.jit, static_argnames="model")
-def encode_prompted(model: SAM2, params: dict, coarse: Array, prompted: Tracked) -> Tracked:
+def encode_prompted(model: SAM2, params: dict, coarse: Array, prompted: FrameOutput) -> FrameOutput:
     """`prompted` [1, ...] with its memory, made of the mask that the user saw: cut at 0."""
     return model.apply({"params": params}, coarse, prompted, method=memorize, binarize=True)
 
@@ -167,7 +171,7 @@ def enlarge(masks: Array, size: tuple[int, int]) -> Array:
     return resize(masks[..., None], size)[:, None, ..., 0]
 
 
-def stack(rows: list[Tracked]) -> Tracked:
+def stack(rows: list[FrameOutput]) -> FrameOutput:
     """Single objects [1, ...] as one batch [B, ...]."""
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *rows)
 
@@ -177,12 +181,14 @@ class ObjectState:
     """What is known of one object, by frame number."""
 
     prompts: dict[int, tuple | None] = field(default_factory=dict)  # points and labels; None: a mask was given
-    pending: dict[int, tuple[Tracked, bool]] = field(default_factory=dict)  # not remembered yet; whether as prompted
-    prompted: dict[int, Tracked] = field(default_factory=dict)
-    tracked: dict[int, Tracked] = field(default_factory=dict)
+    pending: dict[int, tuple[FrameOutput, bool]] = field(
+        default_factory=dict
+    )  # not remembered yet; whether as prompted
+    prompted: dict[int, FrameOutput] = field(default_factory=dict)
+    tracked: dict[int, FrameOutput] = field(default_factory=dict)
     reverse: dict[int, bool] = field(default_factory=dict)  # of every frame that tracking came by
 
-    def latest(self, frame: int) -> Tracked | None:
+    def latest(self, frame: int) -> FrameOutput | None:
         pending, _ = self.pending.get(frame, (None, False))
         return pending or self.prompted.get(frame) or self.tracked.get(frame)
 
@@ -354,10 +360,10 @@ class VideoPredictor:
 
     def _features(self, state: VideoState, frame: int) -> list[Array]:
         if state.features is None or state.features[0] != frame:
-            state.features = frame, encode(self.model, self.params, self._image(state, frame))
+            state.features = frame, encode_frame(self.model, self.params, self._image(state, frame))
         return state.features[1]
 
-    def _enter(self, state: VideoState, entry: ObjectState, frame: int, found: Tracked):
+    def _enter(self, state: VideoState, entry: ObjectState, frame: int, found: FrameOutput):
         as_prompted = frame not in entry.reverse or self.add_all_frames_to_correct_as_cond
         entry.pending[frame] = jax.tree.map(np.asarray, found), as_prompted
         return frame, state.obj_ids, self._masks(state, frame)
@@ -378,7 +384,7 @@ class VideoPredictor:
         blank = jax.tree.map(np.zeros_like, next(iter(entries[0].prompted.values())))
         recent_frames = [frame + age * (1 if reverse else -1) for age in range(1, POINTERS + 1)]
 
-        def rows(found: list[dict[int, Tracked]], frames: list[list[int]], name: str) -> np.ndarray:
+        def rows(found: list[dict[int, FrameOutput]], frames: list[list[int]], name: str) -> np.ndarray:
             leaf = lambda entry, frame: getattr(entry.get(frame, blank), name)[0]
             return np.stack([[leaf(entry, f) for f in fs] for entry, fs in zip(found, frames)])
 
@@ -402,10 +408,10 @@ class VideoPredictor:
         return np.asarray(enlarge(masks, state.video.size))
 
 
-def now_at(state: VideoState, frame: int, reverse: bool) -> Now:
+def now_at(state: VideoState, frame: int, reverse: bool) -> FrameInfo:
     """A frame of a clip that is tracked forwards or in reverse."""
     span = max(min(POINTERS, state.num_frames - 1), 1)
-    return Now(np.int32(frame), np.int32(-1 if reverse else 1), np.float32(span))
+    return FrameInfo(np.int32(frame), np.int32(-1 if reverse else 1), np.float32(span))
 
 
 def frame_order(first: int, frames: int, most: int | None, reverse: bool) -> range:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam2jq.data import prompts
-from sam2jq.files import whole
+from sam2jq.files import atomic_write
 from sam2jq.models.layers import resize
 from sam2jq.models.sam2 import MEMORIES, SAM2
 from sam2jq.quant.stats import Range, Sample
@@ -24,7 +24,7 @@ KEEP = 16  # clips after which the sums of so far are kept
 FOLLOWED = 4  # of the objects that the clicks found
 
 
-def rehearse(sam: SAM2, frames: Array) -> None:
+def calibration_forward(sam: SAM2, frames: Array) -> None:
     """Runs every part of SAM 2 on a clip [T, S, S, 3], preprocessed: a single image is a clip in which nothing moves.
 
     There are no prompts to go by, so the model makes them: a grid of clicks on the first frame, then the boxes round
@@ -32,12 +32,12 @@ def rehearse(sam: SAM2, frames: Array) -> None:
     """
     size = sam.variant.image_size
     *fine, coarse = sam.encode_image(frames)
-    first = sam.without_memory([level[:1] for level in (*fine, coarse)])
+    first = sam.add_no_memory_embed([level[:1] for level in (*fine, coarse)])
     centres = (jnp.arange(CLICKS) + 0.5) * size / CLICKS
     clicks = jnp.stack(jnp.meshgrid(centres, centres), -1).reshape(-1, 1, 2)
-    found = sam.choose(sam.decode_masks(first, (clicks, jnp.ones((len(clicks), 1), int)), multimask=True))
+    found = sam.select_best_mask(sam.decode_masks(first, (clicks, jnp.ones((len(clicks), 1), int)), multimask=True))
     boxes = prompts.boxes(found.mask > 0) * size / found.mask.shape[-1], jnp.tile(jnp.array([2, 3]), (len(clicks), 1))
-    again = sam.choose(sam.decode_masks(first, boxes, found.mask[..., None], multimask=False))
+    again = sam.select_best_mask(sam.decode_masks(first, boxes, found.mask[..., None], multimask=False))
 
     followed = jnp.argsort(-(found.mask > 0).sum((1, 2)), stable=True)[: 2 * FOLLOWED : 2]
     both = jax.tree.map(lambda *of: jnp.concatenate([leaf[followed] for leaf in of]), found, again)
@@ -104,7 +104,7 @@ def accumulate(fold: Callable, sums, clips: Callable[[int], Iterable[np.ndarray]
 
 def keep(path: Path, done: int, sums: list[Array]) -> None:
     """Writes the sums over the first `done` clips, whole or not at all."""
-    with whole(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez(file, done=done, **{str(i): x for i, x in enumerate(sums)})
 
 
@@ -123,7 +123,7 @@ def _fold(
     model: SAM2, mutable: tuple[str, ...], layers: frozenset | None, params: dict, folded: dict, clip: Array
 ) -> dict:
     """What nobody asked for is not returned, and so neither compiled nor computed."""
-    _, folded = model.apply({"params": params, **folded}, clip, method=rehearse, mutable=mutable)
+    _, folded = model.apply({"params": params, **folded}, clip, method=calibration_forward, mutable=mutable)
     wanted = lambda path: layers is None or layer_name(path.partition("/")[2]) in layers
     return unflatten({path: leaf for path, leaf in flatten(folded).items() if wanted(path)})
 

@@ -14,16 +14,16 @@ from sam2jq.models.sam2 import FLOW, SAM2, TRUNK_LINEAR, trunk_of
 from sam2jq.ptq.calibration import collect, fingerprint
 from sam2jq.ptq.recipe import (
     activation_specs,
+    build_transforms,
     choose_bits,
     choose_input_bits,
     choose_unsigned,
     rotation_spec,
     smoothing,
-    stages,
     weight_specs,
 )
 from sam2jq.quant.algorithms.rotate import draw_signs, fold_heads
-from sam2jq.quant.leaves import effective_params
+from sam2jq.quant.leaves import materialize_params
 from sam2jq.quant.transform import Stats
 from sam2jq.tree import flatten, kernels, layer_name, unflatten
 
@@ -38,7 +38,7 @@ class Quantized(NamedTuple):
     stats: {layer: Stats}, empty where nothing needed them. config: with the bits that were chosen for a target.
     """
 
-    reached: dict[str, dict]
+    params_by_stage: dict[str, dict]
     stats: dict[str, Stats]
     config: QuantConfig
 
@@ -52,7 +52,7 @@ def quantize_params(
     seed: int = 0,
     needs: Iterable[str] = (),
     cache: tuple[Path, object] | None = None,
-    watch: Callable = lambda name, what: nullcontext(),
+    on_stage: Callable = lambda name, what: nullcontext(),
 ) -> Quantized:
     """`params`, plain arrays, through every stage of `config`.
 
@@ -65,40 +65,40 @@ def quantize_params(
     allowed = config.ipts.allow_unsigned
     wanted = set(needs) | ({"gram"} if config.wgts.mixed else set()) | ({"range"} if allowed else set())
     wanted |= {"tokens"} if config.ipts.mixed else set()
-    stages(config, shapes, TRUNK_LINEAR, seed)  # what cannot be is an error before any work
-    reached = {}
+    build_transforms(config, shapes, TRUNK_LINEAR, seed)  # what cannot be is an error before any work
+    params_by_stage = {}
     if config.rotation.fold_heads:
-        with watch(FOLDED, describe(config, FOLDED)):
-            params = reached[FOLDED] = fold_rotations(model, params, config, seed)
+        with on_stage(FOLDED, describe(config, FOLDED)):
+            params = params_by_stage[FOLDED] = fold_rotations(model, params, config, seed)
     at, stats = params, {}
     # sequentially one program, compiled once, looks at all layers; else only at those that are quantized
     looked_at = None if config.calib.sequential else frozenset(weight_specs(config.wgts, shapes))
     groups = in_order(weights) if config.calib.sequential else [list(weights)]
     for number, group in enumerate(groups):
         part = f", {number + 1} of {len(groups)}" if len(groups) > 1 else ""
-        asked, steps = config, stages(config, shapes, TRUNK_LINEAR, seed, group)
+        asked, steps = config, build_transforms(config, shapes, TRUNK_LINEAR, seed, group)
         if demands := frozenset(wanted.union(*(step.needs for step in steps.values()))):
-            with watch("calibrate", f"what enters each layer{part}"):
-                seen = calibrated(model, effective_params(at), clips, demands, cache, looked_at)
+            with on_stage("calibrate", f"what enters each layer{part}"):
+                seen = calibrated(model, materialize_params(at), clips, demands, cache, looked_at)
             stats |= {layer: seen[layer] for layer in group if layer in seen}
         if config.wgts.mixed:
-            with watch("bits", describe(config, "bits")):
+            with on_stage("bits", describe(config, "bits")):
                 config = replace(config, wgts=choose_bits(config.wgts, flatten(params), seen))
         if allowed:
             rounded = activation_specs(config.ipts, weight_specs(config.wgts, shapes))
             config = choose_unsigned(config, {k: seen[k] for k in group if k in rounded}, TRUNK_LINEAR)
         if config.ipts.mixed:
-            with watch("input bits", describe(config, "input bits")):
+            with on_stage("input bits", describe(config, "input bits")):
                 config = choose_input_bits(config, flatten(params), seen)
         if config != asked:
-            steps = stages(config, shapes, TRUNK_LINEAR, seed, group)
+            steps = build_transforms(config, shapes, TRUNK_LINEAR, seed, group)
         for name, step in steps.items():
             if name == "weights":
-                merge(reached, UNROUNDED, params, at, group)
-            with watch(name, describe(config, name) + part):
+                merge(params_by_stage, UNROUNDED, params, at, group)
+            with on_stage(name, describe(config, name) + part):
                 at = step.apply(at, stats)
-            merge(reached, name, params, at, group)
-    return Quantized(reached, stats, config)
+            merge(params_by_stage, name, params, at, group)
+    return Quantized(params_by_stage, stats, config)
 
 
 def fold_rotations(model: SAM2, params: dict, config: QuantConfig, seed: int) -> dict:
@@ -112,10 +112,10 @@ def fold_rotations(model: SAM2, params: dict, config: QuantConfig, seed: int) ->
     return unflatten(flat)
 
 
-def merge(reached: dict[str, dict], name: str, params: dict, at: dict, group: list[str]) -> None:
+def merge(params_by_stage: dict[str, dict], name: str, params: dict, at: dict, group: list[str]) -> None:
     """Brings the layers of `group` in reached[name], where all start as in `params`, to where they are now."""
     now = {path: leaf for path, leaf in flatten(at).items() if layer_name(path) in group}
-    reached[name] = unflatten(flatten(reached.get(name, params)) | now)
+    params_by_stage[name] = unflatten(flatten(params_by_stage.get(name, params)) | now)
 
 
 def calibrated(
@@ -131,12 +131,12 @@ def calibrated(
 
 def smoothed_by(done: Quantized, full: dict) -> dict[str, tuple[float, float] | None]:
     """{layer: (alpha, beta)} that smoothing took, None where groups of inputs have their own; {} without that stage."""
-    names = list(done.reached)
+    names = list(done.params_by_stage)
     if "smooth" not in names:
         return {}
     at = names.index("smooth")
-    before = done.reached[names[at - 1]] if at else full
-    return smoothing(done.config, before, done.reached["smooth"], done.stats)
+    before = done.params_by_stage[names[at - 1]] if at else full
+    return smoothing(done.config, before, done.params_by_stage["smooth"], done.stats)
 
 
 def in_order(layers: Iterable[str]) -> list[list[str]]:

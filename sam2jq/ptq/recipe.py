@@ -11,21 +11,21 @@ import jax
 import numpy as np
 
 from sam2jq.config import GptqConfig, InputsConfig, LowRankConfig, QuantConfig, SmoothProjConfig, WeightsConfig
-from sam2jq.quant.algorithms.activations import OutQuantized, one_sided, quantize_inputs
+from sam2jq.quant.algorithms.activations import OutQuantized, is_nonnegative, quantize_inputs
 from sam2jq.quant.algorithms.bit_allocation import WIDTHS, assign_bits, error_by_width, input_error_by_width
 from sam2jq.quant.algorithms.gptq import GptqSpec, gptq
 from sam2jq.quant.algorithms.lowrank import LowRankSpec, low_rank
 from sam2jq.quant.algorithms.recalibrate import bias_shift, ridge
 from sam2jq.quant.algorithms.rotate import RotationSpec, rotate
-from sam2jq.quant.algorithms.smooth import Smoothed, SmoothSpec, smooth, strength
-from sam2jq.quant.leaves import effective
+from sam2jq.quant.algorithms.smooth import Smoothed, SmoothSpec, recover_alpha_beta, smooth
+from sam2jq.quant.leaves import materialize
 from sam2jq.quant.qtensor import quantize
 from sam2jq.quant.spec import QuantSpec
-from sam2jq.quant.transform import Stats, Transform, descend, each_layer
+from sam2jq.quant.transform import Stats, Transform, each_layer, map_base_weight
 from sam2jq.tree import flatten, kernels, layer_name, suggest, under, unflatten
 
 
-def stages(
+def build_transforms(
     config: QuantConfig,
     shapes: Mapping[str, tuple[int, ...]],
     linear: re.Pattern,
@@ -45,8 +45,8 @@ def stages(
     trunk = [layer for layer in weights if linear.fullmatch(layer)]
     found = {}
     if config.rotation.transforms:
-        turned = [layer for layer in trunk if not (config.rotation.fold_heads and layer.endswith("attn.proj"))]
-        found["rotation"] = each_layer(rotate, {layer: rotation_spec(config, layer, seed) for layer in turned})
+        rotated = [layer for layer in trunk if not (config.rotation.fold_heads and layer.endswith("attn.proj"))]
+        found["rotation"] = each_layer(rotate, {layer: rotation_spec(config, layer, seed) for layer in rotated})
     if config.wgts.ridge:
         found["ridge"] = each_layer(ridge, dict.fromkeys(weights, config.wgts.ridge), frozenset({"gram"}))
     if proj := config.smooth.proj:
@@ -64,8 +64,8 @@ def stages(
         found["low rank"] = each_layer(low_rank, specs, frozenset({"gram", "tokens"}))
     found["weights"] = rounding(config.wgts, weights)
     if inputs:
-        change = partial(quantize_inputs, static=config.ipts.static, integer=config.integer)
-        found["inputs"] = each_layer(change, inputs, frozenset({"tokens"} if config.ipts.static else ()))
+        fn = partial(quantize_inputs, static=config.ipts.static, integer=config.integer)
+        found["inputs"] = each_layer(fn, inputs, frozenset({"tokens"} if config.ipts.static else ()))
     if outputs:
         found["outputs"] = rounding_outputs(outputs)
     return found
@@ -92,7 +92,7 @@ def choose_bits(config: WeightsConfig, flat: Mapping[str, object], stats: Mappin
         budget = (
             8e6 * config.target_mb - plain - sum(grid_bits(flat[paths[k]].shape, spec) for k, spec in specs.items())
         )
-    chosen = spend(budget, sizes, specs, config.bits, errors)
+    chosen = allocate_bits(budget, sizes, specs, config.bits, errors)
     return replace(config, bits=config.bits | chosen, target_bits=None, target_mb=None)
 
 
@@ -105,7 +105,7 @@ def choose_input_bits(config: QuantConfig, flat: Mapping[str, object], stats: Ma
     specs = activation_specs(config.ipts, weight_specs(config.wgts, paths))
     work = {layer: multiplications(layer, flat[paths[layer]].shape, stats[layer]) for layer in specs}
     errors = lambda layer: input_error_by_width(flat[paths[layer]], stats[layer].tokens, specs[layer])
-    chosen = spend(config.ipts.target_bits * sum(work.values()), work, specs, config.ipts.bits, errors)
+    chosen = allocate_bits(config.ipts.target_bits * sum(work.values()), work, specs, config.ipts.bits, errors)
     return replace(config, ipts=replace(config.ipts, bits=config.ipts.bits | chosen, target_bits=None))
 
 
@@ -119,7 +119,7 @@ def depthwise(layer: str) -> bool:
     return layer.endswith("dwconv")
 
 
-def spend(
+def allocate_bits(
     budget: float,
     costs: Mapping[str, float],
     specs: Mapping[str, QuantSpec],
@@ -147,8 +147,8 @@ def choose_unsigned(config: QuantConfig, stats: Mapping[str, Stats], linear: re.
 
     linear: as for `stages`; a rotation leaves no input one-sided.
     """
-    turned = lambda layer: config.rotation.transforms and linear.fullmatch(layer)
-    found = [layer for layer, seen in stats.items() if not turned(layer) and one_sided(seen)]
+    rotated = lambda layer: config.rotation.transforms and linear.fullmatch(layer)
+    found = [layer for layer, seen in stats.items() if not rotated(layer) and is_nonnegative(seen)]
     return replace(config, ipts=replace(config.ipts, unsigned=config.ipts.unsigned + found, allow_unsigned=False))
 
 
@@ -180,10 +180,10 @@ def rounding_outputs(specs: Mapping[str, QuantSpec]) -> Transform:
     return Transform(frozenset(), apply)
 
 
-def onto(grid: QuantSpec, config: WeightsConfig, layers: Iterable[str]) -> Transform:
+def onto(parse_spec: QuantSpec, config: WeightsConfig, layers: Iterable[str]) -> Transform:
     """GPTQ of `layers` onto one grid, with the settings of the config or its defaults."""
     settings = replace(config, kernel_gptq=config.kernel_gptq or GptqConfig())
-    return rounding(settings, dict.fromkeys(layers, grid))
+    return rounding(settings, dict.fromkeys(layers, parse_spec))
 
 
 def corrected(transform: Transform, layers: Iterable[str]) -> Transform:
@@ -195,7 +195,7 @@ def corrected(transform: Transform, layers: Iterable[str]) -> Transform:
         for path in kernels(new):
             bias, layer = path.replace("kernel", "bias"), layer_name(path)
             if layer in layers and not depthwise(layer):
-                new[bias] = new[bias] + bias_shift(effective(old[path]), effective(new[path]), stats[layer])
+                new[bias] = new[bias] + bias_shift(materialize(old[path]), materialize(new[path]), stats[layer])
         return unflatten(new)
 
     return Transform(transform.needs | {"range"}, apply)
@@ -222,10 +222,10 @@ def smoothing(config: QuantConfig, before: dict, after: dict, stats: Mapping[str
             spec = smooth_spec(config.smooth.proj, specs[layer], inputs.get(layer))
 
             def note(w, stats, layer=layer, spec=spec, scale=scale):
-                found[layer] = strength(w, stats, spec, scale)
+                found[layer] = recover_alpha_beta(w, stats, spec, scale)
                 return w
 
-            descend(old[path], stats[layer], note)
+            map_base_weight(old[path], stats[layer], note)
     return found
 
 
@@ -242,7 +242,7 @@ def weight_specs(config: WeightsConfig, layers: Iterable[str]) -> dict[str, Quan
     layers = list(layers)
     check_prefixes("quant.wgts.skips and bits", (*config.skips, *config.bits), layers)
 
-    base = grid(config.dtype, config.group_shapes, config.scale_dtype)
+    base = parse_spec(config.dtype, config.group_shapes, config.scale_dtype)
     return {layer: layer_spec(base, config.bits, layer) for layer in kept(layers, config.skips)}
 
 
@@ -254,9 +254,9 @@ def activation_specs(config: InputsConfig, layers: Iterable[str]) -> dict[str, Q
     check_prefixes(f"{config.key}.skips, unsigned and bits", named, layers)
     if config.dtype is None:
         return {}
-    base = grid(config.dtype, config.group_shapes)
-    one_sided = lambda layer: any(under(layer, prefix) for prefix in config.unsigned)
-    of = lambda layer: replace(base, symmetric=False) if one_sided(layer) else base
+    base = parse_spec(config.dtype, config.group_shapes)
+    is_nonnegative = lambda layer: any(under(layer, prefix) for prefix in config.unsigned)
+    of = lambda layer: replace(base, symmetric=False) if is_nonnegative(layer) else base
     return {layer: layer_spec(of(layer), config.bits, layer) for layer in kept(layers, config.skips)}
 
 
@@ -266,7 +266,7 @@ def layer_spec(spec: QuantSpec, bits: Mapping[str, int], layer: str) -> QuantSpe
     return spec if prefix is None else replace(spec, bits=bits[prefix])
 
 
-def grid(dtype: str, group_shapes: list[list[int]], scales: str = "float32") -> QuantSpec:
+def parse_spec(dtype: str, group_shapes: list[list[int]], scales: str = "float32") -> QuantSpec:
     """The spec that a config writes as sint4 and [[1, 64]]."""
     [[rows, size]] = group_shapes
     layout = {"group_size": size if size > 0 else None, "per_tensor": rows == -1, "scales": scales}
@@ -308,4 +308,4 @@ def round_weights(params: dict, specs: Mapping[str, QuantSpec]) -> dict:
 @partial(jax.jit, static_argnames="specs")
 def _quantize_all(weights: list, specs: tuple[QuantSpec, ...]) -> list:
     """One program for all layers: compiling a hundred small ones takes ten times as long."""
-    return [descend(w, None, lambda w, _, spec=spec: quantize(w, spec)) for w, spec in zip(weights, specs)]
+    return [map_base_weight(w, None, lambda w, _, spec=spec: quantize(w, spec)) for w, spec in zip(weights, specs)]

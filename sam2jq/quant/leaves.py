@@ -1,7 +1,7 @@
 """What a layer does with its kernel, whatever leaf the kernel is: the one dispatch point of quantization.
 
 A weight leaf registers `effective`, and `contract` where what it does to x is not a product with its effective array;
-`finish` where it changes what leaves the layer.
+`quantize_output` where it changes what leaves the layer.
 """
 
 from collections.abc import Callable
@@ -18,26 +18,26 @@ NHWC = ("NHWC", "HWIO", "NHWC")
 
 
 @singledispatch
-def effective(w) -> Array:
+def materialize(w) -> Array:
     """The plain array [*reduce, out] that `w` stands for: what a vanilla export writes."""
     return w
 
 
-@effective.register
+@materialize.register
 def _(w: QTensor) -> Array:
     return dequantize(w)
 
 
 @singledispatch
-def contract(w, x: Array, product: Callable[[Array, Array], Array]) -> Array:
+def apply_kernel(w, x: Array, product: Callable[[Array, Array], Array]) -> Array:
     """product(kernel, x) of the kernel that `w` stands for. A product is linear in both, contracts the last axis of
     x and keeps the kernel's last axis last; so a leaf can change x, or split the kernel, whatever the layer is.
     """
-    return product(effective(w).astype(x.dtype), x)
+    return product(materialize(w).astype(x.dtype), x)
 
 
 @singledispatch
-def finish(w, y: Array) -> Array:
+def quantize_output(w, y: Array) -> Array:
     """What leaves a layer with kernel `w`, of its outputs y [..., out] with their bias."""
     return y
 
@@ -53,7 +53,7 @@ def dense(kernel: Array, x: Array) -> Array:
 
 def matmul(w, x: Array) -> Array:
     """[..., in] -> [..., out]."""
-    return contract(w, x, dense)
+    return apply_kernel(w, x, dense)
 
 
 def conv(w, x: Array, *, stride: int, padding: int, groups: int) -> Array:
@@ -67,7 +67,7 @@ def conv(w, x: Array, *, stride: int, padding: int, groups: int) -> Array:
             x, kernel, (stride, stride), pad, dimension_numbers=NHWC, feature_group_count=groups
         )
 
-    return contract(w, x, product)
+    return apply_kernel(w, x, product)
 
 
 def conv_transpose(w, x: Array, *, stride: int) -> Array:
@@ -80,10 +80,10 @@ def conv_transpose(w, x: Array, *, stride: int) -> Array:
         y = jnp.einsum("bhwi,klio->bhkwlo", x, kernel[::-1, ::-1])  # a transposed convolution turns its kernel round
         return y.reshape(len(x), x.shape[1] * stride, x.shape[2] * stride, -1)
 
-    return contract(w, x, product)
+    return apply_kernel(w, x, product)
 
 
 @jax.jit
-def effective_params(params: dict) -> dict:
+def materialize_params(params: dict) -> dict:
     """`params` with every weight leaf replaced by the plain array it stands for, in float32."""
-    return jax.tree.map(effective, params, is_leaf=lambda node: not isinstance(node, dict))
+    return jax.tree.map(materialize, params, is_leaf=lambda node: not isinstance(node, dict))

@@ -20,9 +20,9 @@ class QTensor:
     w = (values - zero) * scale, to the bit; zero is None on symmetric grids.
     """
 
-    values: Array
+    qvalue: Array
     scale: Array
-    zero: Array | None
+    zero_point: Array | None
     spec: QuantSpec
 
 
@@ -42,29 +42,29 @@ def from_groups(grouped: Array, shape: tuple[int, ...]) -> Array:
     return grouped.reshape(-1, shape[-1])[: math.prod(shape[:-1])].reshape(shape)
 
 
-def fit_grid(grouped: Array, spec: QuantSpec) -> tuple[Array, Array]:
+def fit_scale_zero_point(grouped: Array, spec: QuantSpec) -> tuple[Array, Array]:
     """The scale and zero [groups, 1, out] whose grid just spans each group of [groups, group_size, out]."""
-    return span_grid(grouped.min(axis=1, keepdims=True), grouped.max(axis=1, keepdims=True), spec)
+    return compute_scale_zero_point(grouped.min(axis=1, keepdims=True), grouped.max(axis=1, keepdims=True), spec)
 
 
-def span_grid(low: Array, high: Array, spec: QuantSpec) -> tuple[Array, Array]:
+def compute_scale_zero_point(low: Array, high: Array, spec: QuantSpec) -> tuple[Array, Array]:
     """The scale and zero of the grids that span `low`..`high`, of any shape, and 0.
 
     Where both are 0 the scale is 1, so that zeros stay zero.
     """
     if spec.symmetric:
         scale = jnp.maximum(jnp.abs(low), jnp.abs(high)) / spec.qmax
-        zero = jnp.zeros_like(scale)
+        zero_point = jnp.zeros_like(scale)
     else:
         low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
         scale = (high - low) / spec.qmax
-        zero = jnp.clip(jnp.round(-low / jnp.where(scale > 0, scale, 1)), spec.qmin, spec.qmax)
+        zero_point = jnp.clip(jnp.round(-low / jnp.where(scale > 0, scale, 1)), spec.qmin, spec.qmax)
     if spec.scales == "e4m3":  # the largest group's is the largest such float, times what all have in common
         common = scale.max() / 448
         scale = to_e4m3(scale / jnp.where(common > 0, common, 1)) * common
     elif spec.scales == "bfloat16":
         scale = lax.reduce_precision(scale, exponent_bits=8, mantissa_bits=7)  # XLA may skip a cast there and back
-    return jnp.where(scale > 0, scale, 1), zero
+    return jnp.where(scale > 0, scale, 1), zero_point
 
 
 def to_e4m3(x: Array) -> Array:
@@ -73,24 +73,24 @@ def to_e4m3(x: Array) -> Array:
 
 
 @jax.custom_jvp
-def rounded(x: Array) -> Array:
+def ste_round(x: Array) -> Array:
     """x to whole numbers, half to even; straight through for gradients, to which it is x (arXiv 1308.3432)."""
     return jnp.round(x)
 
 
-@rounded.defjvp
+@ste_round.defjvp
 def _(primals, tangents):
-    return rounded(*primals), tangents[0]
+    return ste_round(*primals), tangents[0]
 
 
-def nearest(x: Array, scale: Array, zero: Array, spec: QuantSpec) -> Array:
+def round_to_grid(x: Array, scale: Array, zero_point: Array, spec: QuantSpec) -> Array:
     """The codes, as float32, next to x on the grid (code - zero) * scale: half to even, e2m1's half towards 0.
 
     On integer grids gradients pass through the rounding, not where it clips; those of scale are LSQ's (arXiv
     1902.08153): the rounding error within the grid, its end outside.
     """
     if spec.codes == "int":
-        codes = rounded(x / scale + zero)
+        codes = ste_round(x / scale + zero_point)
         codes = jnp.where(codes > spec.qmax, spec.qmax, codes)  # jnp.clip halves gradients at the ends of its range
         return jnp.where(codes < spec.qmin, spec.qmin, codes)
     if spec.bits == 8:
@@ -101,7 +101,7 @@ def nearest(x: Array, scale: Array, zero: Array, spec: QuantSpec) -> Array:
     return jnp.where(x < 0, -found, found) + 0.0  # no negative zero
 
 
-def storage(spec: QuantSpec):
+def storage_dtype(spec: QuantSpec):
     """The dtype of a QTensor's values."""
     return jnp.float8_e4m3fn if spec.codes == "float" else jnp.int8 if spec.symmetric else jnp.uint8
 
@@ -109,15 +109,15 @@ def storage(spec: QuantSpec):
 def quantize(w: Array, spec: QuantSpec) -> QTensor:
     """`w` [*reduce, out] rounded to the nearest point of its grid."""
     grouped = by_group(w.astype(jnp.float32), spec)
-    scale, zero = fit_grid(grouped, spec)
-    values = from_groups(nearest(grouped, scale, zero, spec), w.shape).astype(storage(spec))
-    return QTensor(values, scale[:, 0], None if spec.symmetric else zero[:, 0], spec)
+    scale, zero_point = fit_scale_zero_point(grouped, spec)
+    qvalue = from_groups(round_to_grid(grouped, scale, zero_point, spec), w.shape).astype(storage_dtype(spec))
+    return QTensor(qvalue, scale[:, 0], None if spec.symmetric else zero_point[:, 0], spec)
 
 
 def dequantize(q: QTensor) -> Array:
     """f32 [*reduce, out]: the array that `q` stands for; a numpy array where its fields are."""
-    codes = q.values.reshape(-1, q.values.shape[-1]).astype(jnp.float32)
+    codes = q.qvalue.reshape(-1, q.qvalue.shape[-1]).astype(jnp.float32)
     # one row of scales for each row of codes; a single row serves them all
     rows = lambda x: x if len(x) == 1 else x.repeat(q.spec.group_size, axis=0)[: len(codes)]
-    centred = codes if q.zero is None else codes - rows(q.zero)
-    return (centred * rows(q.scale)).reshape(q.values.shape)
+    centred = codes if q.zero_point is None else codes - rows(q.zero_point)
+    return (centred * rows(q.scale)).reshape(q.qvalue.shape)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array
-Seen = tuple[Array, Array | None]
+TokensAndMask = tuple[Array, Array | None]
 TOKENS = 512
 FIRST_DRAWS = np.random.default_rng(0).integers(2**32, size=(2, TOKENS), dtype=np.uint32)
 
@@ -37,38 +37,38 @@ class Sample(NamedTuple):
     draws: Array
 
 
-def fold_range(state: Range | None, seen: Seen) -> Range:
-    x, number = only_real(seen)
+def fold_range(state: Range | None, tokens_and_mask: TokensAndMask) -> Range:
+    x, number = mask_tokens(tokens_and_mask)
     state = state or Range(*jnp.zeros((1,)), *jnp.zeros((3, x.shape[1])))
     low, high = jnp.minimum(state.low, x.min(0)), jnp.maximum(state.high, x.max(0))
     return Range(state.count + number, state.total + x.sum(0), low, high)
 
 
-def fold_gram(state: Array | None, seen: Seen) -> Array:
+def fold_gram(state: Array | None, tokens_and_mask: TokensAndMask) -> Array:
     """[K, K]: the sum of x^T x."""
-    x, _ = only_real(seen)
+    x, _ = mask_tokens(tokens_and_mask)
     return (0 if state is None else state) + x.T @ x
 
 
-def fold_tokens(state: Sample | None, seen: Seen) -> Sample:
+def fold_tokens(state: Sample | None, tokens_and_mask: TokensAndMask) -> Sample:
     """Every slot of the sample goes on by itself: it takes a token of this call with the chance that it should."""
-    x, real = seen
+    x, mask = tokens_and_mask
     state = state or Sample(*jnp.zeros((1,)), jnp.zeros((TOKENS, x.shape[1])), jnp.zeros((2, TOKENS), jnp.uint32))
     draws = jnp.where(state.count == 0, FIRST_DRAWS, state.draws) * jnp.uint32(1664525) + jnp.uint32(1013904223)
     which, chance = (draws >> 8) / 2**24
-    if real is None:
+    if mask is None:
         number, drawn = len(x), (which * len(x)).astype(int)
     else:
-        number = real.sum()
-        drawn = jnp.searchsorted(jnp.cumsum(real), which * number, side="right", method="compare_all")
+        number = mask.sum()
+        drawn = jnp.searchsorted(jnp.cumsum(mask), which * number, side="right", method="compare_all")
     count = state.count + number
     return Sample(count, jnp.where((chance * count < number)[:, None], x[drawn], state.tokens), draws)
 
 
-def only_real(seen: Seen) -> tuple[Array, Array | int]:
+def mask_tokens(tokens_and_mask: TokensAndMask) -> tuple[Array, Array | int]:
     """x with zeros for the tokens that do not count, and the number of those that do."""
-    x, real = seen
-    return (x, len(x)) if real is None else (jnp.where(real[:, None], x, 0), real.sum())
+    x, mask = tokens_and_mask
+    return (x, len(x)) if mask is None else (jnp.where(mask[:, None], x, 0), mask.sum())
 
 
 FOLDS = {"range": fold_range, "gram": fold_gram, "tokens": fold_tokens}

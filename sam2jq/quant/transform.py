@@ -34,12 +34,12 @@ class Stats(NamedTuple):
         tokens = None if self.tokens is None else self.tokens * factor
         return Stats(self.mean * factor, self.low * factor, self.high * factor, both, tokens, self.count)
 
-    def turned(self, turn: Callable[[Array], Array]) -> "Stats":
+    def rotated(self, apply_hadamard: Callable[[Array], Array]) -> "Stats":
         """The statistics of turn(x), a linear function of rows [..., K]; its range is that of the tokens."""
-        both = None if self.gram is None else turn(turn(self.gram).T).T
-        tokens = None if self.tokens is None else turn(self.tokens)
+        both = None if self.gram is None else apply_hadamard(apply_hadamard(self.gram).T).T
+        tokens = None if self.tokens is None else apply_hadamard(self.tokens)
         low, high = (self.low, self.high) if tokens is None else (tokens.min(0), tokens.max(0))
-        return Stats(turn(self.mean), low, high, both, tokens, self.count)
+        return Stats(apply_hadamard(self.mean), low, high, both, tokens, self.count)
 
 
 class Transform(NamedTuple):
@@ -50,16 +50,16 @@ class Transform(NamedTuple):
     apply: Callable[[dict, Mapping[str, Stats]], dict]
 
 
-Change = Callable[[object, Stats | None], object]  # of one kernel: w, what enters it -> a leaf
+LeafFn = Callable[[object, Stats | None], object]  # of one kernel: w, what enters it -> a leaf
 
 
 @singledispatch
-def descend(w, stats: Stats | None, change: Change):
+def map_base_weight(w, stats: Stats | None, fn: LeafFn):
     """`w` with its innermost part p replaced by change(p, what enters p); a leaf around it stays as it is."""
-    return change(w, stats)
+    return fn(w, stats)
 
 
-def each_layer(change: Callable, specs: Mapping[str, object], needs: frozenset[str] = frozenset()) -> Transform:
+def each_layer(fn: Callable, specs: Mapping[str, object], needs: frozenset[str] = frozenset()) -> Transform:
     """The transform that makes change(w, stats, spec) of the kernel of every layer in `specs`.
 
     Without needs it works without statistics too, and stats may be None.
@@ -72,9 +72,9 @@ def each_layer(change: Callable, specs: Mapping[str, object], needs: frozenset[s
         if missing:
             raise ValueError(f"no statistics of {', '.join(missing)}: calibration never reached them")
         for layer, spec in specs.items():
-            change_it = lambda w, stats, spec=spec: change(w, stats, spec)
+            leaf_fn = lambda w, stats, spec=spec: fn(w, stats, spec)
             try:
-                flat[paths[layer]] = descend(flat[paths[layer]], stats.get(layer), change_it)
+                flat[paths[layer]] = map_base_weight(flat[paths[layer]], stats.get(layer), leaf_fn)
             except ValueError as error:
                 raise ValueError(f"layer {layer}: {error}") from error
         return unflatten(flat)

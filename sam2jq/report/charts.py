@@ -26,7 +26,7 @@ STYLE = {
 }
 
 
-def drawn(draw, size: tuple[float, float], rows: int = 1, columns: int = 1, **options) -> str:
+def render_svg(draw, size: tuple[float, float], rows: int = 1, columns: int = 1, **options) -> str:
     """The SVG of a figure of `size` inches after draw(axes)."""
     with mpl.rc_context(STYLE):
         figure = Figure(size, layout="constrained")
@@ -37,7 +37,7 @@ def drawn(draw, size: tuple[float, float], rows: int = 1, columns: int = 1, **op
     return svg[svg.index("<svg") :].replace(INK, "currentColor").replace("<svg ", '<svg aria-hidden="true" ', 1)
 
 
-def depth(layers: list[dict]) -> str:
+def layer_chart(layers: list[dict]) -> str:
     """The error and the bits of each layer, in the order in which data runs through them, under the parts' names."""
     outputs = all(row["output_error"] is not None for row in layers)
     errors = [row["output_error" if outputs else "relative_error"] for row in layers]
@@ -62,10 +62,10 @@ def depth(layers: list[dict]) -> str:
                      transform=low.get_xaxis_transform())  # fmt: skip
             start = end
 
-    return drawn(draw, (8, 3.4), rows=2, sharex=True, height_ratios=[2.2, 1])
+    return render_svg(draw, (8, 3.4), rows=2, sharex=True, height_ratios=[2.2, 1])
 
 
-def stages(rows: list[dict]) -> str:
+def stage_chart(rows: list[dict]) -> str:
     """The error of features after each stage that changes the model."""
     names = [row["name"] for row in rows]
 
@@ -78,10 +78,10 @@ def stages(rows: list[dict]) -> str:
         ax.margins(x=0.1)
         ax.legend()
 
-    return drawn(draw, (6, 2.6))
+    return render_svg(draw, (6, 2.6))
 
 
-def pareto(points: list[dict], names: list[str]) -> str:
+def pareto_chart(points: list[dict], names: list[str]) -> str:
     """Size against each of the scores `names`; points: {"letter", "mb", "scores": {name: percent}, "front": {names},
     "full": {name: percent}}; those on a front are joined."""
     columns = min(2, len(names))
@@ -105,10 +105,10 @@ def pareto(points: list[dict], names: list[str]) -> str:
             ax.set_axis_off()
 
     rows = -(-len(names) // columns)
-    return drawn(draw, (4 * columns, 2.8 * rows), rows=rows, columns=columns)
+    return render_svg(draw, (4 * columns, 2.8 * rows), rows=rows, columns=columns)
 
 
-def loss(training: list[list[float]], validation: list[list[float]]) -> str:
+def loss_chart(training: list[list[float]], validation: list[list[float]]) -> str:
     """Losses [[step, loss], ...] over the steps of training."""
 
     def draw(axes) -> None:
@@ -119,10 +119,10 @@ def loss(training: list[list[float]], validation: list[list[float]]) -> str:
         ax.set(xlabel="step", ylabel="loss", yscale="log")
         ax.legend()
 
-    return drawn(draw, (6, 2.6))
+    return render_svg(draw, (6, 2.6))
 
 
-def bits_over_time(steps: list[int], layers: dict[str, list[float]]) -> str:
+def bits_chart(steps: list[int], layers: dict[str, list[float]]) -> str:
     """The bits of each layer at each step, a row a layer."""
 
     def draw(axes) -> None:
@@ -133,4 +133,4 @@ def bits_over_time(steps: list[int], layers: dict[str, list[float]]) -> str:
         ax.grid(visible=False)
         ax.figure.colorbar(image, ax=ax, label="bits")
 
-    return drawn(draw, (8, 3.4))
+    return render_svg(draw, (8, 3.4))

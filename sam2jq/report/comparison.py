@@ -30,7 +30,7 @@ def runs_page(runs: Mapping[Path, dict]) -> str:
         behind={score["name"]: score["behind"] for score in verdict.scores(first)},
         warnings=list(dict.fromkeys(text for metrics in runs.values() for text in verdict.warnings(metrics))),
         gallery=shared_gallery(runs),
-        chart=charts.pareto(points, chosen),
+        chart=charts.pareto_chart(points, chosen),
     )
 
 

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 WIDTHS = (2, 8)
 
 
-def draw(history: dict) -> Figure:
+def plot_history(history: dict) -> Figure:
     """Losses and mean bits a weight over steps, above a heat map of every layer's bits, in the order of the model."""
     figure = Figure(figsize=(9, 8), layout="constrained")
     top, bottom = figure.subplots(2, 1, height_ratios=(1, 1.6))

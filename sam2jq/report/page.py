@@ -37,10 +37,10 @@ def run_charts(metrics: dict) -> dict[str, str]:
     measured = [row for row in metrics["stages"] if "feature_error" in row]
     history = metrics.get("history", {})
     return {
-        "depth": charts.depth(metrics["layers"]) if metrics["layers"] else "",
-        "stages": charts.stages(measured) if len(measured) > 1 else "",
-        "loss": charts.loss(history["loss"], history.get("val_loss", [])) if history.get("loss") else "",
-        "bits": charts.bits_over_time(**history["bits"]) if history.get("bits") else "",
+        "depth": charts.layer_chart(metrics["layers"]) if metrics["layers"] else "",
+        "stages": charts.stage_chart(measured) if len(measured) > 1 else "",
+        "loss": charts.loss_chart(history["loss"], history.get("val_loss", [])) if history.get("loss") else "",
+        "bits": charts.bits_chart(**history["bits"]) if history.get("bits") else "",
     }
 
 

@@ -58,7 +58,7 @@ def save_shown(folder: Path, stem: str, why: str, shown: Shown) -> dict:
         mask.convert("1").save(folder / files[name])
     draw_prompts(photo, np.array([shown.click]) * photo.size, [1])
     photo.save(folder / files["photo"], quality=85)
-    truth = dict(zip(("before", "after"), shown.truth)) if shown.truth else None
+    truth = dict(zip(("before", "after"), shown.ground_truth)) if shown.ground_truth else None
     image = shown.image if shown.image.startswith("scenes:") else Path(shown.image).name
     return {"image": image, "click": shown.click, "iou": shown.iou, "truth": truth, "why": why, "files": files}
 

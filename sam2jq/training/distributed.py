@@ -9,7 +9,7 @@ import jax
 from sam2jq.config import DistributedConfig
 
 
-def join_processes(config: DistributedConfig) -> None:
+def initialize_distributed(config: DistributedConfig) -> None:
     """Makes this process one of those that the config names; nothing where it names none.
 
     ValueError: one did not come within the time, and is named; or nothing tells where they are.
@@ -22,13 +22,13 @@ def join_processes(config: DistributedConfig) -> None:
         except ValueError as error:
             raise ValueError("distributed.coordinator auto: no Slurm job and no TPU pod; give HOST:PORT") from error
     else:
-        (call if config.index else gather)(config)  # jax itself would abort a process that waits in vain
+        (connect if config.index else wait_for_workers)(config)  # jax itself would abort a process that waits in vain
         places = config.coordinator, config.processes, config.index
         jax.distributed.initialize(*places, initialization_timeout=config.timeout)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
 
 
-def gather(config: DistributedConfig) -> None:
+def wait_for_workers(config: DistributedConfig) -> None:
     """Returns once every other process has called."""
     give_up = time.monotonic() + config.timeout
     absent = set(map(str, range(1, config.processes)))
@@ -48,7 +48,7 @@ def gather(config: DistributedConfig) -> None:
             one.sendall(b"go")
 
 
-def call(config: DistributedConfig) -> None:
+def connect(config: DistributedConfig) -> None:
     """Returns once process 0 says that all are there."""
     give_up = time.monotonic() + config.timeout
     host = config.coordinator.rpartition(":")[0]

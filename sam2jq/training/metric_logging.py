@@ -10,7 +10,7 @@ from sam2jq.config import DistillConfig, to_dict
 
 
 @contextmanager
-def tracker(config: DistillConfig, folder: Path) -> Iterator[Callable[[dict], None]]:
+def metric_logger(config: DistillConfig, folder: Path) -> Iterator[Callable[[dict], None]]:
     """A function that sends the numbers of a row of metrics.jsonl, under the same keys, to what `track` names.
 
     ValueError: names the package that is missing.

@@ -43,7 +43,7 @@ def make_train_step(loss: Loss, optimizer: optax.GradientTransformation, paralle
     Params live whole on every device; the loss must be a mean over the batch, whose gradient is then that over all
     devices. parallel: "jit" leaves the sums to the compiler, "pmap" spells them out; keys differ there by device.
     """
-    split, whole = devices()
+    data_sharding, replicated = devices()
 
     def step(state: TrainState, batch, shared: Callable = lambda x: x) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
@@ -63,22 +63,24 @@ def make_train_step(loss: Loss, optimizer: optax.GradientTransformation, paralle
         )
         deal = lambda x: np.reshape(x, (count, -1, *x.shape[1:]))
         return lambda state, batch: mapped(state, jax.tree.map(deal, batch))
-    compiled = ahead(jax.jit(step, in_shardings=(whole, split), out_shardings=whole, donate_argnums=0))
-    spread = lambda x: jax.device_put(x, split)  # which copies nothing that is there
+    compiled = aot_compile(
+        jax.jit(step, in_shardings=(replicated, data_sharding), out_shardings=replicated, donate_argnums=0)
+    )
+    spread = lambda x: jax.device_put(x, data_sharding)  # which copies nothing that is there
     if jax.process_count() > 1:
-        spread = lambda x: jax.make_array_from_process_local_data(split, np.asarray(x))
+        spread = lambda x: jax.make_array_from_process_local_data(data_sharding, np.asarray(x))
     # a state that lies elsewhere, as a new one does, would have the step compiled twice
-    return lambda state, batch: compiled(placed(state, whole), jax.tree.map(spread, batch))
+    return lambda state, batch: compiled(put_if_needed(state, replicated), jax.tree.map(spread, batch))
 
 
-def placed(tree: Any, sharding: NamedSharding) -> Any:
+def put_if_needed(tree: Any, sharding: NamedSharding) -> Any:
     """`tree`, its leaves as `sharding` says; those that are already are not handed to device_put, which takes its
     time over a thousand of them."""
     there = lambda leaf: getattr(leaf, "sharding", None) == sharding
     return jax.tree.map(lambda leaf: leaf if there(leaf) else jax.device_put(leaf, sharding), tree)
 
 
-def ahead(program: Callable) -> Callable:
+def aot_compile(program: Callable) -> Callable:
     """The jitted `program`, compiled for the first arguments it is called with, which all others must be like.
 
     What compiling took is given back to the system before it runs: a gigabyte that Linux' malloc would keep.
@@ -95,18 +97,18 @@ def ahead(program: Callable) -> Callable:
     return run
 
 
-class Averaged(NamedTuple):
+class EmaState(NamedTuple):
     average: dict
 
 
-def averaged(decay: float) -> optax.GradientTransformation:
+def ema(decay: float) -> optax.GradientTransformation:
     """Leaves updates as they are, and keeps a moving average of the params that they lead to; goes last in a chain."""
 
-    def update(updates, state: Averaged, params):
+    def update(updates, state: EmaState, params):
         after = optax.apply_updates(params, updates)
-        return updates, Averaged(optax.incremental_update(after, state.average, 1 - decay))
+        return updates, EmaState(optax.incremental_update(after, state.average, 1 - decay))
 
-    return optax.GradientTransformation(lambda params: Averaged(jax.tree.map(jnp.copy, params)), update)
+    return optax.GradientTransformation(lambda params: EmaState(jax.tree.map(jnp.copy, params)), update)
 
 
 def fit(

@@ -9,15 +9,15 @@ import torch
 
 from converters.exports.package import load_package
 from sam2jq import build, layers
-from sam2jq.cli.distill import after_ptq, check_pair, find_clips, find_seen, start
+from sam2jq.cli.distill import check_pair, find_clips, find_student_calibration, quantize_student, start
 from sam2jq.cli.main import main, stage
 from sam2jq.config import DistillConfig, load
 from sam2jq.distillation import trainer as cdpq
 from sam2jq.eval.metrics import relative_error
 from sam2jq.models.sam2 import init_params
 from sam2jq.quant.algorithms.activations import ActQuantized
-from sam2jq.quant.algorithms.fake_quant import innermost, learning, learns
-from sam2jq.quant.leaves import effective_params
+from sam2jq.quant.algorithms.fake_quant import base_weight, fake_quant_layers, trainable_mask
+from sam2jq.quant.leaves import materialize_params
 from sam2jq.quant.qtensor import dequantize, quantize
 from sam2jq.quant.spec import QuantSpec
 from sam2jq.quant.transform import Stats
@@ -38,7 +38,7 @@ def params():
 
 
 def parts(student):
-    return {layer_name(path): innermost(node) for path, node in kernels(flatten(student)).items()}
+    return {layer_name(path): base_weight(node) for path, node in kernels(flatten(student)).items()}
 
 
 def test_a_student_starts_on_the_config_s_grid_and_with_its_inputs_rounded(params):
@@ -46,7 +46,7 @@ def test_a_student_starts_on_the_config_s_grid_and_with_its_inputs_rounded(param
         params,
         config("--quant.initial_bits", "6", "--quant.ipts.dtype", "uint8", "--quant.wgts.skips", "[memory_encoder]"),
     )
-    assert len(learning(made)) == sum("memory_encoder" not in layer for layer in parts(params))
+    assert len(fake_quant_layers(made)) == sum("memory_encoder" not in layer for layer in parts(params))
     leaf = made["sam_mask_decoder"]["conv_s0"]["kernel"]
     assert isinstance(leaf, ActQuantized)
     assert (leaf.inner.bits, leaf.inner.spec.symmetric) == (6, True)
@@ -66,18 +66,18 @@ def test_a_student_may_start_by_post_training_quantization(params, tmp_path):
     rest = [name for name in parts(params) if name != layer]
     ptq = f"{{calib: {{path: scenes:3, num_samples: 2}}, wgts: {{dtype: sint3, kernel_gptq: {{}}, skips: {rest}}}}}"
     how = config(*FEW, "--ptq", ptq, "--cache.root", str(tmp_path), "--quant.wgts.skips", str(rest))
-    made = after_ptq(build("nano"), params, how, find_seen(how, find_clips(how)[1]), stage)
+    made = quantize_student(build("nano"), params, how, find_student_calibration(how, find_clips(how)[1]), stage)
     found, full = parts(made)[layer], flatten(params)["obj_ptr_proj/layers.0/kernel"]
     assert (found.spec.bits, how.quant.wgts.dtype) == (3, "sint8")
     assert (dequantize(found) != dequantize(quantize(full, found.spec))).any()
     begin = start(made, how)
-    assert learning(begin) == [layer]
-    assert jnp.allclose(effective_params(begin)["obj_ptr_proj"]["layers.0"]["kernel"], dequantize(found), atol=1e-6)
+    assert fake_quant_layers(begin) == [layer]
+    assert jnp.allclose(materialize_params(begin)["obj_ptr_proj"]["layers.0"]["kernel"], dequantize(found), atol=1e-6)
     with pytest.raises(ValueError, match="ptq: demo is quantized already: leave ptq out"):
-        after_ptq(build("nano"), made, how, None, stage)
+        quantize_student(build("nano"), made, how, None, stage)
     wrong = config(*FEW, "--ptq", "{calib: {path: scenes:3, num_samples: 1}, wgts: {dtype: sint3, skips: [neck]}}")
     with pytest.raises(ValueError, match="^ptq.wgts.skips and bits: no layer under neck"):
-        after_ptq(build("nano"), params, wrong, find_seen(wrong, find_clips(wrong)[1]), stage)
+        quantize_student(build("nano"), params, wrong, find_student_calibration(wrong, find_clips(wrong)[1]), stage)
 
 
 def test_the_ladder_gives_each_layer_the_lowest_width_that_errs_little(params):
@@ -146,14 +146,14 @@ def test_every_eligible_layer_of_the_originals_pairs_learns(pair, tmp_path):
     teaching, model = (build(one.name, one.version, 128) for one in (how.teacher, how.student))
     known = cdpq.Teacher(teaching, init_params(teaching, 0))
     begin = start(init_params(model, 1), how)
-    study = cdpq.study_of(model, known, *find_clips(how), how)
-    optimizer = cdpq.make_optimizer(how.train, 3, learns(begin))
+    study = cdpq.make_distill_task(model, known, *find_clips(how), how)
+    optimizer = cdpq.make_optimizer(how.train, 3, trainable_mask(begin))
     step, state = make_train_step(study.loss, optimizer), init_state(jax.tree.map(jnp.copy, begin), optimizer, 0)
     for lessons in islice(study.batches(0), 3):
         state, metrics = step(state, lessons)
         assert np.isfinite(metrics["loss"])
     before, after = parts(begin), parts(state.params)
-    assert len(learning(begin)) == len(layers(begin)) == {"tiny": 171, "base-plus": 219}[how.student.name]
+    assert len(fake_quant_layers(begin)) == len(layers(begin)) == {"tiny": 171, "base-plus": 219}[how.student.name]
     assert [layer for layer in before if not (before[layer].kernel != after[layer].kernel).any()] == []
 
 

@@ -79,13 +79,16 @@ def test_a_wrong_setting_is_named_in_one_line(flags, message):
 
 
 def test_a_grid_is_every_combination():
-    assert config.grid(["a.b=sint8,sint4", "seed=1,2"]) == [
+    assert config.sweep_combinations(["a.b=sint8,sint4", "seed=1,2"]) == [
         {"a.b": bits, "seed": seed} for bits in ("sint8", "sint4") for seed in (1, 2)
     ]
-    assert config.grid(["x=[[1, 32]],[[1, -1]]"]) == [{"x": [[1, 32]]}, {"x": [[1, -1]]}]
-    assert config.grid(["x=null,{rank: 4, num_iters: 2}"]) == [{"x": None}, {"x": {"rank": 4, "num_iters": 2}}]
+    assert config.sweep_combinations(["x=[[1, 32]],[[1, -1]]"]) == [{"x": [[1, 32]]}, {"x": [[1, -1]]}]
+    assert config.sweep_combinations(["x=null,{rank: 4, num_iters: 2}"]) == [
+        {"x": None},
+        {"x": {"rank": 4, "num_iters": 2}},
+    ]
     with pytest.raises(ValueError, match="give all values of a key in one --over"):
-        config.grid(["x=1", "x=2"])
+        config.sweep_combinations(["x=1", "x=2"])
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path):

@@ -31,7 +31,7 @@ def test_boxes_are_tight():
 
 def test_shaken_boxes_stay_near_and_inside():
     box = np.asarray(prompts.boxes(MASK))
-    moved = np.stack([prompts.shaken(key, box, 64) for key in KEYS])
+    moved = np.stack([prompts.jitter_boxes(key, box, 64) for key in KEYS])
     assert 0 < np.abs(moved - box).max() <= 0.02 * 64 + 1e-5
     assert moved.min() >= 0
     assert moved.max() <= 63
@@ -41,14 +41,14 @@ def test_shaken_boxes_stay_near_and_inside():
 def test_corrections_lie_where_the_mask_is_wrong(logits, label, rows):
     """Nothing found: a foreground click on the object. All found: a background click off it."""
     for key in KEYS:
-        points, labels = prompts.corrections(key, np.full((1, 16, 16), logits, np.float32), COVERAGE, 64)
+        points, labels = prompts.sample_correction_clicks(key, np.full((1, 16, 16), logits, np.float32), COVERAGE, 64)
         x, y = np.round(np.asarray(points)[0, 0]).astype(int)
         assert int(labels[0, 0]) == label
         assert MASK[0, y, x] == bool(label)
 
 
 def test_a_right_mask_is_clicked_on_the_object():
-    points, labels = prompts.corrections(KEYS[0], np.where(COVERAGE > 0.5, 1.0, -1.0), COVERAGE, 64)
+    points, labels = prompts.sample_correction_clicks(KEYS[0], np.where(COVERAGE > 0.5, 1.0, -1.0), COVERAGE, 64)
     x, y = np.round(np.asarray(points)[0, 0]).astype(int)
     assert MASK[0, y, x]
     assert int(labels[0, 0]) == 1

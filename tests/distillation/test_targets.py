@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from sam2jq import init_params
-from sam2jq.distillation.targets import PARTS, affinity, distillation_loss, mask_distance, moment_losses, teach
+from sam2jq.distillation.targets import PARTS, affinity, distillation_loss, make_targets, mask_distance, moment_losses
 from sam2jq.models.sam2 import SAM2, Variant
 from sam2jq.ptq.recipe import layers
-from sam2jq.quant.algorithms.fake_quant import innermost, learning, student
+from sam2jq.quant.algorithms.fake_quant import base_weight, fake_quant_layers, init_fake_quant
 from sam2jq.quant.spec import QuantSpec
 from sam2jq.tree import flatten, kernels, layer_name
 
@@ -73,19 +73,20 @@ def test_every_weight_that_may_learn_gets_a_gradient_from_a_teacher_of_another_s
     """In the original none did; there a student had to be as wide as its teacher."""
     small, large = SAM2(SMALL), SAM2(LARGE)
     params = init_params(small, 1)
-    begin = student(params, dict.fromkeys(layers(params), QuantSpec(4)))
-    ask = partial(teach, large, asked=2, followed=1)
+    student = init_fake_quant(params, dict.fromkeys(layers(params), QuantSpec(4)))
+    ask = partial(make_targets, large, asked=2, followed=1)
     shapes = jax.eval_shape(ask, init_params(large, 0), jnp.zeros((2, 64, 64, 3)), jax.random.key(0))
     rng = np.random.default_rng(0)  # answers of no model, which spares compiling one
     batch = jax.tree.map(lambda leaf: np.abs(rng.normal(size=(1, *leaf.shape))).astype(leaf.dtype), shapes)
     loss = distillation_loss(small, dict.fromkeys(PARTS, 1.0), dtype)
-    grads, told = jax.jit(jax.grad(loss, has_aux=True))(begin, batch)
+    grads, metrics = jax.jit(jax.grad(loss, has_aux=True))(student, batch)
     sizes = {
-        layer_name(path): float(jnp.abs(innermost(node).kernel).max()) for path, node in kernels(flatten(grads)).items()
+        layer_name(path): float(jnp.abs(base_weight(node).kernel).max())
+        for path, node in kernels(flatten(grads)).items()
     }
-    assert len(sizes) == len(learning(begin)) > 90
+    assert len(sizes) == len(fake_quant_layers(student)) > 90
     assert [layer for layer, size in sizes.items() if not size > 0] == []
-    assert set(told["parts"]) == set(PARTS)
-    assert all(np.isfinite(value) and value > 0 for value in told["parts"].values())
-    assert "image_encoder.trunk.blocks.0.attn.qkv" not in told["layers"]  # of another width
-    assert "sam_mask_decoder.transformer.layers.0.self_attn.q_proj" in told["layers"]
+    assert set(metrics["parts"]) == set(PARTS)
+    assert all(np.isfinite(value) and value > 0 for value in metrics["parts"].values())
+    assert "image_encoder.trunk.blocks.0.attn.qkv" not in metrics["layers"]  # of another width
+    assert "sam_mask_decoder.transformer.layers.0.self_attn.q_proj" in metrics["layers"]

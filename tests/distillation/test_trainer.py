@@ -19,11 +19,11 @@ from sam2jq.cli.distill import history
 from sam2jq.config import DistributedConfig
 from sam2jq.distillation import trainer as cdpq
 from sam2jq.distillation.targets import PARTS
-from sam2jq.quant.algorithms.activations import simulated
-from sam2jq.quant.algorithms.fake_quant import bits_of, frozen, innermost, student
+from sam2jq.quant.algorithms.activations import materialize_weights
+from sam2jq.quant.algorithms.fake_quant import base_weight, bits_of, init_fake_quant, to_quantized_params
 from sam2jq.quant.spec import QuantSpec
-from sam2jq.report.curves import draw
-from sam2jq.training.distributed import join_processes
+from sam2jq.report.curves import plot_history
+from sam2jq.training.distributed import initialize_distributed
 
 LAYERS = ("a", "b")
 
@@ -42,17 +42,17 @@ def run(params, x):
     return outputs
 
 
-def loss(params, lessons, key=None):
-    got, wanted = run(simulated(params), lessons), run(PLAIN, lessons)
+def loss(params, batch, key=None):
+    got, wanted = run(materialize_weights(params), batch), run(PLAIN, batch)
     energy = lambda x: jnp.square(x).sum(-1)
     layers = {name: (energy(got[name] - wanted[name]) / energy(wanted[name])).mean() for name in LAYERS}
     parts = dict.fromkeys(PARTS, jnp.float32(0)) | {"layers": sum(layers.values())}
     return parts["layers"], {"parts": parts, "layers": layers}
 
 
-def study():
+def task():
     batches = lambda first: (array(4, 8, seed=100 + i) for i in count(first))
-    return cdpq.Study(loss, batches, [array(4, 8, seed=7), array(4, 8, seed=8)], epoch=5)
+    return cdpq.DistillTask(loss, batches, [array(4, 8, seed=7), array(4, 8, seed=8)], steps_per_epoch=5)
 
 
 def config(*flags):
@@ -64,8 +64,8 @@ def config(*flags):
     return settings.load(None, [*usual, *flags], settings.DistillConfig)
 
 
-def begin():
-    return student(jax.tree.map(jnp.asarray, PLAIN), dict.fromkeys(LAYERS, QuantSpec(6)))
+def make_student():
+    return init_fake_quant(jax.tree.map(jnp.asarray, PLAIN), dict.fromkeys(LAYERS, QuantSpec(6)))
 
 
 def rows_of(folder):
@@ -73,7 +73,7 @@ def rows_of(folder):
 
 
 def test_layers_lose_a_bit_an_epoch_until_the_last_ones(tmp_path):
-    best = cdpq.distill(begin(), study(), config(), tmp_path)
+    best = cdpq.distill(make_student(), task(), config(), tmp_path)
     rounds = [row for row in rows_of(tmp_path) if "val/loss" in row]
     assert [row["bits"] for row in rounds] == [dict.fromkeys(LAYERS, bits) for bits in (6, 5, 4, 3, 3)]
     np.testing.assert_array_equal(bits_of(best), [3, 3])
@@ -81,33 +81,40 @@ def test_layers_lose_a_bit_an_epoch_until_the_last_ones(tmp_path):
 
 
 def test_a_run_s_history_is_what_its_curves_and_its_page_are_drawn_from(tmp_path):
-    cdpq.distill(begin(), study(), config(), tmp_path)
-    told = history(rows_of(tmp_path))
-    assert [step for step, _ in told["val_loss"]] == told["bits"]["steps"] == [0, 5, 10, 15, 20]
-    assert told["bits"]["layers"] == {name: [6, 5, 4, 3, 3] for name in LAYERS}
-    assert set(told["decisions"][0]) == {"epoch", "layer", "from", "to", "impact", "accepted", "reason"}
-    assert [(one["from"], one["to"]) for one in told["decisions"]] == [(6, 5), (6, 5), (5, 4), (5, 4), (4, 3), (4, 3)]
-    draw(told).savefig(tmp_path / "curves.png")
+    cdpq.distill(make_student(), task(), config(), tmp_path)
+    metrics = history(rows_of(tmp_path))
+    assert [step for step, _ in metrics["val_loss"]] == metrics["bits"]["steps"] == [0, 5, 10, 15, 20]
+    assert metrics["bits"]["layers"] == {name: [6, 5, 4, 3, 3] for name in LAYERS}
+    assert set(metrics["decisions"][0]) == {"epoch", "layer", "from", "to", "impact", "accepted", "reason"}
+    assert [(one["from"], one["to"]) for one in metrics["decisions"]] == [
+        (6, 5),
+        (6, 5),
+        (5, 4),
+        (5, 4),
+        (4, 3),
+        (4, 3),
+    ]
+    plot_history(metrics).savefig(tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
 def test_no_layer_falls_below_the_least(tmp_path):
-    best = cdpq.distill(begin(), study(), config("--quant.min_bits", "5"), tmp_path)
+    best = cdpq.distill(make_student(), task(), config("--quant.min_bits", "5"), tmp_path)
     np.testing.assert_array_equal(bits_of(best), [5, 5])
 
 
 def test_only_the_named_roots_are_lowered(tmp_path):
-    best = cdpq.distill(begin(), study(), config("--quant.target_roots", "[b]"), tmp_path)
+    best = cdpq.distill(make_student(), task(), config("--quant.target_roots", "[b]"), tmp_path)
     np.testing.assert_array_equal(bits_of(best), [6, 3])
 
 
 def test_what_is_learned_beats_what_was_rounded(tmp_path):
     fixed = config("--distill.confidence_method", "fixed", "--train.epochs", "12")
-    start = student(jax.tree.map(jnp.asarray, PLAIN), dict.fromkeys(LAYERS, QuantSpec(2)))
-    best = cdpq.distill(start, study(), fixed, tmp_path)
-    before, after = (float(loss(params, study().exam[0])[0]) for params in (start, best))
+    start = init_fake_quant(jax.tree.map(jnp.asarray, PLAIN), dict.fromkeys(LAYERS, QuantSpec(2)))
+    best = cdpq.distill(start, task(), fixed, tmp_path)
+    before, after = (float(loss(params, task().val_batches[0])[0]) for params in (start, best))
     assert after < 0.8 * before
-    assert all(not np.array_equal(innermost(best[n]["kernel"]).kernel, PLAIN[n]["kernel"]) for n in LAYERS)
+    assert all(not np.array_equal(base_weight(best[n]["kernel"]).kernel, PLAIN[n]["kernel"]) for n in LAYERS)
 
 
 class Killed(Exception):
@@ -127,25 +134,25 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path, step, flags):
         if row["step"] >= step:
             raise Killed
 
-    whole = cdpq.distill(begin(), study(), config(*flags), tmp_path / "whole")
+    replicated = cdpq.distill(make_student(), task(), config(*flags), tmp_path / "whole")
     with pytest.raises(Killed):
-        cdpq.distill(begin(), study(), config(*flags), tmp_path / "cut", dies)
+        cdpq.distill(make_student(), task(), config(*flags), tmp_path / "cut", dies)
     with (tmp_path / "cut" / "metrics.jsonl").open("a") as log:
         log.write('{"step": 99, "tr')  # killed while it wrote
-    cut = cdpq.distill(begin(), study(), config(*flags), tmp_path / "cut")
-    jax.tree.map(np.testing.assert_array_equal, frozen(cut), frozen(whole))
+    cut = cdpq.distill(make_student(), task(), config(*flags), tmp_path / "cut")
+    jax.tree.map(np.testing.assert_array_equal, to_quantized_params(cut), to_quantized_params(replicated))
     assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_layer(tmp_path):
-    good = study()
+    good = task()
 
     def batches(first):
         for i, batch in enumerate(good.batches(first), first + 1):
             yield batch * np.nan if i == 8 else batch
 
     with pytest.raises(ValueError, match="the loss is nan at step 8, first in layer a: lower train.learning_rate"):
-        cdpq.distill(begin(), good._replace(batches=batches), config(), tmp_path)
+        cdpq.distill(make_student(), good._replace(batches=batches), config(), tmp_path)
     assert (tmp_path / "checkpoints" / "6").is_dir()  # the last good one
 
 
@@ -156,39 +163,39 @@ def test_one_program_serves_every_step_and_one_every_trial(tmp_path):
         traces.append(0)
         return loss(*args)
 
-    cdpq.distill(begin(), study()._replace(loss=counted), config(), tmp_path)
+    cdpq.distill(make_student(), task()._replace(loss=counted), config(), tmp_path)
     assert len(traces) == 2
 
 
 def test_a_run_without_progress_ends_early(tmp_path):
     fixed = config("--distill.confidence_method", "fixed", "--train.learning_rate", "0", "--train.patience", "2")
-    cdpq.distill(begin(), study(), fixed, tmp_path)
+    cdpq.distill(make_student(), task(), fixed, tmp_path)
     assert max(row["epoch"] for row in rows_of(tmp_path)) == 2
 
 
 def test_a_run_that_only_does_harm_ends_as_it_began(tmp_path):
     fixed = config("--distill.confidence_method", "fixed", "--train.learning_rate", "3", "--train.warmup_steps", "0")
-    best = cdpq.distill(begin(), study(), fixed, tmp_path)
+    best = cdpq.distill(make_student(), task(), fixed, tmp_path)
     first, *rest = [row["val/loss"] for row in rows_of(tmp_path) if "val/loss" in row]
     assert min(rest) > first
-    jax.tree.map(np.testing.assert_array_equal, frozen(best), frozen(begin()))
+    jax.tree.map(np.testing.assert_array_equal, to_quantized_params(best), to_quantized_params(make_student()))
 
 
 PROGRAM = """
 import sys
 from pathlib import Path
 import numpy as np
-from sam2jq.training.distributed import join_processes
-from tests import test_cdpq as toy
+from sam2jq.training.distributed import initialize_distributed
+from tests.distillation import test_trainer as toy
 folder, *flags = sys.argv[1:]
 config = toy.config(*flags)
-join_processes(config.distributed)
+initialize_distributed(config.distributed)
 import jax
 index, share = jax.process_index(), jax.process_count()
-study = toy.study()
-mine = lambda first: (np.split(batch, share)[index] for batch in study.batches(first))
-best = toy.cdpq.distill(toy.begin(), study._replace(batches=mine), config, Path(folder))
-kernels = [toy.innermost(best[name]["kernel"]).kernel for name in toy.LAYERS]
+task = toy.task()
+mine = lambda first: (np.split(batch, share)[index] for batch in task.batches(first))
+best = toy.cdpq.distill(toy.make_student(), task._replace(batches=mine), config, Path(folder))
+kernels = [toy.base_weight(best[name]["kernel"]).kernel for name in toy.LAYERS]
 print("ended", jax.device_count(), *(kernel.ravel().tolist() for kernel in kernels))
 """
 
@@ -213,8 +220,8 @@ def weights_of(process) -> tuple[int, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    best = cdpq.distill(begin(), study(), config(), tmp_path_factory.mktemp("alone"))
-    return np.concatenate([innermost(best[name]["kernel"]).kernel.ravel() for name in LAYERS])
+    best = cdpq.distill(make_student(), task(), config(), tmp_path_factory.mktemp("alone"))
+    return np.concatenate([base_weight(best[name]["kernel"]).kernel.ravel() for name in LAYERS])
 
 
 @pytest.mark.parametrize("parallel", ["jit", "pmap"])
@@ -241,15 +248,15 @@ def named(port: int, index: int) -> tuple[list[str], dict[str, str]]:
 
 def under_slurm(port: int, index: int) -> tuple[list[str], dict[str, str]]:
     """The port follows from the job's number."""
-    told = {"JOB_ID": port - 61440, "STEP_NODELIST": "127.0.0.1", "NTASKS": 2, "PROCID": index, "LOCALID": index}
-    return ["auto"], {f"SLURM_{name}": str(value) for name, value in told.items()}
+    places = {"JOB_ID": port - 61440, "STEP_NODELIST": "127.0.0.1", "NTASKS": 2, "PROCID": index, "LOCALID": index}
+    return ["auto"], {f"SLURM_{name}": str(value) for name, value in places.items()}
 
 
-@pytest.mark.parametrize("told", [named, pytest.param(under_slurm, marks=pytest.mark.slow)])
-def test_two_processes_learn_what_one_does_and_the_first_writes(alone, tmp_path, told):
+@pytest.mark.parametrize("places", [named, pytest.param(under_slurm, marks=pytest.mark.slow)])
+def test_two_processes_learn_what_one_does_and_the_first_writes(alone, tmp_path, places):
     """Each reads its own half of every batch; they add gradients over the loopback."""
     port, both = free_port(), []
-    for flags, variables in (told(port, index) for index in (0, 1)):
+    for flags, variables in (places(port, index) for index in (0, 1)):
         flags = ["--distributed.timeout", "60", "--distributed.coordinator", *flags]
         both.append(start_process(tmp_path, *flags, variables=variables))
     for process in both:
@@ -266,7 +273,7 @@ def test_two_processes_learn_what_one_does_and_the_first_writes(alone, tmp_path,
 def test_a_process_that_never_comes_is_named(index, message):
     config = DistributedConfig(f"127.0.0.1:{free_port()}", 3, index, timeout=1)
     with pytest.raises(ValueError, match=message):
-        join_processes(config)
+        initialize_distributed(config)
 
 
 def test_a_place_that_nobody_tells_is_an_error(tmp_path):

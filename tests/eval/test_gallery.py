@@ -1,7 +1,7 @@
 import numpy as np
 
 from sam2jq.eval.agreement import Compared, prompt_grid
-from sam2jq.eval.gallery import RANDOM, WORST, Gallery, Shown, add, draw, of_clicks, of_objects
+from sam2jq.eval.gallery import RANDOM, WORST, Gallery, Shown, add, of_clicks, of_objects, sample_images
 
 
 def shown(name: str, iou: float) -> Shown:
@@ -9,7 +9,7 @@ def shown(name: str, iou: float) -> Shown:
 
 
 def collected(images: list[list[Shown]], seed: int) -> Gallery:
-    drawn, gallery = draw(len(images), seed), Gallery()
+    drawn, gallery = sample_images(len(images), seed), Gallery()
     for i, of in enumerate(images):
         gallery = add(gallery, of, drawn.get(i))
     return gallery
@@ -44,10 +44,10 @@ def test_of_a_click_the_mask_is_shown_that_full_precision_thinks_best():
 
 
 def test_an_object_is_clicked_inside_and_both_masks_are_compared_with_it():
-    truth = np.zeros((1, 10, 20), bool)
-    truth[0, 2:7, 4:14] = True
-    half = truth & (np.arange(20) < 9)
-    (one,) = of_objects("a", truth, truth, half)
+    ground_truth = np.zeros((1, 10, 20), bool)
+    ground_truth[0, 2:7, 4:14] = True
+    half = ground_truth & (np.arange(20) < 9)
+    (one,) = of_objects("a", ground_truth, ground_truth, half)
     x, y = one.click
-    assert truth[0, int(y * 10), int(x * 20)]
-    assert (one.iou, one.truth) == (0.5, (1.0, 0.5))
+    assert ground_truth[0, int(y * 10), int(x * 20)]
+    assert (one.iou, one.ground_truth) == (0.5, (1.0, 0.5))

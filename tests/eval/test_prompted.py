@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 
 from sam2jq.data.synthetic.scenes import draw_scene
-from sam2jq.eval.prompted import PROMPTS, corners, correction, enlarge, follow, segment_objects, widest
+from sam2jq.eval.prompted import (
+    PROMPTS,
+    corners,
+    correction_click,
+    enlarge,
+    interior_point,
+    segment_objects,
+    track_from_masks,
+)
 from sam2jq.models.layers import resize
 from tests.conftest import twin
 
@@ -15,24 +23,24 @@ def test_a_box_is_tight():
 
 
 def test_the_first_click_lies_farthest_from_the_edge():
-    (x, y), distance = widest(MASK)
+    (x, y), distance = interior_point(MASK)
     assert (y, distance) == (15, 6)
     assert 25 <= x <= 45
-    assert widest(np.ones((5, 9), bool))[0][1] == 2  # the image's edge counts
+    assert interior_point(np.ones((5, 9), bool))[0][1] == 2  # the image's edge counts
 
 
 def test_a_correction_lies_in_the_widest_wrong_part():
     found = MASK.copy()
     found[10:21, 40:51] = False  # missed
     found[0:4, 0:4] = True  # smaller, and too much
-    (x, y), label = correction(found, MASK)
+    (x, y), label = correction_click(found, MASK)
     assert label == 1
     assert MASK[y, x]
     assert not found[y, x]
-    (x, y), label = correction(found | MASK, MASK)
+    (x, y), label = correction_click(found | MASK, MASK)
     assert label == 0
     assert not MASK[y, x]
-    assert correction(MASK, MASK) == (widest(MASK)[0], 1)
+    assert correction_click(MASK, MASK) == (interior_point(MASK)[0], 1)
 
 
 @pytest.mark.parametrize("size", [(64, 48), (17, 30), (8, 8), (5, 4)])
@@ -76,7 +84,7 @@ class Echo:
 def test_objects_are_followed_from_the_frame_they_are_first_seen_in():
     predictor = Echo()
     first = {"a": (0, MASK), "late": (3, ~MASK), "b": (0, ~MASK)}
-    rows = list(follow(predictor, 5, first))
+    rows = list(track_from_masks(predictor, 5, first))
     assert predictor.starts == [(0, ["a", "b"]), (3, ["late"])]
     assert [(frame, name) for frame, name, _ in rows if name == "late"] == [(3, "late"), (4, "late")]
     assert all(np.array_equal(mask, first[name][1]) for _, name, mask in rows)

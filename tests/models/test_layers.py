@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sam2jq.models.hiera import Hiera, from_windows, to_windows
-from sam2jq.models.layers import OUTPUTS, QUERY_CHUNK, attend, in_chunks, resize
+from sam2jq.models.layers import OUTPUTS, QUERY_CHUNK, attention, chunked_map, resize
 from sam2jq.models.sam2 import build, init_params
 from sam2jq.tree import flatten
 
@@ -19,18 +19,18 @@ def test_attention_in_chunks_equals_torchs(queries):
     q, k, v = normal(2, queries, 3, 8), normal(2, 50, 3, 8), normal(2, 50, 3, 8)
     heads_first = [torch.from_numpy(x).transpose(1, 2) for x in (q, k, v)]
     expected = torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2)
-    np.testing.assert_allclose(attend(q, k, v), expected.numpy(), atol=3e-6)  # some roundings of values up to 3
+    np.testing.assert_allclose(attention(q, k, v), expected.numpy(), atol=3e-6)  # some roundings of values up to 3
 
 
 @pytest.mark.parametrize("queries", [QUERY_CHUNK + 1, 2 * QUERY_CHUNK])
 def test_attention_in_chunks_has_torchs_gradients(queries):
     arrays = normal(1, queries, 2, 8), normal(1, 50, 2, 8), normal(1, 50, 2, 8)
-    aim, seen = normal(1, queries, 2, 8), np.arange(50)[None] % 3 > 0
+    aim, key_mask = normal(1, queries, 2, 8), np.arange(50)[None] % 3 > 0
     tensors = [torch.from_numpy(x).requires_grad_() for x in arrays]
-    heads_first, mask = [x.transpose(1, 2) for x in tensors], torch.from_numpy(seen)[:, None, None]
+    heads_first, mask = [x.transpose(1, 2) for x in tensors], torch.from_numpy(key_mask)[:, None, None]
     expected = torch.nn.functional.scaled_dot_product_attention(*heads_first, mask).transpose(1, 2)
     (expected * torch.from_numpy(aim)).sum().backward()
-    grads = jax.grad(lambda qkv: (attend(*qkv, jnp.asarray(seen)) * aim).sum())(arrays)
+    grads = jax.grad(lambda qkv: (attention(*qkv, jnp.asarray(key_mask)) * aim).sum())(arrays)
     for got, tensor in zip(grads, tensors):
         np.testing.assert_allclose(got, tensor.grad.numpy(), atol=1e-4)  # sums of a thousand terms near 1
 
@@ -40,7 +40,7 @@ def test_chunks_have_the_gradient_of_the_whole_without_keeping_the_hidden_layer_
     x, w, v = normal(rows, 8), normal(8, hidden), normal(hidden, 8)
 
     def gradient(size):
-        loss = lambda x, w: jnp.square(in_chunks(lambda part: jnp.tanh(part @ w) @ v, x, size)).mean()
+        loss = lambda x, w: jnp.square(chunked_map(lambda part: jnp.tanh(part @ w) @ v, x, size)).mean()
         run = jax.jit(jax.grad(loss, (0, 1))).lower(x, w).compile()
         return run(x, w), run.memory_analysis().temp_size_in_bytes
 
@@ -58,15 +58,17 @@ def test_what_is_computed_once_more_has_the_same_gradient_in_less_memory():
         params = jax.tree.map(lambda leaf: 0.1 * normal(*leaf.shape), shapes)
 
         def loss(params, trunk=trunk):
-            maps, told = trunk.apply({"params": params}, image, mutable=[OUTPUTS])
-            moments = {path: leaf for path, leaf in flatten(told[OUTPUTS]).items() if path.endswith("moments")}
+            maps, captured = trunk.apply({"params": params}, image, mutable=[OUTPUTS])
+            moments = {path: leaf for path, leaf in flatten(captured[OUTPUTS]).items() if path.endswith("moments")}
             return jnp.square(maps[0]).mean() + sum(jnp.square(leaf[0]).sum() for leaf in moments.values()), moments
 
         run = jax.jit(jax.grad(loss, has_aux=True)).lower(params).compile()
         found[remat] = (*run(params), run.memory_analysis().temp_size_in_bytes)
-    (plain, seen, whole), (grads, told, part) = found[False], found[True]
-    assert len(seen) == 1 + 4 * 4
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), (plain, seen), (grads, told))
+    (plain, key_mask, whole), (grads, captured, part) = found[False], found[True]
+    assert len(key_mask) == 1 + 4 * 4
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), (plain, key_mask), (grads, captured)
+    )
     assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
     assert part < whole / 2
 

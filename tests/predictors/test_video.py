@@ -142,7 +142,11 @@ def test_empty_places_of_the_bank_change_nothing(pair):
     coarse = np.random.default_rng(0).standard_normal((1, 16, 16, 64)).astype(np.float32)
     look = jax.jit(
         lambda bank: predictor.model.apply(
-            {"params": predictor.params}, coarse, bank, tracking.Now(3, 1, 3.0), method=tracking.look_back
+            {"params": predictor.params},
+            coarse,
+            bank,
+            tracking.FrameInfo(3, 1, 3.0),
+            method=tracking.condition_on_memory,
         )
     )
     assert bank.recent.sum() == 2

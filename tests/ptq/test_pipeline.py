@@ -40,7 +40,7 @@ def thorough(flags) -> Path:
 
 def test_every_stage_is_named_with_its_seconds_and_what_it_left_is_measured(thorough):
     log = (thorough / "run.log").read_text()
-    stages = [
+    build_transforms = [
         "calibrate",
         "input bits",
         "ridge",
@@ -53,7 +53,7 @@ def test_every_stage_is_named_with_its_seconds_and_what_it_left_is_measured(thor
         "compare",
         "write",
     ]
-    found = [re.search(rf"^{stage}  .* s$", log, re.MULTILINE) for stage in (*stages, "write")]
+    found = [re.search(rf"^{stage}  .* s$", log, re.MULTILINE) for stage in (*build_transforms, "write")]
     assert all(found)
     assert [match.start() for match in found] == sorted(match.start() for match in found)
     metrics = json.loads((thorough / "metrics.json").read_text())

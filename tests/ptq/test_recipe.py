@@ -20,7 +20,7 @@ from sam2jq.config import (
 )
 from sam2jq.models.sam2 import TRUNK_LINEAR
 from sam2jq.ptq.pipeline import fold_rotations, in_order
-from sam2jq.ptq.recipe import activation_specs, choose_unsigned, layers, round_weights, stages, weight_specs
+from sam2jq.ptq.recipe import activation_specs, build_transforms, choose_unsigned, layers, round_weights, weight_specs
 from sam2jq.quant.algorithms.activations import OutQuantized
 from sam2jq.quant.algorithms.rotate import Rotated
 from sam2jq.quant.qtensor import QTensor, dequantize, quantize
@@ -71,7 +71,7 @@ def test_a_folded_rotation_changes_no_feature_and_leaves_attn_proj_to_itself():
     for got, expected in zip(*(encode({"params": tree}, image) for tree in (folded, params))):
         np.testing.assert_allclose(got, expected, atol=1e-4)
     shapes = {layer_name(path): leaf.shape for path, leaf in kernels(flatten(params)).items()}
-    turned = flatten(stages(quant, shapes, TRUNK_LINEAR, 0)["rotation"].apply(folded, {}))
+    turned = flatten(build_transforms(quant, shapes, TRUNK_LINEAR, 0)["rotation"].apply(folded, {}))
     block = "image_encoder.trunk/blocks.1"
     assert turned[f"{block}/attn/proj/kernel"] is flatten(folded)[f"{block}/attn/proj/kernel"]
     assert isinstance(turned[f"{block}/attn/qkv/kernel"], Rotated)
@@ -115,7 +115,7 @@ def shapes(name: str) -> dict[str, tuple[int, ...]]:
 def test_the_config_that_users_of_the_original_know_has_every_stage(tmp_path):
     (tmp_path / "known.yaml").write_text(KNOWN)
     config = load(str(tmp_path / "known.yaml"), [])
-    names = list(stages(config.quant, shapes("tiny"), TRUNK_LINEAR, config.seed))
+    names = list(build_transforms(config.quant, shapes("tiny"), TRUNK_LINEAR, config.seed))
     assert names == ["rotation", "smooth", "low rank", "weights", "inputs"]
 
 
@@ -123,13 +123,13 @@ def test_the_config_that_users_of_the_original_know_has_every_stage(tmp_path):
 def test_every_config_that_comes_along_can_be_carried_out(path):
     """Its layers have the sizes that its branches and rotations need, and its prefixes name layers."""
     config = load(str(path), ["--model.checkpoint", "random:0", "--quant.calib.path", "photos"])
-    assert "weights" in stages(config.quant, shapes(config.model.name), TRUNK_LINEAR, config.seed)
+    assert "weights" in build_transforms(config.quant, shapes(config.model.name), TRUNK_LINEAR, config.seed)
 
 
 def test_a_rank_above_a_layers_size_is_an_error():
     config = QuantConfig(calib=CalibConfig("photos"), wgts=WeightsConfig(low_rank=LowRankConfig(rank=97)))
     with pytest.raises(ValueError, match=r"rank 97 is over what image_encoder.trunk.blocks.0.attn.* allows, 96"):
-        stages(config, shapes("tiny"), TRUNK_LINEAR, 0)
+        build_transforms(config, shapes("tiny"), TRUNK_LINEAR, 0)
 
 
 def test_one_group_at_a_time_covers_every_layer_once_and_in_the_order_of_the_data():
@@ -138,7 +138,7 @@ def test_one_group_at_a_time_covers_every_layer_once_and_in_the_order_of_the_dat
     assert groups[0] == ["image_encoder.trunk.patch_embed.proj"]
     assert [group[0].split(".")[3] for group in groups[1:13]] == [str(i) for i in range(12)]
     config = QuantConfig(calib=CalibConfig("photos"))
-    rounded = stages(config, shapes("tiny"), TRUNK_LINEAR, 0, groups[3])["weights"]
+    rounded = build_transforms(config, shapes("tiny"), TRUNK_LINEAR, 0, groups[3])["weights"]
     kernel = np.ones((4, 4), np.float32)
     params = unflatten({f"{layer.replace('.', '/')}/kernel": kernel for layer in shapes("tiny")})
     flat = flatten(rounded.apply(params, {}))
@@ -161,7 +161,7 @@ def test_only_layers_with_one_sided_inputs_take_the_unsigned_grid():
 
 def test_outputs_are_rounded_last_and_of_the_layers_that_are_not_skipped():
     config = QuantConfig(calib=CalibConfig("photos"), opts=OutputsConfig("uint8", skips=["memory_encoder"]))
-    steps = stages(config, shapes("nano"), TRUNK_LINEAR, 0)
+    steps = build_transforms(config, shapes("nano"), TRUNK_LINEAR, 0)
     assert list(steps) == ["weights", "outputs"]
     params = unflatten({f"{layer.replace('.', '/')}/kernel": np.ones((4, 4), np.float32) for layer in shapes("nano")})
     leaves = kernels(flatten(steps["outputs"].apply(params, {})))

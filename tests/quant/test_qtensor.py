@@ -27,17 +27,17 @@ def test_rounding_moves_no_weight_by_more_than_half_a_step(spec, shape):
     q = quantize(w, spec)
     step = from_groups(jnp.broadcast_to(q.scale[:, None], by_group(w, spec).shape), shape)
     assert (abs(dequantize(q) - w) <= step / 2 * (1 + 1e-5)).all()
-    assert q.values.min() >= spec.qmin
-    assert q.values.max() <= spec.qmax
+    assert q.qvalue.min() >= spec.qmin
+    assert q.qvalue.max() <= spec.qmax
 
 
 @every_spec
 def test_a_weight_is_code_minus_zero_times_scale_to_the_bit(spec):
     q = quantize(weights(48, 5), spec)
     rows = np.arange(48) // (spec.group_size or 48)
-    zero = 0 * q.scale if q.zero is None else q.zero
+    zero = 0 * q.scale if q.zero_point is None else q.zero_point
     scale, zero = (np.broadcast_to(np.asarray(x)[rows], (48, 5)) for x in (q.scale, zero))
-    np.testing.assert_array_equal(dequantize(q), (np.asarray(q.values, np.float32) - zero) * scale)
+    np.testing.assert_array_equal(dequantize(q), (np.asarray(q.qvalue, np.float32) - zero) * scale)
 
 
 @every_spec
@@ -74,9 +74,9 @@ def test_codes_and_scales_equal_the_reference_library(shared, kind, name, symmet
     inputs, peer = (np.load(folder / f"blocks.0.attn.qkv{kind}.{part}.npz") for part in ("inputs", "peer"))
     q = quantize(inputs["w"].T, QuantSpec(4, symmetric=symmetric, group_size=int(inputs["group"])))
     np.testing.assert_array_max_ulp(np.asarray(q.scale).T, peer[f"{name}.scale"], maxulp=1)
-    np.testing.assert_array_equal(np.asarray(q.values).T, peer[f"{name}.codes"])
+    np.testing.assert_array_equal(np.asarray(q.qvalue).T, peer[f"{name}.codes"])
     if not symmetric:
-        np.testing.assert_array_equal(np.asarray(q.zero).T, peer[f"{name}.zero"])
+        np.testing.assert_array_equal(np.asarray(q.zero_point).T, peer[f"{name}.zero"])
 
 
 @pytest.mark.parametrize("size", ["tiny", "small", "base_plus", "large"])
@@ -109,4 +109,4 @@ def test_layers_compute_with_what_a_leaf_stands_for():
     q = quantize(w[0, 0], QuantSpec(4))
     np.testing.assert_array_equal(ops.matmul(q, x), ops.matmul(dequantize(q), x))
     params = {"a": {"kernel": q, "bias": x}}
-    np.testing.assert_array_equal(ops.effective_params(params)["a"]["kernel"], dequantize(q))
+    np.testing.assert_array_equal(ops.materialize_params(params)["a"]["kernel"], dequantize(q))

@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from converters.exports.package import pack, unpack
+from converters.exports.package import pack_leaf, unpack_leaf
 from sam2jq.eval.metrics import relative_error
-from sam2jq.quant.algorithms.activations import quantize_inputs, simulated
+from sam2jq.quant.algorithms.activations import materialize_weights, quantize_inputs
 from sam2jq.quant.algorithms.gptq import GptqSpec, gptq
 from sam2jq.quant.algorithms.lowrank import LowRankSpec, low_rank
 from sam2jq.quant.algorithms.recalibrate import ridge
 from sam2jq.quant.algorithms.rotate import RotationSpec, rotate
 from sam2jq.quant.algorithms.smooth import SmoothSpec, smooth
-from sam2jq.quant.leaves import effective, matmul
+from sam2jq.quant.leaves import materialize, matmul
 from sam2jq.quant.qtensor import QTensor, quantize
 from sam2jq.quant.spec import QuantSpec
 from sam2jq.quant.transform import Stats, Transform, chain, each_layer
@@ -70,7 +70,7 @@ def test_before_rounding_a_pair_changes_no_output(params, stats, x, pair):
     """To 1e-5, in float32."""
     leaf, w = made(params, stats, *pair), params["a"]["kernel"]
     assert relative_error(matmul(leaf, x), x @ w) <= 1e-5
-    assert relative_error(effective(leaf), w) <= 1e-5
+    assert relative_error(materialize(leaf), w) <= 1e-5
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)
@@ -78,8 +78,8 @@ def test_a_pair_computes_what_it_stands_for(params, stats, x, pair):
     """Its effective weight to 1e-5, or to what 8 bits leave of the inputs: on one static grid,
     which the outlier widens, worse than on one for each token."""
     leaf, limit = made(params, stats, *pair), {"inputs": 0.02, "static inputs": 0.08}
-    assert relative_error(matmul(leaf, x), x @ effective(leaf)) <= limit.get(pair[1], 1e-5)
-    again = simulated({"a": {"kernel": leaf}})["a"]["kernel"]
+    assert relative_error(matmul(leaf, x), x @ materialize(leaf)) <= limit.get(pair[1], 1e-5)
+    again = materialize_weights({"a": {"kernel": leaf}})["a"]["kernel"]
     assert relative_error(matmul(again, x), matmul(leaf, x)) <= 1e-5
 
 
@@ -95,7 +95,7 @@ def test_gptq_errs_less_than_rounding_to_nearest_inside_anything(params, stats, 
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)
 def test_a_package_keeps_a_pair_to_the_bit(params, stats, x, pair):
     leaf = made(params, stats, *pair)
-    back = jax.tree.map(jnp.asarray, unpack(pack(leaf)))
+    back = jax.tree.map(jnp.asarray, unpack_leaf(pack_leaf(leaf)))
     assert jax.tree.structure(back) == jax.tree.structure(leaf)
     np.testing.assert_array_equal(jax.jit(matmul)(back, x), jax.jit(matmul)(leaf, x))
 
@@ -106,7 +106,7 @@ def test_ridge_comes_before_all_others(params, stats, x):
     leaf = chain(shrunk, PLAIN["rotate"], PLAIN["smooth"]).apply(params, stats)
     wanted = shrunk.apply(params, stats)["a"]["kernel"]
     assert relative_error(wanted, params["a"]["kernel"]) > 0.01
-    assert relative_error(effective(leaf["a"]["kernel"]), wanted) <= 1e-5
+    assert relative_error(materialize(leaf["a"]["kernel"]), wanted) <= 1e-5
 
 
 def test_a_chain_needs_what_its_parts_need_and_applies_them_from_left_to_right():

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 
 from sam2jq.config import DistillConfig, load
-from sam2jq.training.metric_logging import tracker
+from sam2jq.training.metric_logging import metric_logger
 
 NANO = ["--teacher.name", "nano", "--student.name", "nano", "--data.train", "scenes:1", "--data.val", "scenes:2"]
 ROW = {"step": 3, "epoch": 1, "train/loss": 0.5, "decisions": [{"layer": "a"}], "bits": {"a": 4}}
@@ -21,7 +21,7 @@ def test_weights_and_biases_gets_the_numbers_of_a_row_under_its_keys(monkeypatch
     wandb = SimpleNamespace(init=lambda **settings: asked.update(settings) or run)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     flags = ["--track.project", "sam2", "--track.mode", "offline", "--track.tags", "[a, b]"]
-    with tracker(config(*flags), tmp_path) as send:
+    with metric_logger(config(*flags), tmp_path) as send:
         send(ROW)
     assert told == [({"step": 3, "epoch": 1, "train/loss": 0.5}, 3)]
     assert ended == [True]
@@ -40,11 +40,11 @@ def test_weights_and_biases_gets_the_numbers_of_a_row_under_its_keys(monkeypatch
 )
 def test_a_package_that_is_missing_is_named(monkeypatch, tmp_path, flags, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ValueError, match=f"needs {package}: pip install"), tracker(config(*flags), tmp_path):
+    with pytest.raises(ValueError, match=f"needs {package}: pip install"), metric_logger(config(*flags), tmp_path):
         pass
 
 
 def test_nothing_is_sent_where_nothing_is_asked(tmp_path):
-    with tracker(config(), tmp_path) as send:
+    with metric_logger(config(), tmp_path) as send:
         send(ROW)
     assert list(tmp_path.iterdir()) == []

@@ -32,9 +32,9 @@ def test_a_run_that_was_cut_ends_as_one_that_was_not(tmp_path):
     """To the bit: batches, keys and the optimizer go on where they were."""
     run(tmp_path / "cut", 5)
     *_, (cut, _) = run(tmp_path / "cut", 20)
-    *_, (whole, _) = run(tmp_path / "whole", 20)
-    assert int(cut.step) == int(whole.step) == 20
-    np.testing.assert_array_equal(cut.params["w"], whole.params["w"])
+    *_, (replicated, _) = run(tmp_path / "whole", 20)
+    assert int(cut.step) == int(replicated.step) == 20
+    np.testing.assert_array_equal(cut.params["w"], replicated.params["w"])
 
 
 def test_a_finished_run_is_not_trained_further(tmp_path):

@@ -8,14 +8,14 @@ import math
 import jax
 import jax.numpy as jnp
 
-from sam2jq.quant.leaves import contract, dense, effective, finish
-from sam2jq.quant.qtensor import QTensor, nearest, span_grid
+from sam2jq.quant.leaves import apply_kernel, dense, materialize, quantize_output
+from sam2jq.quant.qtensor import QTensor, compute_scale_zero_point, round_to_grid
 from sam2jq.quant.spec import QuantSpec
-from sam2jq.quant.transform import Stats, descend
+from sam2jq.quant.transform import Stats, map_base_weight
 from sam2jq.tree import pytree
 
 Array = jax.Array
-ONE_SIDED = 1 / 8
+NONNEGATIVE_RATIO = 1 / 8
 
 
 @pytree(static=["spec", "integer"])
@@ -28,7 +28,7 @@ class ActQuantized:
 
     inner: object
     scale: Array | None
-    zero: Array | None
+    zero_point: Array | None
     spec: QuantSpec
     integer: bool = False
 
@@ -45,18 +45,18 @@ def quantize_inputs(
     w, stats: Stats | None, spec: QuantSpec, *, static: bool = False, integer: bool = False
 ) -> ActQuantized:
     """`w` with its inputs rounded by `spec`; `static`: on the one grid that spans all inputs in `stats`."""
-    scale = zero = None
+    scale = zero_point = None
     if static:
-        scale, zero = span_grid(stats.low.min(), stats.high.max(), spec)
-    return ActQuantized(w, scale, zero, spec, integer)
+        scale, zero_point = compute_scale_zero_point(stats.low.min(), stats.high.max(), spec)
+    return ActQuantized(w, scale, zero_point, spec, integer)
 
 
-def one_sided(stats: Stats) -> bool:
+def is_nonnegative(stats: Stats) -> bool:
     """Whether inputs lie between 0 and their largest, or hardly below: GELU never comes under -0.17."""
-    return bool(-stats.low.min() <= ONE_SIDED * stats.high.max())
+    return bool(-stats.low.min() <= NONNEGATIVE_RATIO * stats.high.max())
 
 
-def encode(x: Array, spec: QuantSpec, scale: Array | None = None, zero: Array | None = None):
+def quantize_tokens(x: Array, spec: QuantSpec, scale: Array | None = None, zero_point: Array | None = None):
     """Codes [..., G, K / G] of x [..., K], float32, with their scale and zero [..., G, 1] or as given.
 
     A last group that the channels do not fill is filled with zeros.
@@ -66,55 +66,57 @@ def encode(x: Array, spec: QuantSpec, scale: Array | None = None, zero: Array | 
     grouped = x.reshape(*x.shape[:-1], -1, size)
     if scale is None:
         axes = None if spec.per_tensor else -1
-        scale, zero = span_grid(grouped.min(axes, keepdims=True), grouped.max(axes, keepdims=True), spec)
-    return nearest(grouped, scale, zero, spec), scale, zero
+        scale, zero_point = compute_scale_zero_point(
+            grouped.min(axes, keepdims=True), grouped.max(axes, keepdims=True), spec
+        )
+    return round_to_grid(grouped, scale, zero_point, spec), scale, zero_point
 
 
-def round_inputs(x: Array, spec: QuantSpec, scale: Array | None = None, zero: Array | None = None) -> Array:
+def fake_quantize(x: Array, spec: QuantSpec, scale: Array | None = None, zero_point: Array | None = None) -> Array:
     """x [..., K] rounded to the nearest points of its grids."""
-    codes, scale, zero = encode(x, spec, scale, zero)
-    return ((codes - zero) * scale).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]].astype(x.dtype)
+    codes, scale, zero_point = quantize_tokens(x, spec, scale, zero_point)
+    return ((codes - zero_point) * scale).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]].astype(x.dtype)
 
 
-@effective.register
+@materialize.register
 def _(w: ActQuantized) -> Array:
-    return effective(w.inner)
+    return materialize(w.inner)
 
 
-@contract.register
+@apply_kernel.register
 def _(w: ActQuantized, x: Array, product) -> Array:
     if w.integer and product is dense and isinstance(w.inner, QTensor) and w.spec.codes == w.inner.spec.codes == "int":
         return integer_matmul(w, x).astype(x.dtype)
-    return contract(w.inner, round_inputs(x, w.spec, w.scale, w.zero), product)
+    return apply_kernel(w.inner, fake_quantize(x, w.spec, w.scale, w.zero_point), product)
 
 
-@descend.register
-def _(w: ActQuantized, stats, change):
-    return ActQuantized(descend(w.inner, stats, change), w.scale, w.zero, w.spec, w.integer)
+@map_base_weight.register
+def _(w: ActQuantized, stats, fn):
+    return ActQuantized(map_base_weight(w.inner, stats, fn), w.scale, w.zero_point, w.spec, w.integer)
 
 
-@effective.register
+@materialize.register
 def _(w: OutQuantized) -> Array:
-    return effective(w.inner)
+    return materialize(w.inner)
 
 
-@contract.register
+@apply_kernel.register
 def _(w: OutQuantized, x: Array, product) -> Array:
-    return contract(w.inner, x, product)
+    return apply_kernel(w.inner, x, product)
 
 
-@finish.register
+@quantize_output.register
 def _(w: OutQuantized, y: Array) -> Array:
-    return round_inputs(y, w.spec)
+    return fake_quantize(y, w.spec)
 
 
-@descend.register
-def _(w: OutQuantized, stats, change):
-    return OutQuantized(descend(w.inner, stats, change), w.spec)
+@map_base_weight.register
+def _(w: OutQuantized, stats, fn):
+    return OutQuantized(map_base_weight(w.inner, stats, fn), w.spec)
 
 
 @jax.jit
-def simulated(params: dict) -> dict:
+def materialize_weights(params: dict) -> dict:
     """`params` with weights as the float32 arrays they stand for: whole leaves where no activations are rounded, else
     what stands inside the leaves around them.
 
@@ -125,7 +127,9 @@ def simulated(params: dict) -> dict:
     def leaf(node):
         if on_integers(node):
             return node
-        return descend(node, None, lambda w, _: effective(w)) if rounds_activations(node) else effective(node)
+        return (
+            map_base_weight(node, None, lambda w, _: materialize(w)) if rounds_activations(node) else materialize(node)
+        )
 
     return jax.tree.map(leaf, params, is_leaf=lambda node: not isinstance(node, dict))
 
@@ -146,34 +150,37 @@ def integer_matmul(w: ActQuantized, x: Array) -> Array:
     With codes c and zeros z the sum over a block is c_x . c_w - z_x sum(c_w) - z_w sum(c_x) + size z_x z_w.
     """
     weight, spec = w.inner, w.inner.spec
-    width, outputs = weight.values.shape
-    codes, scale, zero = encode(x, w.spec, w.scale, w.zero)
+    width, outputs = weight.qvalue.shape
+    codes, scale, zero_point = quantize_tokens(x, w.spec, w.scale, w.zero_point)
     size = math.gcd(w.spec.group_size or width, spec.group_size or width)
     blocks = -(-width // size)
 
     reach = lambda of: blocks if of.group_size is None else of.group_size // size  # blocks that share a scale
 
-    def per_block(values: Array) -> Array:  # [..., G, 1] -> [..., blocks, 1]
-        values = jnp.broadcast_to(values, (*x.shape[:-1], codes.shape[-2], 1))
-        return values.repeat(reach(w.spec), axis=-2)[..., :blocks, :]
+    def per_block(qvalue: Array) -> Array:  # [..., G, 1] -> [..., blocks, 1]
+        qvalue = jnp.broadcast_to(qvalue, (*x.shape[:-1], codes.shape[-2], 1))
+        return qvalue.repeat(reach(w.spec), axis=-2)[..., :blocks, :]
 
-    scale, zero = per_block(scale), per_block(zero)
+    scale, zero_point = per_block(scale), per_block(zero_point)
     middle = 0 if w.spec.symmetric else 2 ** (w.spec.bits - 1)  # brings 0..255 into int8
     codes = codes.reshape(*x.shape[:-1], -1)[..., : blocks * size] - middle
     codes = jnp.pad(codes, [(0, 0)] * (x.ndim - 1) + [(0, blocks * size - codes.shape[-1])])
-    codes, zero = codes.reshape(*x.shape[:-1], blocks, size).astype(jnp.int8), (zero - middle).astype(jnp.int32)
+    codes, zero_point = (
+        codes.reshape(*x.shape[:-1], blocks, size).astype(jnp.int8),
+        (zero_point - middle).astype(jnp.int32),
+    )
 
     rows = lambda of: jnp.broadcast_to(of, (len(of), outputs)).repeat(reach(spec), axis=0)[:blocks]
     weight_scale = rows(weight.scale)
     centre = 0 if spec.symmetric else 2 ** (spec.bits - 1)
-    kernel = weight.values.astype(jnp.int32) - centre
-    weight_zero = -centre if weight.zero is None else weight.zero.astype(jnp.int32) - centre
+    kernel = weight.qvalue.astype(jnp.int32) - centre
+    weight_zero = -centre if weight.zero_point is None else weight.zero_point.astype(jnp.int32) - centre
     weight_zero = rows(jnp.broadcast_to(weight_zero, (len(weight.scale), 1 if spec.per_tensor else outputs)))
     real = jnp.pad(jnp.ones(width, jnp.int8), (0, blocks * size - width)).reshape(blocks, size)
     kernel = jnp.pad(kernel, ((0, blocks * size - width), (0, 0))).reshape(blocks, size, outputs).astype(jnp.int8)
 
     add = lambda text, *parts: jnp.einsum(text, *parts, preferred_element_type=jnp.int32)
-    sums = add("...gk,gkn->...gn", codes, kernel) - zero * add("gkn->gn", kernel.astype(jnp.int32))
+    sums = add("...gk,gkn->...gn", codes, kernel) - zero_point * add("gkn->gn", kernel.astype(jnp.int32))
     sums -= weight_zero * add("...gk,gk->...g", codes, real)[..., None]
-    sums += zero * weight_zero * real.astype(jnp.int32).sum(-1)[:, None]
+    sums += zero_point * weight_zero * real.astype(jnp.int32).sum(-1)[:, None]
     return jnp.einsum("...gn,...gn->...n", sums.astype(jnp.float32), scale * weight_scale)

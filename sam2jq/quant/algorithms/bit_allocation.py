@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam2jq.quant.algorithms.fake_quant import learnable
-from sam2jq.quant.leaves import effective
+from sam2jq.quant.algorithms.fake_quant import to_fake_quant
+from sam2jq.quant.leaves import materialize
 from sam2jq.quant.spec import QuantSpec
 from sam2jq.quant.transform import output_error
 
@@ -32,8 +32,8 @@ def input_error_by_width(w: Array, tokens: Array, spec: QuantSpec) -> Array:
 
 def by_width(x: Array, spec: QuantSpec, energy: Callable[[Array], Array]) -> Array:
     """[7]: the energy of what x [*reduce, out] loses with 2..8 bits, relative to its own; 0 where that is 0."""
-    grids = learnable(x, spec)  # whose bits are data: one product to compile, not seven
-    lost = lambda bits: effective(replace(grids, bits=bits)) - x
+    grids = to_fake_quant(x, spec)  # whose bits are data: one product to compile, not seven
+    lost = lambda bits: materialize(replace(grids, bits=bits)) - x
     whole = energy(x)
     return jax.lax.map(lambda bits: energy(lost(bits)), jnp.array(WIDTHS, jnp.float32)) / jnp.where(whole, whole, 1)
 
@@ -55,13 +55,13 @@ def assign_bits(errors: Mapping[str, Mapping[int, float]], costs: Mapping[str, f
         raise ValueError(f"a budget of {budget:.0f} bits is out of reach: {least:.2f} on average are the least")
     best = np.full_like(rows, max(i for i in range(len(widths)) if spent(np.full_like(rows, i)) <= budget))
     for price in np.geomspace(1e12, 1e-12, 400) / sum(costs.values()):
-        choice = fill(np.argmin(error + price * cost, axis=1), cost, error, budget)
+        choice = greedy_fill(np.argmin(error + price * cost, axis=1), cost, error, budget)
         if spent(choice) <= budget and error[rows, choice].sum() <= error[rows, best].sum():
             best = choice
     return {layer: widths[i] for layer, i in zip(layers, best)}
 
 
-def fill(choice: np.ndarray, cost: np.ndarray, error: np.ndarray, budget: float) -> np.ndarray:
+def greedy_fill(choice: np.ndarray, cost: np.ndarray, error: np.ndarray, budget: float) -> np.ndarray:
     """`choice` with single steps to more bits while the budget lasts, the most error per bit first."""
     rows, choice = np.arange(len(choice)), choice.copy()
     left = budget - cost[rows, choice].sum()

@@ -9,14 +9,22 @@ import jax
 import jax.numpy as jnp
 
 from sam2jq.quant.algorithms.activations import ActQuantized
-from sam2jq.quant.leaves import effective
-from sam2jq.quant.qtensor import QTensor, by_group, dequantize, from_groups, nearest, span_grid, storage
+from sam2jq.quant.leaves import materialize
+from sam2jq.quant.qtensor import (
+    QTensor,
+    by_group,
+    compute_scale_zero_point,
+    dequantize,
+    from_groups,
+    round_to_grid,
+    storage_dtype,
+)
 from sam2jq.quant.spec import QuantSpec
-from sam2jq.quant.transform import descend, each_layer
+from sam2jq.quant.transform import each_layer, map_base_weight
 from sam2jq.tree import flatten, kernels, layer_name, pytree, unflatten
 
 Array = jax.Array
-LEAST = 0.05  # of a group's range that a grid spans at least
+MIN_CLIP_RATIO = 0.05  # of a group's range that a grid spans at least
 BUFFER = "positional_encoding_gaussian_matrix"  # drawn once, never learned
 
 
@@ -28,7 +36,7 @@ class FakeQuant:
     """
 
     kernel: Array
-    clip: Array
+    clip_ratio: Array
     bits: Array
     spec: QuantSpec
 
@@ -43,93 +51,93 @@ class TracedSpec(NamedTuple):
     codes: str = "int"
 
 
-def traced(spec: QuantSpec, bits: Array) -> TracedSpec:
+def trace_spec(spec: QuantSpec, bits: Array) -> TracedSpec:
     """`spec` with other bits."""
     levels = jnp.left_shift(1, bits.astype(jnp.int32)).astype(jnp.float32)  # 2 ** x may be inexact
     qmax = levels / 2 - 1 if spec.symmetric else levels - 1
     return TracedSpec(-qmax if spec.symmetric else jnp.float32(0), qmax, spec.symmetric, spec.scales)
 
 
-def grid(w: FakeQuant) -> tuple[Array, Array]:
+def scale_and_zero_point(w: FakeQuant) -> tuple[Array, Array]:
     """The scale and zero [groups, 1, out] of a weight; only `clip` learns from them."""
     grouped = jax.lax.stop_gradient(by_group(w.kernel, w.spec))
     low, high = grouped.min(1, keepdims=True), grouped.max(1, keepdims=True)
-    share = jnp.maximum(w.clip, LEAST)[:, None]
-    return span_grid(low * share, high * share, traced(w.spec, w.bits))
+    share = jnp.maximum(w.clip_ratio, MIN_CLIP_RATIO)[:, None]
+    return compute_scale_zero_point(low * share, high * share, trace_spec(w.spec, w.bits))
 
 
-@effective.register
+@materialize.register
 def _(w: FakeQuant) -> Array:
-    scale, zero = grid(w)
+    scale, zero_point = scale_and_zero_point(w)
     grouped = by_group(w.kernel, w.spec)
     if len(grouped) == 1:  # XLA's sum over the middle of three axes, in the gradient, takes fifty times that of two
-        grouped, scale, zero = grouped[0], scale[0], zero[0]
-    codes = nearest(grouped, scale, zero, traced(w.spec, w.bits))
-    return from_groups((codes - zero) * scale, w.kernel.shape)
+        grouped, scale, zero_point = grouped[0], scale[0], zero_point[0]
+    codes = round_to_grid(grouped, scale, zero_point, trace_spec(w.spec, w.bits))
+    return from_groups((codes - zero_point) * scale, w.kernel.shape)
 
 
-def learnable(w: Array | QTensor, spec: QuantSpec) -> FakeQuant:
+def to_fake_quant(w: Array | QTensor, spec: QuantSpec) -> FakeQuant:
     """A weight as it starts to learn: an array on the grid that `spec` fits to it, a QTensor on the grid it has."""
     if isinstance(w, QTensor):
         whole = FakeQuant(dequantize(w), jnp.ones_like(w.scale), jnp.float32(w.spec.bits), w.spec)
-        return replace(whole, clip=w.scale / grid(whole)[0][:, 0])
+        return replace(whole, clip_ratio=w.scale / scale_and_zero_point(whole)[0][:, 0])
     if spec.codes != "int":
         raise ValueError(f"{spec.dtype} has no width to lower: distillation takes sintN and uintN")
     groups = by_group(w, spec).shape
     return FakeQuant(w, jnp.ones((groups[0], groups[2])), jnp.float32(spec.bits), spec)
 
 
-def freeze(w: FakeQuant) -> QTensor:
+def to_qtensor(w: FakeQuant) -> QTensor:
     """The quantized weight that a learned one stands for."""
     spec = replace(w.spec, bits=int(w.bits))
-    scale, zero = grid(w)
-    codes = nearest(by_group(w.kernel, spec), scale, zero, spec)
-    values = from_groups(codes, w.kernel.shape).astype(storage(spec))
-    return QTensor(values, scale[:, 0], None if spec.symmetric else zero[:, 0], spec)
+    scale, zero_point = scale_and_zero_point(w)
+    codes = round_to_grid(by_group(w.kernel, spec), scale, zero_point, spec)
+    qvalue = from_groups(codes, w.kernel.shape).astype(storage_dtype(spec))
+    return QTensor(qvalue, scale[:, 0], None if spec.symmetric else zero_point[:, 0], spec)
 
 
-def innermost(node) -> object:
+def base_weight(node) -> object:
     """The part of a kernel's leaves that holds the weight."""
     found = []
-    descend(node, None, lambda w, _: found.append(w))
+    map_base_weight(node, None, lambda w, _: found.append(w))
     return found[0]
 
 
-def student(params: dict, specs: Mapping[str, QuantSpec]) -> dict:
+def init_fake_quant(params: dict, specs: Mapping[str, QuantSpec]) -> dict:
     """`params` whose layers in `specs` learn under rounding; kernels that are QTensors keep their grids."""
-    return each_layer(lambda w, _, spec: learnable(w, spec), specs).apply(params, {})
+    return each_layer(lambda w, _, spec: to_fake_quant(w, spec), specs).apply(params, {})
 
 
-def frozen(params: dict) -> dict:
+def to_quantized_params(params: dict) -> dict:
     """The quantized model that a student has become."""
-    freeze_it = lambda w, _: freeze(w) if isinstance(w, FakeQuant) else w
-    return jax.tree.map(lambda node: descend(node, None, freeze_it), params, is_leaf=is_kernel)
+    freeze_it = lambda w, _: to_qtensor(w) if isinstance(w, FakeQuant) else w
+    return jax.tree.map(lambda node: map_base_weight(node, None, freeze_it), params, is_leaf=is_kernel)
 
 
 def is_kernel(node) -> bool:
     return not isinstance(node, dict)
 
 
-def learning(params: dict) -> list[str]:
+def fake_quant_layers(params: dict) -> list[str]:
     """The layers that learn under rounding, in the order of `bits_of`."""
     found = kernels(flatten(params))
-    return [layer_name(path) for path, node in found.items() if isinstance(innermost(node), FakeQuant)]
+    return [layer_name(path) for path, node in found.items() if isinstance(base_weight(node), FakeQuant)]
 
 
 def bits_of(params: dict) -> Array:
     """float32 [L]: the bits of each of `learning` layers."""
-    parts = map(innermost, kernels(flatten(params)).values())
+    parts = map(base_weight, kernels(flatten(params)).values())
     return jnp.stack([part.bits for part in parts if isinstance(part, FakeQuant)])
 
 
 def with_bits(params: dict, bits: Array) -> dict:
     """`params` with other bits [L] for its `learning` layers."""
     flat, rest = flatten(params), iter(range(len(bits)))
-    change = lambda w, _: replace(w, bits=bits[next(rest)]) if isinstance(w, FakeQuant) else w
-    return unflatten(flat | {path: descend(node, None, change) for path, node in kernels(flat).items()})
+    fn = lambda w, _: replace(w, bits=bits[next(rest)]) if isinstance(w, FakeQuant) else w
+    return unflatten(flat | {path: map_base_weight(node, None, fn) for path, node in kernels(flat).items()})
 
 
-def learns(params: dict, clipping: bool = True) -> dict:
+def trainable_mask(params: dict, clipping: bool = True) -> dict:
     """A tree like `params` with True for what training changes: plain arrays, weights, with `clipping` the share of
     their range, and the scales of inputs that calibration fixed. Bits are the schedule's; all else stays."""
 
@@ -137,7 +145,7 @@ def learns(params: dict, clipping: bool = True) -> dict:
         nothing = jax.tree.map(lambda _: False, node)
         match node:
             case FakeQuant():
-                return replace(nothing, kernel=True, clip=clipping)
+                return replace(nothing, kernel=True, clip_ratio=clipping)
             case ActQuantized():
                 return replace(nothing, inner=mark(node.inner), scale=None if node.scale is None else True)
             case _ if dataclasses.is_dataclass(node):
@@ -147,6 +155,6 @@ def learns(params: dict, clipping: bool = True) -> dict:
     return unflatten({path: not path.endswith(BUFFER) and mark(node) for path, node in flatten(params).items()})
 
 
-def only(params: dict, marks: dict) -> dict:
-    """`params`, whose leaves that `marks` of `learns` leaves out pass no gradient on."""
+def stop_gradient_where(params: dict, marks: dict) -> dict:
+    """`params`, whose leaves that `marks` of `trainable_mask` leaves out pass no gradient on."""
     return jax.tree.map(lambda leaf, mark: leaf if mark else jax.lax.stop_gradient(leaf), params, marks)

@@ -23,7 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sam2jq.quant.qtensor import QTensor, by_group, fit_grid, nearest, span_grid, storage
+from sam2jq.quant.qtensor import (
+    QTensor,
+    by_group,
+    compute_scale_zero_point,
+    fit_scale_zero_point,
+    round_to_grid,
+    storage_dtype,
+)
 from sam2jq.quant.spec import QuantSpec
 from sam2jq.quant.transform import Stats, output_error
 
@@ -66,17 +73,17 @@ def gptq(w: Array, stats: Stats, spec: GptqSpec) -> QTensor:
             raise ValueError(f"the {name} holds NaN or infinity: look at the checkpoint and the calibration images")
     if not np.diagonal(stats.gram).any():
         raise ValueError("inputs were 0 throughout calibration: skip the layer, or calibrate on other images")
-    order, h, u, d = factorize(stats.gram, spec.damp_percentage, spec.num_inv_tries)
+    order, h, u, d = ldl_factor(stats.gram, spec.damp_percentage, spec.num_inv_tries)
     if not np.isfinite(d).all():
         raise ValueError(
             f"the Gram matrix is not positive definite after {spec.num_inv_tries} tries: "
             f"raise damp_percentage, now {spec.damp_percentage}, or num_inv_tries"
         )
-    return round_in_order(w, order, h, u, d, spec)
+    return gptq_round(w, order, h, u, d, spec)
 
 
 @jax.jit
-def factorize(gram: Array, damp_percentage: float, tries: int) -> tuple[Array, Array, Array, Array]:
+def ldl_factor(gram: Array, damp_percentage: float, tries: int) -> tuple[Array, Array, Array, Array]:
     """order [K], strongest inputs first, h in that order, and the factors u and d [K] of h + damping; NaN if all fail.
 
     The weakest come last since errors are made up for by what comes later, and the last ones' by nothing.
@@ -97,13 +104,15 @@ def factorize(gram: Array, damp_percentage: float, tries: int) -> tuple[Array, A
 
 
 @partial(jax.jit, static_argnames="spec")
-def round_in_order(w: Array, order: Array, h: Array, u: Array, d: Array, spec: GptqSpec) -> QTensor:
+def gptq_round(w: Array, order: Array, h: Array, u: Array, d: Array, spec: GptqSpec) -> QTensor:
     """`w` [*reduce, out] rounded in `order`: the first pass and the sweeps differ in what pulls at an input."""
     grid, inputs, back = spec.weights, len(order), jnp.argsort(order)
     power = jnp.diag(h)  # 0 for dead inputs
     flat = w.astype(jnp.float32).reshape(inputs, -1)
-    scale, zero = search_grid(flat, d[back], grid) if spec.search_range else fit_grid(by_group(flat, grid), grid)
-    scale, zero = scale[:, 0], zero[:, 0]  # [G, N]
+    scale, zero_point = (
+        search_grid(flat, d[back], grid) if spec.search_range else fit_scale_zero_point(by_group(flat, grid), grid)
+    )
+    scale, zero_point = scale[:, 0], zero_point[:, 0]  # [G, N]
     inverse = 1 / scale  # XLA makes the same of the division in `quantize`, so ties fall to the same side
 
     size = min(spec.block_size, inputs)
@@ -112,8 +121,8 @@ def round_in_order(w: Array, order: Array, h: Array, u: Array, d: Array, spec: G
 
     def at_input(x: Array, k: Array) -> tuple[Array, Array]:
         """The codes of x [N] on the grids of input k, and what they stand for."""
-        zeros = zero[group[k]]
-        codes = nearest(x * inverse[group[k]], 1, zeros, grid)
+        zeros = zero_point[group[k]]
+        codes = round_to_grid(x * inverse[group[k]], 1, zeros, grid)
         return codes, (codes - zeros) * scale[group[k]]
 
     def one_pass(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -124,11 +133,11 @@ def round_in_order(w: Array, order: Array, h: Array, u: Array, d: Array, spec: G
     plain, w_hat = at_input(rows, jnp.arange(len(rows)))
     lost = lambda e: output_error(e[:inputs], h)
     codes = jnp.where(lost(e) <= lost(rows - w_hat), codes, plain)
-    values = codes[back].reshape(w.shape).astype(storage(grid))
-    return QTensor(values, scale, None if grid.symmetric else zero, grid)
+    qvalue = codes[back].reshape(w.shape).astype(storage_dtype(grid))
+    return QTensor(qvalue, scale, None if grid.symmetric else zero_point, grid)
 
 
-def sweep(w: Array, e: Array, pull: Array, nearest: Callable, size: int) -> tuple[Array, Array]:
+def sweep(w: Array, e: Array, pull: Array, round_to_grid: Callable, size: int) -> tuple[Array, Array]:
     """e and the codes [K, N] after each input k in turn was rounded at w_k + sum_j pull_jk e_j.
 
     What the errors of all other blocks add to a block of `size` inputs is one product, done when its turn comes.
@@ -142,7 +151,7 @@ def sweep(w: Array, e: Array, pull: Array, nearest: Callable, size: int) -> tupl
 
         def row(mine: Array, case: tuple) -> tuple[Array, Array]:
             k, w_k, goal_k, pull_k = case
-            codes, w_hat = nearest(goal_k + matmul(pull_k, mine), first + k)
+            codes, w_hat = round_to_grid(goal_k + matmul(pull_k, mine), first + k)
             return mine.at[k].set(w_k - w_hat), codes
 
         mine, codes = lax.scan(row, cut(e), (jnp.arange(size), cut(w), goal, cut(columns).T))
@@ -162,10 +171,10 @@ def search_grid(w: Array, cost: Array, spec: QuantSpec) -> tuple[Array, Array]:
     low, high = grouped.min(axis=1, keepdims=True), grouped.max(axis=1, keepdims=True)
 
     def error(ratio: Array) -> Array:
-        scale, zero = span_grid(ratio * low, ratio * high, spec)
-        left = grouped - (nearest(grouped, scale, zero, spec) - zero) * scale
+        scale, zero_point = compute_scale_zero_point(ratio * low, ratio * high, spec)
+        left = grouped - (round_to_grid(grouped, scale, zero_point, spec) - zero_point) * scale
         return (costs * jnp.square(left)).sum(axis=1, keepdims=True)
 
     ratios = jnp.array(RATIOS)
     best = ratios[jnp.argmin(lax.map(error, ratios), axis=0)]  # one ratio at a time: together they fill the memory
-    return span_grid(best * low, best * high, spec)
+    return compute_scale_zero_point(best * low, best * high, spec)

@@ -25,11 +25,11 @@ import numpy as np
 from jax import lax
 from jax.scipy.linalg import solve_triangular
 
-from sam2jq.quant.algorithms.activations import round_inputs
-from sam2jq.quant.leaves import contract, effective
+from sam2jq.quant.algorithms.activations import fake_quantize
+from sam2jq.quant.leaves import apply_kernel, materialize
 from sam2jq.quant.qtensor import QTensor, dequantize, quantize
 from sam2jq.quant.spec import QuantSpec
-from sam2jq.quant.transform import Stats, descend, output_error
+from sam2jq.quant.transform import Stats, map_base_weight, output_error
 from sam2jq.tree import pytree
 
 Array = jax.Array
@@ -48,19 +48,19 @@ class LowRank:
     up: Array
 
 
-@effective.register
+@materialize.register
 def _(w: LowRank) -> Array:
-    return effective(w.inner) + jnp.matmul(w.down, w.up, precision="highest")
+    return materialize(w.inner) + jnp.matmul(w.down, w.up, precision="highest")
 
 
-@contract.register
+@apply_kernel.register
 def _(w: LowRank, x: Array, product) -> Array:
-    return contract(w.inner, x, product) + product(w.down.astype(x.dtype), x) @ w.up.astype(x.dtype)
+    return apply_kernel(w.inner, x, product) + product(w.down.astype(x.dtype), x) @ w.up.astype(x.dtype)
 
 
-@descend.register
-def _(w: LowRank, stats, change):
-    return LowRank(descend(w.inner, stats, change), w.down, w.up)
+@map_base_weight.register
+def _(w: LowRank, stats, fn):
+    return LowRank(map_base_weight(w.inner, stats, fn), w.down, w.up)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,13 +126,15 @@ def fit(w: Array, gram: Array | None, x: Array | None, spec: LowRankSpec) -> tup
     rounded finely one round from there often gains more than the first of many from w.
     """
     w = w.astype(jnp.float32)
-    read = x if spec.inputs is None else round_inputs(x, spec.inputs)
+    read = x if spec.inputs is None else fake_quantize(x, spec.inputs)
     if spec.objective == "weight":
         metric = jnp.eye(len(w))  # whose products are wasted, for an objective that is there to compare with
     else:
-        metric = outputs_metric(x.T @ x / len(x) if gram is None else gram, None if spec.inputs is None else read - x)
+        metric = regularized_hessian(
+            x.T @ x / len(x) if gram is None else gram, None if spec.inputs is None else read - x
+        )
     error = measure(w, gram if spec.inputs is None else None, x, read)
-    find = nearest(w.shape, metric, spec.rank)
+    find = best_low_rank(w.shape, metric, spec.rank)
 
     def attempt(down: Array, up: Array) -> tuple[Branch, Array]:
         """The branch with its error, and w - Q(w - L)."""
@@ -171,14 +173,14 @@ def measure(w: Array, gram: Array | None, x: Array | None, read: Array | None) -
     return lambda q, down, up: ((read @ q + (x @ down) @ up - expected) ** 2).sum() / len(x)
 
 
-def outputs_metric(gram: Array, noise: Array | None) -> Array:
+def regularized_hessian(gram: Array, noise: Array | None) -> Array:
     """H [K, K]; noise [T, K]: what rounding adds to the inputs."""
     mean = jnp.diag(gram).mean()
     damped = gram + DAMPING * jnp.where(mean > 0, mean, 1) * jnp.eye(len(gram))
     return damped if noise is None else damped + NOISE / len(noise) * (noise.T @ noise)
 
 
-def nearest(shape: tuple[int, int], metric: Array, rank: int) -> Callable[[Array], tuple]:
+def best_low_rank(shape: tuple[int, int], metric: Array, rank: int) -> Callable[[Array], tuple]:
     """find(target [K, N]): down [K, r] and up [r, N], columns and rows of equal length: the L with the least
     |C^T (target - L)|, `metric` H = C C^T, in bfloat16, which what is left to round makes up for.
 
@@ -191,14 +193,14 @@ def nearest(shape: tuple[int, int], metric: Array, rank: int) -> Callable[[Array
     def find(target: Array) -> tuple[Array, Array]:
         if root is None:
             v = jnp.linalg.eigh(target.T @ metric @ target)[1][:, -rank:]
-            return even(target @ v, v.T)
+            return balance_factors(target @ v, v.T)
         u = jnp.linalg.eigh(root.T @ (target @ target.T) @ root)[1][:, -rank:]  # b b^T without b: half the work
-        return even(solve_triangular(root, u, trans="T", lower=True), (root @ u).T @ target)
+        return balance_factors(solve_triangular(root, u, trans="T", lower=True), (root @ u).T @ target)
 
     return find
 
 
-def even(down: Array, up: Array) -> tuple[Array, Array]:
+def balance_factors(down: Array, up: Array) -> tuple[Array, Array]:
     """The same L = down @ up in bfloat16, each column of `down` as long as its row of `up`."""
     lengths = jnp.linalg.norm(down, axis=0), jnp.linalg.norm(up, axis=1)
     down_to, up_to = (jnp.sqrt(lengths[0] * lengths[1]) / jnp.where(one > 0, one, 1) for one in lengths)

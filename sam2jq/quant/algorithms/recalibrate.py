@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import cho_factor, cho_solve
 
-from sam2jq.quant.leaves import effective
+from sam2jq.quant.leaves import materialize
 from sam2jq.quant.transform import Stats
 
 Array = jax.Array
@@ -42,5 +42,5 @@ def bias_shift(before, after, stats: Stats) -> Array:
 
     Both are kernels or weight leaves. For a grouped Conv, E[x] is the mean of all groups.
     """
-    difference = effective(before) - effective(after)
+    difference = materialize(before) - materialize(after)
     return stats.mean @ difference.reshape(len(stats.mean), -1)

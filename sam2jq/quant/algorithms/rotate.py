@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam2jq.quant.algorithms.hadamard import fast_hadamard
-from sam2jq.quant.leaves import contract, effective
-from sam2jq.quant.transform import Stats, descend
+from sam2jq.quant.leaves import apply_kernel, materialize
+from sam2jq.quant.transform import Stats, map_base_weight
 from sam2jq.tree import pytree
 
 Array = jax.Array
@@ -28,21 +28,21 @@ class Rotated:
     signs: Array | None
 
 
-@effective.register
+@materialize.register
 def _(w: Rotated) -> Array:
-    unmixed = fast_hadamard(effective(w.inner).T).T  # H is symmetric
+    unmixed = fast_hadamard(materialize(w.inner).T).T  # H is symmetric
     return unmixed if w.signs is None else unmixed * w.signs[:, None]
 
 
-@contract.register
+@apply_kernel.register
 def _(w: Rotated, x: Array, product) -> Array:
-    return contract(w.inner, turn(x, w.signs), product)
+    return apply_kernel(w.inner, apply_hadamard(x, w.signs), product)
 
 
-@descend.register
-def _(w: Rotated, stats, change):
-    turned = None if stats is None else stats.turned(lambda x: turn(x, w.signs))
-    return Rotated(descend(w.inner, turned, change), w.signs)
+@map_base_weight.register
+def _(w: Rotated, stats, fn):
+    rotated = None if stats is None else stats.rotated(lambda x: apply_hadamard(x, w.signs))
+    return Rotated(map_base_weight(w.inner, rotated, fn), w.signs)
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,14 @@ def rotate(w: Array, stats: Stats | None, spec: RotationSpec) -> Rotated:
     """
     check_kernel(w)
     signs = draw_signs(spec, len(w))
-    return Rotated(turn(w.astype(jnp.float32).T, signs).T, signs)
+    return Rotated(apply_hadamard(w.astype(jnp.float32).T, signs).T, signs)
 
 
 def draw_signs(spec: RotationSpec, inputs: int) -> Array | None:
     return jax.random.rademacher(jax.random.key(spec.seed), (inputs,), jnp.float32) if spec.random else None
 
 
-def turn(x: Array, signs: Array | None) -> Array:
+def apply_hadamard(x: Array, signs: Array | None) -> Array:
     """x R, [..., K], in the dtype of x."""
     return fast_hadamard(x if signs is None else x * signs.astype(x.dtype))
 
@@ -91,7 +91,7 @@ def fold_heads(
         shapes = f"{list(qkv.shape)}, {list(bias.shape)} and {list(proj.shape)}"
         raise ValueError(f"qkv [C, 3D], bias [3D] and proj [D, N] of {heads} heads expected, got {shapes}")
     signs = None if signs is None else signs.reshape(-1, width // heads)
-    by_head = lambda x: turn(x.reshape(*x.shape[:-1], heads, -1), signs).reshape(x.shape)
+    by_head = lambda x: apply_hadamard(x.reshape(*x.shape[:-1], heads, -1), signs).reshape(x.shape)
     values = lambda x: jnp.concatenate([x[..., : 2 * width], by_head(x[..., 2 * width :])], axis=-1)
     return values(qkv), values(bias), by_head(proj.T).T
 

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sam2jq.quant.algorithms.activations import round_inputs
-from sam2jq.quant.leaves import contract, effective
+from sam2jq.quant.algorithms.activations import fake_quantize
+from sam2jq.quant.leaves import apply_kernel, materialize
 from sam2jq.quant.qtensor import QTensor, dequantize, quantize
 from sam2jq.quant.spec import QuantSpec
-from sam2jq.quant.transform import Stats, descend
+from sam2jq.quant.transform import Stats, map_base_weight
 from sam2jq.tree import pytree
 
 Array = jax.Array
@@ -43,19 +43,19 @@ class Smoothed:
     scale: Array
 
 
-@effective.register
+@materialize.register
 def _(w: Smoothed) -> Array:
-    return effective(w.inner) / w.scale[:, None]
+    return materialize(w.inner) / w.scale[:, None]
 
 
-@contract.register
+@apply_kernel.register
 def _(w: Smoothed, x: Array, product) -> Array:
-    return contract(w.inner, (x / w.scale).astype(x.dtype), product)
+    return apply_kernel(w.inner, (x / w.scale).astype(x.dtype), product)
 
 
-@descend.register
-def _(w: Smoothed, stats, change):
-    return Smoothed(descend(w.inner, None if stats is None else stats.scaled(1 / w.scale), change), w.scale)
+@map_base_weight.register
+def _(w: Smoothed, stats, fn):
+    return Smoothed(map_base_weight(w.inner, None if stats is None else stats.scaled(1 / w.scale), fn), w.scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +158,7 @@ def candidates(w: Array, stats: Stats, spec: SmoothSpec) -> Array:
     return jnp.where(usable & (scales != 0), scales, 1)
 
 
-def strength(w: Array, stats: Stats, spec: SmoothSpec, scale: Array) -> tuple[float, float] | None:
+def recover_alpha_beta(w: Array, stats: Stats, spec: SmoothSpec, scale: Array) -> tuple[float, float] | None:
     """The alpha and beta whose `scale` [K] smoothed `w`; None where groups of inputs have their own."""
     known = np.asarray(candidates(w, stats, spec))
     off = np.abs(known / np.asarray(scale) - 1).max(1)
@@ -190,7 +190,7 @@ def errors(w: Array, x: Array, scales: Array, spec: SmoothSpec, size: int) -> Ar
 
     def error(scale: Array) -> Array:
         small, large = x / scale, w * scale[:, None]
-        small = small if spec.inputs is None else round_inputs(small, spec.inputs)
+        small = small if spec.inputs is None else fake_quantize(small, spec.inputs)
         large = large if spec.weights is None else dequantize(quantize(large, spec.weights))
         return ((outputs(small, large) - expected) ** 2).sum((1, 2))
 

@@ -27,11 +27,11 @@ from converters.names import to_torch
 from sam2jq import QuantSpec, build, init_params, quantize
 from sam2jq.eval.metrics import relative_error
 from sam2jq.models.sam2 import TRUNK_LINEAR
-from sam2jq.quant.algorithms.activations import round_inputs
+from sam2jq.quant.algorithms.activations import fake_quantize
 from sam2jq.quant.algorithms.lowrank import LowRank
 from sam2jq.quant.algorithms.rotate import RotationSpec, rotate
 from sam2jq.quant.algorithms.smooth import Smoothed
-from sam2jq.quant.leaves import effective
+from sam2jq.quant.leaves import materialize
 from sam2jq.quant.qtensor import dequantize
 from sam2jq.tree import flatten, kernels, layer_name, unflatten
 
@@ -102,7 +102,7 @@ def test_a_file_stands_for_the_same_weights_as_the_tree(tmp_path, quantized):
         if packed := linears.get(layer_name(path)):
             sizes = config["linears"][layer_name(path)]
             kernel = read_kernel(packed, sizes["in_features"], sizes["out_features"])
-            assert relative_error(effective(kernel), effective(w)) < 4e-3
+            assert relative_error(materialize(kernel), materialize(w)) < 4e-3
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(96, 288), (384, 96), (64, 10)])
@@ -113,7 +113,7 @@ def test_the_kernels_compute_the_formula(inputs, outputs):
     made = leaf(w)
     kernel = read_kernel(pack_layer(to_layer(made, bias)), inputs, outputs)
     q, around = peel(made)
-    small = round_inputs(h16(x / around[Smoothed].scale), QuantSpec(4, group_size=64))  # a tie falls as there
+    small = fake_quantize(h16(x / around[Smoothed].scale), QuantSpec(4, group_size=64))  # a tie falls as there
     branch = (x / around[Smoothed].scale) @ around[LowRank].down @ around[LowRank].up
     wanted = small @ dequantize(q) + branch + bias
     got = run(kernel, x)
@@ -129,7 +129,9 @@ def test_what_the_file_cannot_hold_of_factors_is_left_to_the_codes():
     w, scale = normal(0, 96, 32), jnp.linspace(0.3, 3, 96)
     down, up = normal(1, 96, 4), normal(2, 4, 32)
     ready = in_file_precision(Smoothed(LowRank(w * scale[:, None], down, up), scale))
-    assert relative_error(effective(ready), effective(Smoothed(LowRank(w * scale[:, None], down, up), scale))) < 1e-6
+    assert (
+        relative_error(materialize(ready), materialize(Smoothed(LowRank(w * scale[:, None], down, up), scale))) < 1e-6
+    )
     h16 = lambda x: x.astype(jnp.bfloat16).astype(jnp.float32)
     np.testing.assert_array_equal(ready.scale, h16(ready.scale))
     np.testing.assert_array_equal(ready.inner.up, h16(ready.inner.up))
@@ -138,12 +140,12 @@ def test_what_the_file_cannot_hold_of_factors_is_left_to_the_codes():
 def test_weights_on_another_grid_are_rounded_onto_the_files(quantized):
     path = "image_encoder.trunk/blocks.0/attn/qkv/kernel"
     flat = flatten(quantized)
-    other = leaf(effective(flat[path]), QuantSpec(8, False))
+    other = leaf(materialize(flat[path]), QuantSpec(8, False))
     assert not on_grid(other)
     params, again = onto_grid(unflatten(flat | {path: other}))
     assert again == [layer_name(path)]
     assert on_grid(flatten(params)[path])
-    assert relative_error(effective(flatten(params)[path]), effective(other)) < 0.12  # 4 bits
+    assert relative_error(materialize(flatten(params)[path]), materialize(other)) < 0.12  # 4 bits
 
 
 def test_a_rotated_model_is_refused(tmp_path, nano):

@@ -9,8 +9,8 @@ from converters.exports.package import load_package, pack_bits, save_package, un
 from converters.exports.vanilla import build_original, save_vanilla
 from sam2jq import QuantSpec, build, dequantize, init_params, layers, round_weights
 from sam2jq.eval.metrics import relative_error
-from sam2jq.predictors.image import encode
-from sam2jq.quant.leaves import effective_params
+from sam2jq.predictors.image import encode_images
+from sam2jq.quant.leaves import materialize_params
 from sam2jq.tree import flatten
 from tests.conftest import nchw, nhwc, relative, twin
 
@@ -93,10 +93,10 @@ def test_quantized_leaves_compute_what_they_stand_for(nano):
     model = build("nano")
     quantized = round_weights(nano, dict.fromkeys(layers(nano), QuantSpec(4)))
     image = np.random.default_rng(0).standard_normal((1, 256, 256, 3)).astype(np.float32)
-    one, other = encode(model, quantized, image), encode(model, effective_params(quantized), image)
+    one, other = encode_images(model, quantized, image), encode_images(model, materialize_params(quantized), image)
     assert max(relative_error(x, y) for x, y in zip(one, other, strict=True)) <= 1e-6
     out_proj = lambda params: params["memory_encoder"]["out_proj"]["kernel"]
-    np.testing.assert_array_equal(out_proj(effective_params(quantized)), dequantize(out_proj(quantized)))
+    np.testing.assert_array_equal(out_proj(materialize_params(quantized)), dequantize(out_proj(quantized)))
 
 
 def test_a_file_that_is_no_whole_package_is_named(tmp_path, nano):

@@ -10,7 +10,7 @@ from converters.exports.vanilla import build_original, define_torchvision_operat
 from sam2jq import ImagePredictor, QuantSpec, VideoPredictor, build, layers, round_weights
 from sam2jq.data.synthetic.scenes import draw_clip, draw_scene
 from sam2jq.eval.metrics import iou
-from sam2jq.eval.prompted import corners, widest
+from sam2jq.eval.prompted import corners, interior_point
 
 LIMIT = 0.99
 
@@ -38,7 +38,7 @@ def test_the_original_image_predictor_draws_the_same_masks(demo, tmp_path):
         original.set_image(image)
         ours.set_image(image)
         for mask in masks:
-            (x, y), _ = widest(mask)
+            (x, y), _ = interior_point(mask)
             for prompt in ({"point_coords": np.array([[x, y]]), "point_labels": np.array([1])}, {"box": corners(mask)}):
                 expected, *_ = original.predict(**prompt, multimask_output=False)
                 got, *_ = ours.predict(**prompt, multimask_output=False)

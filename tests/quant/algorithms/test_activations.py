@@ -9,15 +9,15 @@ from sam2jq.models.layers import Conv, ConvTranspose, Dense, gelu
 from sam2jq.quant.algorithms.activations import (
     ActQuantized,
     OutQuantized,
-    one_sided,
+    fake_quantize,
+    is_nonnegative,
+    materialize_weights,
     quantize_inputs,
-    round_inputs,
-    simulated,
 )
-from sam2jq.quant.leaves import effective, matmul
+from sam2jq.quant.leaves import materialize, matmul
 from sam2jq.quant.qtensor import QTensor, quantize
 from sam2jq.quant.spec import QuantSpec
-from sam2jq.quant.transform import Stats, descend
+from sam2jq.quant.transform import Stats, map_base_weight
 
 TOKENS, WIDTH, OUTPUTS = 50, 96, 7
 GROUPS = [None, 16, 40, 64]  # 40 and 64 leave a ragged last group
@@ -44,12 +44,12 @@ def test_an_input_moves_by_half_a_step_at_most(x, spec):
     axes = None if spec.per_tensor else -1
     low, high = jnp.minimum(padded.min(axes, keepdims=True), 0), jnp.maximum(padded.max(axes, keepdims=True), 0)
     step = jnp.maximum(-low, high) / spec.qmax if spec.symmetric else (high - low) / spec.qmax
-    moved = jnp.pad(round_inputs(x, spec) - x, ((0, 0), (0, 0), (0, -WIDTH % size))).reshape(padded.shape)
+    moved = jnp.pad(fake_quantize(x, spec) - x, ((0, 0), (0, 0), (0, -WIDTH % size))).reshape(padded.shape)
     assert jnp.all(jnp.abs(moved) <= (0.5 if spec.symmetric else 1.0) * step * (1 + 1e-5))
 
 
 def test_tokens_of_zeros_stay_zeros():
-    assert not round_inputs(jnp.zeros((3, 8)), QuantSpec(4)).any()
+    assert not fake_quantize(jnp.zeros((3, 8)), QuantSpec(4)).any()
 
 
 @pytest.mark.parametrize("inputs", INPUTS, ids=name)
@@ -59,8 +59,8 @@ def test_tokens_of_zeros_stay_zeros():
 def test_integer_products_equal_simulated_ones(x, w, weights, inputs):
     """To 1e-5 of the largest output: both add up the same numbers, in float32 in other orders."""
     layer = quantize_inputs(quantize(w, weights), None, inputs)
-    simulated, integer = matmul(layer, x), matmul(replace(layer, integer=True), x)
-    assert jnp.abs(simulated - integer).max() <= 1e-5 * jnp.abs(simulated).max()
+    materialize_weights, integer = matmul(layer, x), matmul(replace(layer, integer=True), x)
+    assert jnp.abs(materialize_weights - integer).max() <= 1e-5 * jnp.abs(materialize_weights).max()
 
 
 def test_the_integer_product_multiplies_int8_and_adds_int32(x, w):
@@ -72,7 +72,7 @@ def test_the_integer_product_multiplies_int8_and_adds_int32(x, w):
 def test_a_static_grid_spans_what_calibration_saw_and_clips_the_rest(w):
     stats = Stats(jnp.zeros(WIDTH), jnp.full(WIDTH, -1.0), jnp.linspace(0, 3, WIDTH))
     layer = quantize_inputs(w, stats, QuantSpec(8, False, per_tensor=True), static=True)
-    rounded = lambda value: round_inputs(jnp.full((1, 4), value), layer.spec, layer.scale, layer.zero)
+    rounded = lambda value: fake_quantize(jnp.full((1, 4), value), layer.spec, layer.scale, layer.zero_point)
     np.testing.assert_allclose(rounded(2.0), 2.0, atol=4 / 255)
     np.testing.assert_allclose(rounded(9.0), 3.0, atol=4 / 255)
     np.testing.assert_allclose(rounded(-9.0), -1.0, atol=4 / 255)
@@ -88,8 +88,8 @@ def test_static_and_dynamic_agree_on_the_tokens_that_were_seen(x, w):
 
 def test_the_leaf_stands_for_its_weight_and_lets_others_in(w):
     layer = quantize_inputs(w, None, QuantSpec(8))
-    np.testing.assert_array_equal(effective(layer), w)
-    inner = descend(layer, None, lambda w, _: quantize(w, QuantSpec(4)))
+    np.testing.assert_array_equal(materialize(layer), w)
+    inner = map_base_weight(layer, None, lambda w, _: quantize(w, QuantSpec(4)))
     assert isinstance(inner, ActQuantized)
     assert isinstance(inner.inner, QTensor)
 
@@ -102,23 +102,23 @@ def test_what_leaves_a_layer_is_rounded_with_its_bias(layer):
     spec, inner = QuantSpec(4), quantize_inputs(params["kernel"], None, QuantSpec(8))
     plain = layer.apply({"params": params | {"kernel": inner}}, x)
     rounded = layer.apply({"params": params | {"kernel": OutQuantized(inner, spec)}}, x)
-    np.testing.assert_array_equal(rounded, round_inputs(plain, spec))
+    np.testing.assert_array_equal(rounded, fake_quantize(plain, spec))
     assert jnp.abs(rounded - plain).max() > 0
-    np.testing.assert_array_equal(effective(OutQuantized(inner, spec)), params["kernel"])
+    np.testing.assert_array_equal(materialize(OutQuantized(inner, spec)), params["kernel"])
 
 
 @pytest.mark.parametrize(
-    ("change", "expected"),
+    ("fn", "expected"),
     [(jax.nn.relu, True), (gelu, True), (jax.nn.sigmoid, True), (jnp.tanh, False), (jnp.negative, False)],
 )
-def test_inputs_are_one_sided_after_relu_and_gelu(change, expected):
-    rows = change(4 * jax.random.normal(jax.random.key(0), (500, 8)))
-    assert one_sided(Stats(rows.mean(0), jnp.minimum(rows.min(0), 0), jnp.maximum(rows.max(0), 0))) == expected
+def test_inputs_are_one_sided_after_relu_and_gelu(fn, expected):
+    rows = fn(4 * jax.random.normal(jax.random.key(0), (500, 8)))
+    assert is_nonnegative(Stats(rows.mean(0), jnp.minimum(rows.min(0), 0), jnp.maximum(rows.max(0), 0))) == expected
 
 
 def test_an_unsigned_grid_of_one_sided_inputs_has_half_the_step():
     rows = jax.nn.relu(jax.random.normal(jax.random.key(0), (500, 8)))
-    error = lambda spec: jnp.square(round_inputs(rows, spec) - rows).mean()
+    error = lambda spec: jnp.square(fake_quantize(rows, spec) - rows).mean()
     assert error(QuantSpec(8, symmetric=False)) < error(QuantSpec(8)) / 3
 
 
@@ -126,6 +126,6 @@ def test_layers_that_multiply_integers_do_so_where_models_are_measured():
     leaf = lambda integer: quantize_inputs(
         quantize(jnp.ones((4, 2)), QuantSpec(4)), None, QuantSpec(8), integer=integer
     )
-    found = simulated({"a": {"kernel": leaf(True)}, "b": {"kernel": leaf(False)}})
+    found = materialize_weights({"a": {"kernel": leaf(True)}, "b": {"kernel": leaf(False)}})
     assert isinstance(found["a"]["kernel"].inner, QTensor)
     assert isinstance(found["b"]["kernel"].inner, jax.Array)

@@ -5,7 +5,7 @@ import pytest
 
 from sam2jq.config import CalibConfig, InputsConfig, QuantConfig, WeightsConfig
 from sam2jq.ptq.recipe import activation_specs, choose_bits, choose_input_bits, multiplications
-from sam2jq.quant.algorithms.activations import round_inputs
+from sam2jq.quant.algorithms.activations import fake_quantize
 from sam2jq.quant.algorithms.bit_allocation import WIDTHS, assign_bits, error_by_width, input_error_by_width
 from sam2jq.quant.qtensor import dequantize, quantize
 from sam2jq.quant.spec import QuantSpec
@@ -63,7 +63,7 @@ def test_the_error_of_each_width_of_inputs_is_that_of_outputs_of_rounded_inputs(
     got = input_error_by_width(w, x, QuantSpec(4, group_size=12))
     flat = w.reshape(36, 6)
     for bits, error in zip(WIDTHS, got):
-        lost = np.asarray(round_inputs(x, QuantSpec(bits, group_size=12))) @ flat - x @ flat
+        lost = np.asarray(fake_quantize(x, QuantSpec(bits, group_size=12))) @ flat - x @ flat
         np.testing.assert_allclose(error, np.square(lost).sum() / np.square(x @ flat).sum(), rtol=1e-3)
 
 

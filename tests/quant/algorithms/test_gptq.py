@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sam2jq.quant.algorithms.gptq import RATIOS, GptqSpec, gptq, search_grid
-from sam2jq.quant.qtensor import QTensor, by_group, dequantize, fit_grid, quantize, span_grid
+from sam2jq.quant.qtensor import QTensor, by_group, compute_scale_zero_point, dequantize, fit_scale_zero_point, quantize
 from sam2jq.quant.spec import QuantSpec
 from sam2jq.quant.transform import Stats, each_layer, output_error
 
@@ -53,9 +53,9 @@ def test_outputs_err_less_than_after_rounding_to_nearest(spec):
     w, x = weights(K, N), inputs()
     q, nearest = gptq(w, told(x), spec), round_nearest(w, spec.weights)
     np.testing.assert_array_equal(q.scale, nearest.scale)
-    assert q.values.dtype == nearest.values.dtype
-    assert q.values.min() >= spec.weights.qmin
-    assert q.values.max() <= spec.weights.qmax
+    assert q.qvalue.dtype == nearest.qvalue.dtype
+    assert q.qvalue.min() >= spec.weights.qmin
+    assert q.qvalue.max() <= spec.weights.qmax
     assert error(q, w, x) < 0.8 * error(nearest, w, x)
 
 
@@ -77,7 +77,9 @@ def test_no_output_errs_more_than_after_rounding_even_where_inputs_hardly_correl
 def by_the_paper(w: np.ndarray, gram: np.ndarray, spec: GptqSpec) -> np.ndarray:
     """w_hat [K, N] by algorithm 1 of arXiv 2210.17323, over the inverse of the Gram matrix, in float64."""
     w, gram, grid = w.astype(np.float64), gram.astype(np.float64), spec.weights
-    scale, zero = (np.asarray(x, np.float64)[:, 0] for x in fit_grid(by_group(w.astype(np.float32), grid), grid))
+    scale, zero = (
+        np.asarray(x, np.float64)[:, 0] for x in fit_scale_zero_point(by_group(w.astype(np.float32), grid), grid)
+    )
     order = np.argsort(-np.diag(gram), kind="stable")
     damped = gram + spec.damp_percentage * np.diag(gram).mean() * np.eye(len(gram))
     u = np.linalg.cholesky(np.linalg.inv(damped[np.ix_(order, order)])).T
@@ -99,7 +101,7 @@ def test_without_sweeps_it_finds_the_codes_of_the_paper():
 def test_the_size_of_blocks_does_not_matter():
     w, stats = weights(K, N), told(inputs())
     whole = gptq(w, stats, replace(CHANNEL, block_size=128))
-    assert (gptq(w, stats, CHANNEL).values == whole.values).mean() > 0.99  # sums in another order, ties as above
+    assert (gptq(w, stats, CHANNEL).qvalue == whole.qvalue).mean() > 0.99  # sums in another order, ties as above
 
 
 def test_no_sweep_makes_an_output_worse_and_in_the_end_no_single_code_could_be_better():
@@ -110,22 +112,22 @@ def test_no_sweep_makes_an_output_worse_and_in_the_end_no_single_code_could_be_b
     assert (errors[2] <= errors[1] * (1 + 1e-5)).all()
     assert errors[1].sum() < 0.99 * errors[0].sum()
     h, e = np.asarray(stats.gram, np.float64), w - np.asarray(dequantize(settled), np.float64)
-    codes, step = np.asarray(settled.values, int), np.repeat(settled.scale, grid.group_size, axis=0)[:K]
-    for change in (-1, 1):
-        gain = 2 * change * step * (h @ e) - step**2 * np.diag(h)[:, None]
-        allowed = (codes + change >= grid.qmin) & (codes + change <= grid.qmax)
+    codes, step = np.asarray(settled.qvalue, int), np.repeat(settled.scale, grid.group_size, axis=0)[:K]
+    for fn in (-1, 1):
+        gain = 2 * fn * step * (h @ e) - step**2 * np.diag(h)[:, None]
+        allowed = (codes + fn >= grid.qmin) & (codes + fn <= grid.qmax)
         assert (np.where(allowed, gain, 0) <= 1e-5 * errors[2]).all()
 
 
 def test_the_order_in_which_inputs_come_does_not_matter():
     w, x, order = weights(K, N), inputs(), np.random.default_rng(2).permutation(K)
     straight, mixed = gptq(w, told(x), CHANNEL), gptq(w[order], told(x[:, order]), CHANNEL)
-    assert (straight.values[order] == mixed.values).mean() > 0.99  # ties as above
+    assert (straight.qvalue[order] == mixed.qvalue).mean() > 0.99  # ties as above
 
 
 def test_the_size_of_inputs_does_not_matter():
     w, x = weights(K, N), inputs()
-    np.testing.assert_array_equal(gptq(w, told(x), GROUPS).values, gptq(w, told(x / 256), GROUPS).values)
+    np.testing.assert_array_equal(gptq(w, told(x), GROUPS).qvalue, gptq(w, told(x / 256), GROUPS).qvalue)
 
 
 @pytest.mark.parametrize("spec", [CHANNEL, GROUPS], ids=["channel", "groups"])
@@ -178,7 +180,7 @@ def test_an_impossible_spec_is_refused(setting, message):
 def test_a_convolution_is_rounded_as_the_matrix_of_its_patches():
     w, stats = weights(4, 4, 5, N), told(inputs())
     got, flat = gptq(w, stats, GROUPS), gptq(w.reshape(K, N), stats, GROUPS)
-    assert got.values.shape == w.shape
+    assert got.qvalue.shape == w.shape
     np.testing.assert_array_equal(dequantize(got), dequantize(flat).reshape(w.shape))
 
 
@@ -186,7 +188,7 @@ def test_as_a_transform_it_changes_the_layers_named():
     params, stats = {"a": {"kernel": weights(K, N)}, "b": {"kernel": weights(K, N)}}, told(inputs())
     transform = each_layer(gptq, {"a": CHANNEL}, frozenset({"gram"}))
     changed = transform.apply(params, {"a": stats})
-    np.testing.assert_array_equal(changed["a"]["kernel"].values, gptq(params["a"]["kernel"], stats, CHANNEL).values)
+    np.testing.assert_array_equal(changed["a"]["kernel"].qvalue, gptq(params["a"]["kernel"], stats, CHANNEL).qvalue)
     assert changed["b"]["kernel"] is params["b"]["kernel"]
 
 
@@ -201,10 +203,10 @@ def test_no_range_errs_more_than_the_whole_one_or_any_that_was_not_chosen():
         return (costs * (grouped - rounded) ** 2).sum(1)
 
     found = weighted(*search_grid(w, cost, spec))
-    assert (found <= weighted(*fit_grid(grouped, spec))).all()
-    assert found.sum() < 0.95 * weighted(*fit_grid(grouped, spec)).sum()
+    assert (found <= weighted(*fit_scale_zero_point(grouped, spec))).all()
+    assert found.sum() < 0.95 * weighted(*fit_scale_zero_point(grouped, spec)).sum()
     for ratio in RATIOS[1::20]:
-        assert (found <= weighted(*span_grid(ratio * low, ratio * high, spec)) * (1 + 1e-5)).all()
+        assert (found <= weighted(*compute_scale_zero_point(ratio * low, ratio * high, spec)) * (1 + 1e-5)).all()
 
 
 def test_where_few_inputs_are_strong_a_searched_range_helps():

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from sam2jq.eval.metrics import relative_error
-from sam2jq.quant.algorithms.activations import round_inputs
+from sam2jq.quant.algorithms.activations import fake_quantize
 from sam2jq.quant.algorithms.lowrank import LowRank, LowRankSpec, low_rank
-from sam2jq.quant.leaves import conv, effective, matmul
+from sam2jq.quant.leaves import conv, materialize, matmul
 from sam2jq.quant.qtensor import dequantize, quantize
 from sam2jq.quant.spec import QuantSpec
-from sam2jq.quant.transform import Stats, descend
+from sam2jq.quant.transform import Stats, map_base_weight
 
 K, N = 48, 30
 W4, A4, A8 = QuantSpec(4), QuantSpec(4), QuantSpec(8)
@@ -44,7 +44,7 @@ def told(x) -> Stats:
 def error(layer: LowRank | None, w, x, spec: LowRankSpec) -> float:
     """The square error of outputs after plain rounding, in float64; of no branch for None."""
     inner, down, up = (w, 0 * w[:, :1], 0 * w[:1]) if layer is None else (layer.inner, layer.down, layer.up)
-    read = x if spec.inputs is None else round_inputs(x, spec.inputs)
+    read = x if spec.inputs is None else fake_quantize(x, spec.inputs)
     f64 = lambda a: np.asarray(a, np.float64)
     got = f64(read) @ f64(dequantize(quantize(inner, spec.weights))) + f64(x) @ f64(down) @ f64(up)
     return float(np.square(got - f64(x) @ f64(w)).sum())
@@ -59,7 +59,7 @@ def test_before_rounding_the_layer_computes_and_stands_for_the_same(shape, spec)
     assert (layer.down.shape, layer.up.shape) == ((shape[0], spec.rank), (spec.rank, shape[1]))
     assert jnp.abs(layer.down @ layer.up).max() > 0
     assert relative_error(matmul(layer, x), x @ w) <= 1e-5
-    assert relative_error(effective(layer), w) <= 1e-5
+    assert relative_error(materialize(layer), w) <= 1e-5
 
 
 @every_spec
@@ -101,12 +101,12 @@ def test_a_convolution_has_a_branch_too():
 def test_the_inner_part_reads_the_same_inputs():
     w, x = weights(K, N), tokens(K)
     heard = []
-    descend(low_rank(w, told(x), SPECS[0]), told(x), lambda inner, stats: heard.append(stats) or inner)
+    map_base_weight(low_rank(w, told(x), SPECS[0]), told(x), lambda inner, stats: heard.append(stats) or inner)
     assert jax.tree.all(jax.tree.map(jnp.array_equal, heard[0], told(x)))
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("fn", "message"),
     [
         (lambda w, s: (quantize(w, W4), s), "got a rounded one"),
         (lambda w, s: (w[:, :3], s), r"rank 4 of a branch is over what 48 inputs and 3 outputs allow: set it to 3"),
@@ -115,9 +115,9 @@ def test_the_inner_part_reads_the_same_inputs():
         (lambda w, s: (w.T, told(tokens(N))._replace(gram=-s.gram[:N, :N])), "not positive semidefinite"),
     ],
 )
-def test_what_has_no_branch_is_an_error(change, message):
+def test_what_has_no_branch_is_an_error(fn, message):
     with pytest.raises(ValueError, match=message):
-        low_rank(*change(weights(K, N), told(tokens(K))), SPECS[0])
+        low_rank(*fn(weights(K, N), told(tokens(K))), SPECS[0])
 
 
 @pytest.mark.parametrize("settings", [{"rank": 0}, {"num_iters": 0}, {"objective": "loss"}])

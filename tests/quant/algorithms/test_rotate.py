@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from sam2jq.eval.metrics import relative_error
-from sam2jq.quant.algorithms.activations import ActQuantized, quantize_inputs, round_inputs
+from sam2jq.quant.algorithms.activations import ActQuantized, fake_quantize, quantize_inputs
 from sam2jq.quant.algorithms.hadamard import fast_hadamard, hadamard
 from sam2jq.quant.algorithms.rotate import Rotated, RotationSpec, fold_heads, rotate
-from sam2jq.quant.leaves import effective, matmul
+from sam2jq.quant.leaves import materialize, matmul
 from sam2jq.quant.qtensor import QTensor, dequantize, quantize
 from sam2jq.quant.spec import QuantSpec
-from sam2jq.quant.transform import Stats, chain, descend, each_layer
+from sam2jq.quant.transform import Stats, chain, each_layer, map_base_weight
 
 WIDTH, OUTPUTS = 96, 10
 PLAIN, RANDOM = RotationSpec(), RotationSpec(random=True, seed=7)
@@ -45,7 +45,7 @@ def test_a_rotated_layer_computes_and_stands_for_the_same(width, spec):
     layer = rotate(w, None, spec)
     assert relative_error(layer.inner, w) > 0.5
     assert relative_error(jax.jit(matmul)(layer, x), x @ w) <= 1e-5
-    assert relative_error(effective(layer), w) <= 1e-5
+    assert relative_error(materialize(layer), w) <= 1e-5
 
 
 @both
@@ -61,15 +61,15 @@ def test_the_inner_part_is_told_of_rotated_inputs(x, w, spec):
     gram = lambda tokens: tokens.T @ tokens / len(tokens)
     stats = Stats(tokens.mean(0), tokens.min(0), tokens.max(0), gram(tokens), tokens, jnp.float32(7))
     layer, told = rotate(w, None, spec), []
-    descend(layer, stats, lambda w, stats: told.append(stats) or w)
-    turned = np.asarray(tokens, np.float64) @ matrix(layer)
-    expected = Stats(turned.mean(0), turned.min(0), turned.max(0), gram(turned), turned, np.float32(7))
+    map_base_weight(layer, stats, lambda w, stats: told.append(stats) or w)
+    rotated = np.asarray(tokens, np.float64) @ matrix(layer)
+    expected = Stats(rotated.mean(0), rotated.min(0), rotated.max(0), gram(rotated), rotated, np.float32(7))
     for name, got, right in zip(Stats._fields, told[0], expected):
         np.testing.assert_allclose(got, right, atol=1e-5 * abs(right).max(), err_msg=name)
 
 
 def test_without_statistics_the_inner_part_is_told_nothing(w):
-    assert descend(rotate(w, None, RANDOM), None, lambda w, stats: stats).inner is None
+    assert map_base_weight(rotate(w, None, RANDOM), None, lambda w, stats: stats).inner is None
 
 
 @both
@@ -80,20 +80,20 @@ def test_rounding_inside_a_rotation_is_the_hand_written_product(x, w, spec):
     layer = chain(*steps, rounding).apply({"a": {"kernel": w}}, {})["a"]["kernel"]
     assert [type(part) for part in (layer, layer.inner, layer.inner.inner)] == [Rotated, ActQuantized, QTensor]
     plain = rotate(w, None, spec)
-    turned = fast_hadamard(x if spec is PLAIN else x * plain.signs)
-    by_hand = round_inputs(turned, inputs) @ dequantize(quantize(plain.inner, weights))
+    rotated = fast_hadamard(x if spec is PLAIN else x * plain.signs)
+    by_hand = fake_quantize(rotated, inputs) @ dequantize(quantize(plain.inner, weights))
     assert relative_error(matmul(layer, x), by_hand) <= 1e-6
-    assert relative_error(effective(layer), matrix(plain) @ dequantize(quantize(plain.inner, weights))) <= 1e-6
+    assert relative_error(materialize(layer), matrix(plain) @ dequantize(quantize(plain.inner, weights))) <= 1e-6
     integer = Rotated(ActQuantized(layer.inner.inner, None, None, inputs, integer=True), layer.signs)
     assert relative_error(matmul(integer, x), by_hand) <= 1e-5
 
 
 @both
 def test_a_rotation_inside_other_leaves_changes_nothing(x, w, spec):
-    outside = descend(quantize_inputs(w, None, QuantSpec(8)), None, lambda w, stats: rotate(w, stats, spec))
+    outside = map_base_weight(quantize_inputs(w, None, QuantSpec(8)), None, lambda w, stats: rotate(w, stats, spec))
     assert isinstance(outside, ActQuantized)
-    assert relative_error(matmul(outside, x), round_inputs(x, QuantSpec(8)) @ w) <= 1e-5
-    twice = descend(rotate(w, None, RANDOM), None, lambda w, stats: rotate(w, stats, spec))
+    assert relative_error(matmul(outside, x), fake_quantize(x, QuantSpec(8)) @ w) <= 1e-5
+    twice = map_base_weight(rotate(w, None, RANDOM), None, lambda w, stats: rotate(w, stats, spec))
     assert isinstance(twice.inner, Rotated)
     assert relative_error(matmul(twice, x), x @ w) <= 1e-5
 
@@ -121,8 +121,8 @@ def test_rotation_spares_4_bit_inputs_their_outlier_channels(width, spec):
     w = normal(1, width, OUTPUTS)
     x = normal(0, 200, width) * jnp.ones(width).at[jnp.array([3, 17, 50, 77])].set(25)
     error = lambda w: relative_error(matmul(quantize_inputs(w, None, QuantSpec(4)), x), matmul(w, x))
-    turned = rotate(w, None, spec)
-    rotated = Rotated(quantize_inputs(turned.inner, None, QuantSpec(4)), turned.signs)
+    rotated = rotate(w, None, spec)
+    rotated = Rotated(quantize_inputs(rotated.inner, None, QuantSpec(4)), rotated.signs)
     assert relative_error(matmul(rotated, x), x @ w) < 0.6 * error(w)
 
 
@@ -131,7 +131,7 @@ def test_rotation_spares_4_bit_inputs_what_a_gelu_lets_through(spec):
     """Outputs of a GELU are positive, and large in a few channels: Sylvester's matrix makes their mean an outlier."""
     x = jax.nn.gelu(normal(0, 200, 1536) + 0.7 * normal(1, 1536) - 0.5)
     signs = rotate(x.T, None, spec).signs
-    error = lambda x: relative_error(round_inputs(x, QuantSpec(4)), x)
+    error = lambda x: relative_error(fake_quantize(x, QuantSpec(4)), x)
     assert error(fast_hadamard(x if signs is None else x * signs)) < 0.75 * error(x)
 
 
@@ -142,7 +142,7 @@ def test_rotated_inputs_round_as_well_as_by_the_reference_matrix(shared, kind):
     inputs, peer = (np.load(folder / f"blocks.0.attn.qkv{kind}.{part}.npz") for part in ("inputs", "peer"))
     x, theirs = jnp.array(inputs["xe"]), peer["hadamard"]
     np.testing.assert_allclose(theirs.T @ theirs, np.eye(len(theirs)), atol=1e-6)
-    error = lambda x: relative_error(round_inputs(x, QuantSpec(4)), x)
+    error = lambda x: relative_error(fake_quantize(x, QuantSpec(4)), x)
     ours = error(fast_hadamard(x))
     assert ours < 1.1 * error(x @ theirs)
     assert ours < (0.5 if kind else 1.0) * error(x)

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from sam2jq.eval.metrics import relative_error
-from sam2jq.quant.algorithms.activations import round_inputs
-from sam2jq.quant.algorithms.smooth import Smoothed, SmoothSpec, candidates, errors, smooth, strength
-from sam2jq.quant.leaves import effective, matmul
+from sam2jq.quant.algorithms.activations import fake_quantize
+from sam2jq.quant.algorithms.smooth import Smoothed, SmoothSpec, candidates, errors, recover_alpha_beta, smooth
+from sam2jq.quant.leaves import materialize, matmul
 from sam2jq.quant.qtensor import dequantize, quantize
 from sam2jq.quant.spec import QuantSpec
-from sam2jq.quant.transform import Stats, descend
+from sam2jq.quant.transform import Stats, map_base_weight
 
 K, N = 48, 10
 W4, A4, A8 = QuantSpec(4), QuantSpec(4), QuantSpec(8)
@@ -45,7 +45,7 @@ def told(x) -> Stats:
 
 def error(scale, w, x, weights=W4, inputs=A4) -> float:
     """What smoothing by `scale` and rounding add to the outputs, in numpy's float64."""
-    small = round_inputs(jnp.asarray(x / scale), inputs)
+    small = fake_quantize(jnp.asarray(x / scale), inputs)
     large = dequantize(quantize(jnp.asarray(w) * scale[:, None], weights))
     return float(np.square(np.float64(small) @ np.float64(large) - np.float64(x) @ np.float64(w)).sum())
 
@@ -55,7 +55,7 @@ def test_a_smoothed_layer_computes_and_stands_for_the_same(w, x, spec):
     """To 1e-5, in float32."""
     layer = smooth(w, told(x), spec)
     assert relative_error(matmul(layer, x), x @ w) <= 1e-5
-    assert relative_error(effective(layer), w) <= 1e-5
+    assert relative_error(materialize(layer), w) <= 1e-5
     assert not np.allclose(layer.scale, 1)
 
 
@@ -63,7 +63,7 @@ def test_a_smoothed_layer_computes_and_stands_for_the_same(w, x, spec):
 def test_the_inner_part_is_told_of_smoothed_inputs(w, x, spec):
     layer = smooth(w, told(x), spec)
     heard = []
-    descend(layer, told(x), lambda inner, stats: heard.append(stats) or inner)
+    map_base_weight(layer, told(x), lambda inner, stats: heard.append(stats) or inner)
     for got, wanted in zip(heard[0], told(x / layer.scale)):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
 
@@ -96,7 +96,7 @@ def test_manual_takes_what_it_is_given(w, x, alpha, beta, first):
 
 @every_spec
 def test_the_strength_that_was_chosen_is_found_again(w, x, spec):
-    found = strength(w, told(x), spec, smooth(w, told(x), spec).scale)
+    found = recover_alpha_beta(w, told(x), spec, smooth(w, told(x), spec).scale)
     if spec.granularity == "Layer":
         assert found in spec.pairs
         again = replace(spec, strategy="Manual", alpha=found[0], beta=found[1], spans=spec.spans[:1])
@@ -104,7 +104,7 @@ def test_the_strength_that_was_chosen_is_found_again(w, x, spec):
             np.testing.assert_allclose(smooth(w, told(x), again).scale, smooth(w, told(x), spec).scale, rtol=1e-5)
     else:
         mixed = jnp.where(jnp.arange(K) < 16, 2.0, 0.1)
-        assert strength(w, told(x), spec, mixed) is None
+        assert recover_alpha_beta(w, told(x), spec, mixed) is None
 
 
 @pytest.mark.parametrize(
