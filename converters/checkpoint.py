@@ -15,6 +15,7 @@ from converters import hf
 from converters.exports.package import is_package, open_package
 from converters.names import array, from_torch, mismatches, shapes, to_torch
 from converters.torch_files import atomic_write, load_torch, save_torch
+from sam2jq.errors import UserError
 from sam2jq.models.sam2 import SAM2, VARIANTS, VERSIONS, abstract_params, build, init_params
 from sam2jq.tree import flatten, suggest, unflatten
 
@@ -44,18 +45,18 @@ def load_checkpoint(source: str, model: SAM2) -> Checkpoint:
     if source.startswith("random:"):
         seed = source.removeprefix("random:")
         if not seed.isdigit():
-            raise ValueError(f"checkpoint {source!r}: the seed must be a whole number, as in random:0")
+            raise UserError(f"checkpoint {source!r}: the seed must be a whole number, as in random:0")
         return Checkpoint(init_params(model, int(seed)), source, random=True)
     state_dict, leaves, random, names = read_state_dict(find(source))
     if source == "demo":  # in float16 on disk, only to be small
         state_dict = {key: value.float() for key, value in state_dict.items()}
     broken = [key for key, value in state_dict.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
-        raise ValueError(f"checkpoint {source} holds NaN or Inf in {', '.join(broken)}: use an intact one")
+        raise UserError(f"checkpoint {source} holds NaN or Inf in {', '.join(broken)}: use an intact one")
     try:
         params = from_torch(state_dict, abstract_params(model))
-    except ValueError as error:
-        raise ValueError(f"checkpoint {source} does not fit the model{fitting(state_dict)}: {error}") from error
+    except UserError as error:
+        raise UserError(f"checkpoint {source} does not fit the model{fitting(state_dict)}: {error}") from error
     return Checkpoint(jax.device_put(unflatten(flatten(params) | leaves)), source, random, names)
 
 
@@ -91,14 +92,14 @@ def download(repository: str) -> Path:
     try:
         from huggingface_hub import hf_hub_download
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"{repository} is a Hub id and that needs the extra hub: pip install 'sam2jq[hub]', or give a file"
         ) from error
     try:
         return Path(hf_hub_download(repository, "model.safetensors"))
     except Exception as error:  # whatever the network, the hub or the cache may raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"cannot fetch {repository} from the Hub ({reason}): go online, or give a file") from error
+        raise UserError(f"cannot fetch {repository} from the Hub ({reason}): go online, or give a file") from error
 
 
 def read_state_dict(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, object], bool, str]:
@@ -108,7 +109,7 @@ def read_state_dict(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, obje
         try:
             content = load_file(path)
         except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is not a readable safetensors file, maybe truncated: fetch it again") from error
+            raise UserError(f"{path} is not a readable safetensors file, maybe truncated: fetch it again") from error
     else:
         content = load_torch(path)
     if is_package(content):
@@ -117,12 +118,12 @@ def read_state_dict(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, obje
     random = isinstance(content, dict) and content.get("random_weights") is True
     content = content.get("model", content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not content or not all(map(torch.is_tensor, content.values())):
-        raise ValueError(f"{path} holds no state dict: a SAM 2 checkpoint is {{'model': {{name: tensor}}}}")
+        raise UserError(f"{path} holds no state dict: a SAM 2 checkpoint is {{'model': {{name: tensor}}}}")
     try:
         theirs = hf.is_hf(content)
         return hf.from_hf(content) if theirs else content, {}, random, "huggingface" if theirs else "original"
-    except ValueError as error:
-        raise ValueError(f"checkpoint {path}: {error}") from error
+    except UserError as error:
+        raise UserError(f"checkpoint {path}: {error}") from error
 
 
 def fitting(state_dict: dict) -> str:

@@ -11,6 +11,8 @@ from itertools import count, takewhile
 
 import torch
 
+from sam2jq.errors import UserError
+
 Tensors = dict[str, torch.Tensor]
 
 SLOTS = {
@@ -132,7 +134,7 @@ def from_hf(state_dict: Tensors) -> Tensors:
     points = [row.clone() for key in (HF_POINTS,) if key in rest for row in rest.pop(key).split(1)]
     fourier = [rest.pop(key) for key in HF_FOURIER if key in rest]
     if any(x.dtype != fourier[0].dtype or not torch.equal(x, fourier[0]) for x in fourier):
-        raise ValueError(f"{' and '.join(HF_FOURIER)} must be equal: SAM 2 has one matrix for both")
+        raise UserError(f"{' and '.join(HF_FOURIER)} must be equal: SAM 2 has one matrix for both")
     items = [(_rename(key, _FROM_HF), x) for key, x in rest.items()]
     items += [(POINT.format(i), row) for i, row in enumerate(points)]
     items += [(FOURIER, x) for x in fourier[:1]]
@@ -160,5 +162,5 @@ def _unique(items: list[tuple[str, torch.Tensor]]) -> Tensors:
     """The dict of `items`, whose names must differ: a file that mixes both styles would lose tensors silently."""
     twice = sorted(key for key, n in Counter(key for key, _ in items).items() if n > 1)
     if twice:
-        raise ValueError(f"both the original and the Hugging Face name are present of {', '.join(twice)}")
+        raise UserError(f"both the original and the Hugging Face name are present of {', '.join(twice)}")
     return dict(items)

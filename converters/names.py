@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
+from sam2jq.errors import UserError
 from sam2jq.tree import flatten, unflatten
 
 LEAF = {"kernel": "weight", "scale": "weight"}
@@ -79,7 +80,7 @@ def from_torch(state_dict: Mapping[str, torch.Tensor], like: dict) -> dict:
     paths = {torch_key(path): path for path in flatten(like)}
     problems = mismatches({k: tuple(v.shape) for k, v in state_dict.items()}, shapes(like))
     if problems:
-        raise ValueError(f"{len(problems)} tensors do not fit: {'; '.join(problems)}")
+        raise UserError(f"{len(problems)} tensors do not fit: {'; '.join(problems)}")
     flat = {paths[k]: np.ascontiguousarray(from_layout(paths[k], array(v))) for k, v in state_dict.items()}
     return jax.device_put(unflatten(flat))
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from sam2jq.errors import UserError
 from sam2jq.files import atomic_write
 
 
@@ -19,9 +20,9 @@ def load_torch(path: str | Path) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(
+        raise UserError(
             f"{path} holds more than tensors and could run code when loaded; it was not loaded: "
             "save it again as {'model': state_dict} from a source you trust"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is not a readable torch file, maybe truncated: fetch or copy it again") from error
+        raise UserError(f"{path} is not a readable torch file, maybe truncated: fetch or copy it again") from error

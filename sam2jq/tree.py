@@ -28,6 +28,11 @@ def layer_name(path: str) -> str:
     return path.rpartition("/")[0].replace("/", ".")
 
 
+def bias_path(path: str) -> str:
+    """The path of the bias beside a kernel: "trunk/blocks.0/attn/qkv/kernel" -> "trunk/blocks.0/attn/qkv/bias"."""
+    return path.removesuffix("kernel") + "bias"
+
+
 def under(layer: str, prefix: str) -> bool:
     """Whether a dotted prefix names `layer`, a module around it, or its parameter; `blocks.1` is not `blocks.10`."""
     return f"{layer}.weight.".startswith(f"{prefix}.")

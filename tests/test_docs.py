@@ -7,17 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from sam2jq import config
 from sam2jq.cli.main import command_parser
+from sam2jq.config import loader
+from sam2jq.config.distill import DistillConfig
+from sam2jq.config.run import Config, EvaluateConfig, SegmentConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 STUBS = "sam2jq() { printf '%s\\x1f' \"$@\"; echo; }; make() { :; }; python() { :; }; ls() { :; };"  # say, don't do
 SCHEMAS = {
-    "distill": config.DistillConfig,
-    "evaluate": config.EvaluateConfig,
-    "segment": config.SegmentConfig,
-    "track": config.SegmentConfig,
+    "distill": DistillConfig,
+    "evaluate": EvaluateConfig,
+    "segment": SegmentConfig,
+    "track": SegmentConfig,
 }
 
 
@@ -34,10 +36,10 @@ def check(command: list[str]) -> None:
     if args.command == "sweep":
         flags = [
             *flags,
-            *(part for k, v in config.sweep_combinations(args.over)[0].items() for part in (f"--{k}", str(v))),
+            *(part for k, v in loader.sweep_combinations(args.over)[0].items() for part in (f"--{k}", str(v))),
         ]
     if args.command in ("quantize", "sweep", *SCHEMAS):
-        config.load(getattr(args, "config", None), flags, SCHEMAS.get(args.command, config.Config))
+        loader.load(getattr(args, "config", None), flags, SCHEMAS.get(args.command, Config))
     else:
         assert not flags
 

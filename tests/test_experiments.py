@@ -4,7 +4,7 @@ import pytest
 
 from experiments.cdpq import table as cdpq
 from experiments.ptq import table as ptq
-from sam2jq.config import load
+from sam2jq.config.loader import load
 
 
 @pytest.mark.parametrize(("name", "kind"), cdpq.ROWS)

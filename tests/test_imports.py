@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # each package may import those after it
 ORDER = ["cli", "report", "converters", "eval", "distillation", "ptq", "predictors", "training", "config", "models"]
-ORDER += ["quant", "io", "data", "files", "tree"]
+ORDER += ["quant", "io", "data", "files", "tree", "errors"]
 FILES = sorted([*(ROOT / "sam2jq").rglob("*.py"), *(ROOT / "converters").rglob("*.py")])
 
 

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import torch
 
 from converters import hf
-from converters.exports.nunchaku_model import module_name, peel
+from converters.exports.nunchaku_model import module_name
 from converters.names import tensor, to_layout, torch_key
 from converters.torch_files import save_torch
+from sam2jq.errors import UserError
 from sam2jq.quant.algorithms.lowrank import LowRank
 from sam2jq.quant.algorithms.rotate import Rotated
 from sam2jq.quant.algorithms.smooth import Smoothed
-from sam2jq.quant.leaves import materialize
+from sam2jq.quant.leaves import materialize, unwrap
 from sam2jq.quant.qtensor import QTensor, to_e4m3
 from sam2jq.tree import flatten
 
@@ -38,9 +39,9 @@ def to_deepcompressor(params: Mapping, names: str) -> dict[str, dict]:
     """{"model", "scale", "smooth", "branch": the content of its file}."""
     state_dict, scale, smooth, branch = {}, {}, {}, {}
     for path, leaf in flatten(jax.device_get(params)).items():  # JAX would compile a product for every shape
-        inner, around = peel(leaf)
+        inner, around = unwrap(leaf)
         if Rotated in around:
-            raise ValueError(WHY_NOT_ROTATED)
+            raise UserError(WHY_NOT_ROTATED)
         state_dict[torch_key(path)] = tensor(to_layout(path, materialize(inner)))
         if not path.endswith("/kernel"):
             continue

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from converters.names import mismatches
+from sam2jq.errors import UserError
 from sam2jq.quant.spec import E2M1
 
 Array = np.ndarray
@@ -114,7 +115,7 @@ def nearest_codes(weight: Array, scales: Array, outer: Array | None = None) -> A
     steps = weight.astype(f32) if outer is None else weight.astype(f32) / np.reshape(outer, (-1, 1)).astype(f32)
     steps = steps / scales.astype(f32).repeat(group, axis=1)[:, : weight.shape[1]]
     if not np.isfinite(steps).all() or (outer is None and not (steps.min() >= -8.5 and steps.max() < 7.5)):
-        raise ValueError("weight / scales is NaN or leaves the grid: scales must be at least absmax / 7 of their group")
+        raise UserError("weight / scales is NaN or leaves the grid: scales must be at least absmax / 7 of their group")
     if outer is None:
         return np.rint(steps).astype(np.int8)
     magnitudes = np.array(E2M1, f32)
@@ -168,7 +169,7 @@ def pack_layer(layer: Layer, *, shift: float = 0, smooth_fused: bool = False, dt
         tensors |= {"wtscale": outer.reshape(1)} if outer.size == 1 else {"wcscales": pack_vector(outer)}
     wrong = [name for name, t in tensors.items() if name != "qweight" and not np.isfinite(t.astype(np.float32)).all()]
     if wrong:
-        raise ValueError(f"{', '.join(wrong)}: not finite in {np.dtype(dtype)}, or micro-scales above 448: scale first")
+        raise UserError(f"{', '.join(wrong)}: not finite in {np.dtype(dtype)}, or micro-scales above 448: scale first")
     return tensors
 
 
@@ -186,7 +187,7 @@ def check_layer(layer: Layer) -> None:
     if np.size(divisors["outer"]) not in (1, outputs):
         problems.append(f"outer is one scale or {outputs}, not {np.size(layer.outer)}")
     if problems:
-        raise ValueError(f"not a layer with one scale for {group} inputs: {'; '.join(problems)}")
+        raise UserError(f"not a layer with one scale for {group} inputs: {'; '.join(problems)}")
 
 
 def unpack_layer(tensors: Mapping[str, Array], in_features: int, out_features: int) -> Layer:
@@ -228,14 +229,14 @@ def check_tensors(tensors: Mapping[str, Array], in_features: int, out_features: 
         expected |= {"wcscales": (outputs,)} if "wcscales" in tensors else {"wtscale": (1,)}
     problems = mismatches({name: t.shape for name, t in tensors.items()}, expected)
     if problems:
-        raise ValueError(f"not the tensors of a linear {in_features} -> {out_features}: {'; '.join(problems)}")
+        raise UserError(f"not the tensors of a linear {in_features} -> {out_features}: {'; '.join(problems)}")
 
 
 def pack_awq(codes: Array, scales: Array, *, zero: int = 7, dtype=BF16) -> dict[str, Array]:
     """The tensors, without bias, of a W4A16 linear (codes - zero) * scales: codes 0..15 [N, K], scales [N, K / 64]."""
     outputs, inputs = codes.shape
     if outputs % 4 or inputs % INT4_GROUP or scales.shape != (outputs, inputs // INT4_GROUP):
-        raise ValueError(f"W4A16 takes N % 4 == K % 64 == 0 and [N, K / 64] scales, not {codes.shape}, {scales.shape}")
+        raise UserError(f"W4A16 takes N % 4 == K % 64 == 0 and [N, K / 64] scales, not {codes.shape}, {scales.shape}")
     scales = scales.astype(np.float32).T
     qweight = pack_codes(codes, AWQ).reshape(outputs // 4, -1).view(np.int32)
     return {"qweight": qweight, "wscales": scales.astype(dtype), "wzeros": (-zero * scales).astype(dtype)}

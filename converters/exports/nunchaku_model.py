@@ -20,14 +20,15 @@ from converters import hf
 from converters.exports.nunchaku import BF16, INT4_GROUP, Layer, pack_layer, unpack_layer
 from converters.names import array, tensor, to_torch, torch_key
 from converters.torch_files import atomic_write
+from sam2jq.errors import UserError
 from sam2jq.models.sam2 import TRUNK_LINEAR
 from sam2jq.quant.algorithms.lowrank import LowRank
 from sam2jq.quant.algorithms.rotate import Rotated
 from sam2jq.quant.algorithms.smooth import Smoothed
-from sam2jq.quant.leaves import apply_kernel, dense, materialize, materialize_params
+from sam2jq.quant.leaves import apply_kernel, dense, materialize, materialize_params, unwrap
 from sam2jq.quant.qtensor import QTensor, dequantize, quantize
 from sam2jq.quant.spec import QuantSpec
-from sam2jq.tree import flatten, kernels, layer_name, pytree, unflatten
+from sam2jq.tree import bias_path, flatten, kernels, layer_name, pytree, unflatten
 
 BLOCKS, REST = "hiera_blocks.safetensors", "unquantized_layers.safetensors"
 GRID = QuantSpec(4, group_size=INT4_GROUP, scales="bfloat16")  # the one that the kernels know
@@ -46,12 +47,12 @@ def save_nunchaku(folder: Path, params: dict, model: Mapping, names: str) -> Non
     flat = flatten(params)
     chosen = [p for p, leaf in kernels(flat).items() if TRUNK_LINEAR.fullmatch(layer_name(p)) and on_grid(leaf)]
     if not chosen:
-        raise ValueError("no linear of the trunk is quantized: nunchaku files would hold nothing that is")
-    layers = {p: to_layer(flat[p], flat[p.replace("kernel", "bias")]) for p in chosen}
+        raise UserError("no linear of the trunk is quantized: nunchaku files would hold nothing that is")
+    layers = {p: to_layer(flat[p], flat[bias_path(p)]) for p in chosen}
     rank = max(16, *(-(-len(layer.down) // 16) * 16 for layer in layers.values()))  # one for all: loaders are strict
     rest = to_torch(materialize_params(params))
     for path in chosen:
-        del rest[torch_key(path)], rest[torch_key(path.replace("kernel", "bias"))]
+        del rest[torch_key(path)], rest[torch_key(bias_path(path))]
     rest = hf.to_hf(rest) if names == "huggingface" else rest
     norms = {name: t for name, t in rest.items() if NORM.fullmatch(name)}
 
@@ -109,27 +110,18 @@ def with_rank(layer: Layer, rank: int) -> Layer:
     )
 
 
-def peel(leaf) -> tuple[object, dict]:
-    """The innermost part of a weight leaf, and {class: leaf} of those around it."""
-    around = {}
-    while hasattr(leaf, "inner"):
-        around[type(leaf)] = leaf
-        leaf = leaf.inner
-    return leaf, around
-
-
 def on_grid(leaf) -> bool:
     """Whether a leaf's codes can stand in the file as they are; ValueError for a rotated one."""
-    inner, around = peel(leaf)
+    inner, around = unwrap(leaf)
     if Rotated in around:
-        raise ValueError(WHY_NOT_ROTATED)
+        raise UserError(WHY_NOT_ROTATED)
     plain = QuantSpec(4, group_size=INT4_GROUP)
     return isinstance(inner, QTensor) and inner.spec in (GRID, plain)
 
 
 def to_layer(leaf, bias) -> Layer:
     """The linear of a leaf on GRID and its bias [N], in the file's terms."""
-    q, around = peel(leaf)
+    q, around = unwrap(leaf)
     inputs, outputs = q.qvalue.shape
     smooth = np.asarray(around[Smoothed].scale) if Smoothed in around else np.ones(inputs, np.float32)
     down, up = np.zeros((inputs, 0), np.float32), np.zeros((0, outputs), np.float32)
@@ -146,7 +138,7 @@ def onto_grid(params: dict) -> tuple[dict, list[str]]:
     """
 
     def change(leaf):
-        q, around = peel(leaf)
+        q, around = unwrap(leaf)
         w = jax.jit(quantize, static_argnums=1)(jnp.asarray(dequantize(q)), GRID)
         if LowRank in around:
             w = LowRank(w, around[LowRank].down, around[LowRank].up)
@@ -156,7 +148,7 @@ def onto_grid(params: dict) -> tuple[dict, list[str]]:
     others = {
         path: leaf
         for path, leaf in kernels(flat).items()
-        if TRUNK_LINEAR.fullmatch(layer_name(path)) and isinstance(peel(leaf)[0], QTensor) and not on_grid(leaf)
+        if TRUNK_LINEAR.fullmatch(layer_name(path)) and isinstance(unwrap(leaf)[0], QTensor) and not on_grid(leaf)
     }
     return unflatten(flat | {path: change(leaf) for path, leaf in others.items()}), list(map(layer_name, others))
 
@@ -166,9 +158,9 @@ def in_file_precision(leaf):
 
     So what the file cannot hold of them is not lost but left to the codes.
     """
-    inner, around = peel(leaf)
+    inner, around = unwrap(leaf)
     if Rotated in around:
-        raise ValueError(WHY_NOT_ROTATED)
+        raise UserError(WHY_NOT_ROTATED)
     h16 = lambda x: lax.reduce_precision(jnp.asarray(x), exponent_bits=8, mantissa_bits=7)
     whole_weight = materialize(leaf)
     smooth = h16(around[Smoothed].scale) if Smoothed in around else jnp.ones(len(inner))
@@ -212,7 +204,7 @@ def _(w: Kernel) -> jax.Array:
 @apply_kernel.register
 def _(w: Kernel, x: jax.Array, product) -> jax.Array:
     if product is not dense:
-        raise ValueError("nunchaku computes linears only")
+        raise UserError("nunchaku computes linears only")
     return (run(w, x) - w.bias).astype(x.dtype)  # the layer around adds the bias
 
 
@@ -251,5 +243,5 @@ def computed_by_kernels(params: dict, folder: Path) -> dict:
         if packed := linears.get(name := module_name(path, config["names"])):
             size = config["linears"][name]
             flat[path] = kernel = read_kernel(packed, size["in_features"], size["out_features"])
-            flat[path.replace("kernel", "bias")] = kernel.bias
+            flat[bias_path(path)] = kernel.bias
     return unflatten(flat)

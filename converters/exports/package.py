@@ -12,6 +12,7 @@ import torch
 
 from converters.names import tensor, to_layout, torch_key
 from converters.torch_files import load_torch, save_torch
+from sam2jq.errors import UserError
 from sam2jq.quant.algorithms.activations import ActQuantized, OutQuantized
 from sam2jq.quant.algorithms.lowrank import LowRank
 from sam2jq.quant.algorithms.rotate import Rotated
@@ -141,7 +142,7 @@ def load_package(path: str | Path) -> Package:
         raise FileNotFoundError(f"no package at {path}; `sam2jq quantize` writes one into its output folder")
     content = load_torch(path)
     if not is_package(content):
-        raise ValueError(f"{path} is not a sam2jq package; `sam2jq quantize` writes package.pt into its output folder")
+        raise UserError(f"{path} is not a sam2jq package; `sam2jq quantize` writes package.pt into its output folder")
     return open_package(content, path)
 
 
@@ -152,7 +153,7 @@ def is_package(content: object) -> bool:
 def open_package(content: dict, path: str | Path) -> Package:
     """The package that a file's content is; `path` for the error."""
     if content["format_version"] != FORMAT_VERSION:
-        raise ValueError(
+        raise UserError(
             f"{path} has package version {content['format_version']}, this sam2jq reads {FORMAT_VERSION}: "
             "quantize again, or use the version that wrote it"
         )
@@ -171,7 +172,7 @@ def check_codes(where: str, stored: dict) -> None:
     elif stored["kind"] == "QTensor":
         expected = math.ceil(math.prod(stored["shape"]) * stored["spec"]["bits"] / 8)
         if stored["codes"].numel() != expected:
-            raise ValueError(f"{where} has {stored['codes'].numel()} bytes of codes, not {expected}: damaged")
+            raise UserError(f"{where} has {stored['codes'].numel()} bytes of codes, not {expected}: damaged")
 
 
 def pack_leaf(leaf) -> dict:

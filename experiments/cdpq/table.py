@@ -23,22 +23,15 @@ import matplotlib.pyplot as plt
 from converters.checkpoint import load_checkpoint
 from experiments.measured import Runs, measure
 from sam2jq import build
-from sam2jq import config as settings
-from sam2jq.cli.distill import quantize_student, start
+from sam2jq.cli.distill import quantize_student
 from sam2jq.cli.main import find_calibration, stage
-from sam2jq.config import (
-    DataConfig,
-    DistillConfig,
-    DistillLossConfig,
-    InputsConfig,
-    ModelConfig,
-    QuantConfig,
-    StudentConfig,
-    TrainConfig,
-    WeightsConfig,
-)
+from sam2jq.config import loader
+from sam2jq.config.distill import DataConfig, DistillConfig, DistillLossConfig, StudentConfig, TrainConfig
+from sam2jq.config.quant import InputsConfig, QuantConfig, WeightsConfig
+from sam2jq.config.run import ModelConfig
 from sam2jq.data.loader import find_items
 from sam2jq.distillation import trainer as cdpq
+from sam2jq.distillation.init_student import start
 from sam2jq.quant.algorithms.fake_quant import to_quantized_params
 from sam2jq.quant.leaves import materialize_params
 
@@ -81,7 +74,7 @@ def config_of(name: str, seed: int, kind: str) -> DistillConfig:
 
 def ptq_of(wgts: WeightsConfig, ipts: InputsConfig) -> QuantConfig:
     """The best post-training quantization to weights and inputs of these widths."""
-    quant, width = settings.load(PTQ, []).quant, float(wgts.dtype[-1])
+    quant, width = loader.load(PTQ, []).quant, float(wgts.dtype[-1])
     mixed = replace(quant.wgts, dtype=wgts.dtype, target_bits=width if width > 2 else None)
     return replace(quant, wgts=mixed, ipts=ipts)
 

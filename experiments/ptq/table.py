@@ -22,8 +22,8 @@ import jax
 from converters.checkpoint import load_checkpoint
 from experiments.measured import Runs, measure
 from sam2jq import build
-from sam2jq import config as settings
-from sam2jq.config import GptqConfig, LowRankConfig, QuantConfig, RotationConfig, SmoothConfig, SmoothProjConfig
+from sam2jq.config import loader
+from sam2jq.config.quant import GptqConfig, LowRankConfig, QuantConfig, RotationConfig, SmoothConfig, SmoothProjConfig
 from sam2jq.data import find_images, preprocess, read_image
 from sam2jq.ptq.pipeline import quantize_params
 from sam2jq.quant.leaves import materialize_params
@@ -85,7 +85,7 @@ def main() -> None:
         ).params_by_stage.values()
         return params
 
-    configs = {grid: settings.load(f"experiments/nano_{grid}.yaml", []).quant for grid in grids}
+    configs = {grid: loader.load(f"experiments/nano_{grid}.yaml", []).quant for grid in grids}
     every = {(grid, name): config for grid in grids for name, config in rows(configs[grid]).items()}
     chief = {row for row, config in every.items() if row[1] == "RTN" or config == configs[row[0]]}
     found = {row: config for row, config in every.items() if not fresh or row in chief}

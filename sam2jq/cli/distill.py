@@ -4,44 +4,39 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from sam2jq import __version__
-from sam2jq import config as settings
 from sam2jq.cli.main import find_calibration, job_folder, load_model, replay, run_ptq, stage
-from sam2jq.config import DistillConfig
-from sam2jq.data.loader import Item, check_disjoint, find_items, read_item, split_of
+from sam2jq.config import loader
+from sam2jq.config.distill import DistillConfig
+from sam2jq.config.quant import CalibConfig, QuantConfig
+from sam2jq.config.run import Config
+from sam2jq.data.loader import Item, check_disjoint, find_items, split_of
 from sam2jq.distillation import trainer as cdpq
-from sam2jq.distillation.schedule import bit_search
+from sam2jq.distillation.history import history
+from sam2jq.distillation.init_student import check_pair, collect_input_stats, start
+from sam2jq.errors import UserError
 from sam2jq.eval.fidelity import STAGE_IMAGES, find_ground_truth, ground_truth_id, layer_figures, measure
-from sam2jq.eval.metrics import relative_error
 from sam2jq.models.sam2 import SAM2
-from sam2jq.ptq.calibration import collect, fingerprint
-from sam2jq.ptq.recipe import activation_specs, check_prefixes, round_weights, weight_specs
+from sam2jq.ptq.calibration import fingerprint
 from sam2jq.ptq.recipe import layers as all_layers
-from sam2jq.quant.algorithms.activations import materialize_weights, quantize_inputs
-from sam2jq.quant.algorithms.bit_allocation import WIDTHS, error_by_width
-from sam2jq.quant.algorithms.fake_quant import base_weight, fake_quant_layers, init_fake_quant, to_quantized_params
+from sam2jq.quant.algorithms.activations import materialize_weights
+from sam2jq.quant.algorithms.fake_quant import fake_quant_layers, to_quantized_params
 from sam2jq.quant.leaves import materialize_params
-from sam2jq.quant.qtensor import QTensor
-from sam2jq.quant.spec import QuantSpec
-from sam2jq.quant.transform import Stats, each_layer
 from sam2jq.report import curves, text
 from sam2jq.report.run import layer_rows, merged, save_run
-from sam2jq.training.distributed import initialize_distributed
+from sam2jq.training.distributed import initialize_distributed, wait_for_processes
 from sam2jq.training.metric_logging import metric_logger
-from sam2jq.tree import flatten, kernels, layer_name, unflatten
+from sam2jq.tree import flatten, kernels
 
 COMPARED = 16  # held-out clips whose masks are compared at the end
-LOOKED_AT = 32  # clips that tell the ladder what enters a layer
 log = logging.getLogger("sam2jq")
 
 
@@ -55,7 +50,7 @@ def run(config: DistillConfig, job: str, command: str) -> None:
         log.setLevel(logging.WARNING)
     final, record = Path(config.output.root) / (config.output.job or job), []
     timed = partial(stage, record=record)
-    with shared_run_folder(final, settings.dump(config)) as folder:
+    with shared_run_folder(final, loader.dump(config)) as folder:
         with timed("data", f"{config.data.train}, {config.data.val}"):
             train, val = find_clips(config)
             seen = find_student_calibration(config, val)
@@ -65,7 +60,7 @@ def run(config: DistillConfig, job: str, command: str) -> None:
         known = cdpq.Teacher(teaching, materialize_params(teacher.params))
         full = known.params if teaching == model else materialize_params(checkpoint.params)
         params = quantize_student(model, checkpoint.params, config, seen, timed) if config.ptq else checkpoint.params
-        begin = start(params, config, collect_input_stats(model, params, train, config.distill))
+        begin = start(params, config, collect_input_stats(model, params, train, config.distill, stage))
         with timed("teach", f"{len(val)} held-out clips"):
             task = cdpq.make_distill_task(model, known, train, val, config)
         what = f"{len(train)} clips, {config.train.epochs} epochs, {len(fake_quant_layers(begin))} layers learn"
@@ -90,9 +85,9 @@ def run(config: DistillConfig, job: str, command: str) -> None:
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         metrics = history(rows)
         with timed("write", "package.pt, vanilla.pt, curves.png"):
-            config_as = settings.to_dict(config) | {"model": settings.to_dict(config.student)}
+            config_as = loader.to_dict(config) | {"model": loader.to_dict(config.student)}
             metadata = {
-                "model": settings.to_dict(config.student) | {"image_size": model.variant.image_size},
+                "model": loader.to_dict(config.student) | {"image_size": model.variant.image_size},
                 "names": checkpoint.names,
                 "checkpoint": fingerprint(full),
                 "random_weights": checkpoint.random,
@@ -128,7 +123,7 @@ def find_student_calibration(config: DistillConfig, val: list[Item]) -> tuple[li
     if config.ptq is None:
         return None
     if jax.process_count() > 1:
-        raise ValueError("ptq runs in one process: run quantize first, and give its package as student.checkpoint")
+        raise UserError("ptq runs in one process: run quantize first, and give its package as student.checkpoint")
     found = find_calibration(config.ptq.calib, config.seed)
     check_disjoint(found[0], val, "ptq.calib.path")
     return found
@@ -140,52 +135,19 @@ def quantize_student(model: SAM2, params: dict, config: DistillConfig, seen: tup
     ValueError: they are quantized already; and all that quantize raises.
     """
     if any(not isinstance(kernel, jax.Array | np.ndarray) for kernel in kernels(flatten(params)).values()):
-        raise ValueError(f"ptq: {config.student.checkpoint} is quantized already: leave ptq out")
+        raise UserError(f"ptq: {config.student.checkpoint} is quantized already: leave ptq out")
     try:
         done = run_ptq(model, params, replay(config.ptq), seen, config, on_stage)
-    except ValueError as error:
-        raise ValueError(settings.rename_quant_to_ptq(str(error))) from error
+    except UserError as error:
+        raise UserError(loader.rename_quant_to_ptq(str(error))) from error
     return list(done.params_by_stage.values())[-1]
 
 
-def collect_input_stats(
-    model: SAM2, params: dict, clips: list[Item], config: settings.DistillLossConfig
-) -> dict[str, Stats]:
-    """{layer: Stats} of the first of `clips` where the ladder goes by outputs, else nothing."""
-    if (config.confidence_method, config.confidence_on) != ("ladder", "output"):
-        return {}
-    size = model.variant.image_size
-    with stage("calibrate", f"what enters each layer, {len(clips[:LOOKED_AT])} clips"):
-        frames = lambda n: (read_item(clip, size) for clip in clips[n:LOOKED_AT])
-        return collect(model, materialize_params(params), frames, {"gram"})
-
-
-def errors_by_width(
-    params: dict, specs: dict[str, QuantSpec], widths: list[int], stats: dict[str, Stats]
-) -> dict[str, dict[int, float]]:
-    """{layer: {bits: error}} of rounding to nearest: |x w_hat - x w| / |x w| for the inputs x of layers in `stats`,
-    |w_hat - w| / |w| of others."""
-    plain, errors = flatten(materialize_params(params)), {layer: {} for layer in specs}
-    if stats:
-        for path, w in kernels(plain).items():
-            if spec := specs.get(layer := layer_name(path)):
-                lost = np.sqrt(error_by_width(w, stats[layer].gram, spec)).tolist()
-                errors[layer] = dict(zip(WIDTHS, lost))
-        return errors
-    for bits in widths:
-        at = {layer: replace(spec, bits=bits) for layer, spec in specs.items()}
-        rounded = flatten(materialize_params(round_weights(unflatten(plain), at)))
-        for path in kernels(plain):
-            if layer_name(path) in specs:
-                errors[layer_name(path)][bits] = relative_error(rounded[path], plain[path])
-    return errors
-
-
-def measure_config(config: DistillConfig, held_out: int) -> settings.Config:
+def measure_config(config: DistillConfig, held_out: int) -> Config:
     """The settings under which `quantize` would measure the student; images are those of validation."""
-    calib = settings.CalibConfig(config.data.val, held_out)
-    quant = settings.QuantConfig(calib, config.quant.wgts, config.quant.ipts)
-    return settings.Config(config.student, quant=quant, measure=config.measure, seed=config.seed)
+    calib = CalibConfig(config.data.val, held_out)
+    quant = QuantConfig(calib, config.quant.wgts, config.quant.ipts)
+    return Config(config.student, quant=quant, measure=config.measure, seed=config.seed)
 
 
 @contextmanager
@@ -200,12 +162,6 @@ def shared_run_folder(final: Path, resumes: str) -> Iterator[Path]:
         yield final.with_name(f".{final.name}.partial")
 
 
-def wait_for_processes(name: str) -> None:
-    """Waits for all processes."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
 def find_clips(config: DistillConfig) -> tuple[list[Item], list[Item]]:
     """The clips to learn from and to validate on. ValueError: they overlap, or do not fill a batch."""
     data, batch = config.data, config.train.batch_size
@@ -215,72 +171,13 @@ def find_clips(config: DistillConfig) -> tuple[list[Item], list[Item]]:
     check_disjoint(train, val)
     for key, items in {"data.train": train, "data.val": val}.items():
         if len(items) < batch:
-            raise ValueError(
+            raise UserError(
                 f"{key} holds {len(items)} clips, which do not fill a batch of {batch}: give more data, or lower "
                 "train.batch_size"
             )
     if batch % jax.device_count():
-        raise ValueError(f"train.batch_size {batch} cannot be split evenly over {jax.device_count()} devices")
+        raise UserError(f"train.batch_size {batch} cannot be split evenly over {jax.device_count()} devices")
     return train, val
-
-
-def check_pair(teacher: SAM2, model: SAM2) -> None:
-    """ValueError unless a student can learn from a teacher: sizes may differ, what the decoder gets may not."""
-    theirs, own = teacher.variant, model.variant
-    for name in ("image_size", "features", "memory_features"):
-        if getattr(theirs, name) != getattr(own, name):
-            raise ValueError(
-                f"teacher and student: {name} is {getattr(theirs, name)} and {getattr(own, name)}: a student learns "
-                "from a teacher of the same, such as nano from nano, tiny from small, base-plus from large"
-            )
-
-
-def start(params: dict, config: DistillConfig, stats: dict[str, Stats] | None = None) -> dict:
-    """The student: layers of the checkpoint that are quantized keep their grids, the others start on the config's.
-
-    stats: as `collect_input_stats` finds them, for a ladder that goes by outputs.
-    """
-    quant, flat = config.quant, kernels(flatten(params))
-    wgts = quant.wgts
-    if quant.initial_bits is not None:
-        wgts = replace(wgts, dtype=f"{wgts.dtype[:-1]}{quant.initial_bits}")
-    layers = [layer_name(path) for path in flat]
-    specs = weight_specs(wgts, layers)
-    check_prefixes("quant.target_roots", quant.target_roots, layers)
-    if config.distill.confidence_method == "ladder":
-        rungs = [bits for bits in config.distill.bit_candidates if bits >= quant.min_bits]
-        chosen = bit_search(
-            errors_by_width(params, specs, rungs, stats or {}), rungs, config.distill.confidence_threshold
-        )
-        specs = {layer: replace(spec, bits=chosen[layer]) for layer, spec in specs.items()}
-    made = init_fake_quant(params, specs)
-    if quant.ipts.dtype is None:
-        return made
-    bare = [layer for path, layer in zip(flat, layers) if not isinstance(base_weight(flat[path]), QTensor)]
-    inputs = {layer: spec for layer, spec in activation_specs(quant.ipts, specs).items() if layer in bare}
-    return each_layer(partial(quantize_inputs, static=quant.ipts.static), inputs).apply(made, {})
-
-
-def history(rows: list[dict]) -> dict:
-    """What the run's curves and its heat map are drawn from, out of metrics.jsonl."""
-    metrics = [row for row in rows if "bits" in row]
-    layers = list(metrics[0]["bits"]) if metrics else []
-    return {
-        "loss": [[row["step"], row["train/loss"]] for row in rows if "train/loss" in row],
-        "val_loss": [[row["step"], row["val/loss"]] for row in rows if "val/loss" in row],
-        "avg_bit_width": [[row["step"], row["train/avg_bit_width"]] for row in metrics],
-        "bits": {
-            "steps": [row["step"] for row in metrics],
-            "layers": {layer: [row["bits"][layer] for row in metrics] for layer in layers},
-        },
-        "decisions": [decided(row["epoch"], one) for row in rows for one in row.get("decisions", ())],
-    }
-
-
-def decided(epoch: int, one: dict) -> dict:
-    """A decision in the words of the page."""
-    bits, rest = one["bits"], {key: value for key, value in one.items() if key != "bits"}
-    return {"epoch": epoch, "from": bits, "to": bits - 1} | rest
 
 
 @contextmanager

@@ -21,12 +21,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from sam2jq import __version__
-from sam2jq import config as settings
-from sam2jq.config import CalibConfig, Config, DistillConfig, QuantConfig
+from sam2jq.config import loader
+from sam2jq.config.distill import DistillConfig
+from sam2jq.config.quant import CalibConfig, QuantConfig
+from sam2jq.config.run import Config, EvaluateConfig, ModelConfig, SegmentConfig
 from sam2jq.data import read_image
 from sam2jq.data.loader import Item, find_items, read_item
 from sam2jq.data.sav import write_mask
 from sam2jq.data.video import open_video
+from sam2jq.errors import UserError
 from sam2jq.eval.evaluate import drawn_video, evaluate_clips, evaluate_images, find_clips, find_samples
 from sam2jq.eval.fidelity import STAGE_IMAGES, find_ground_truth, ground_truth_id, layer_figures, measure
 from sam2jq.files import atomic_write
@@ -63,18 +66,18 @@ def command_parser() -> argparse.ArgumentParser:
     command.add_argument("--config", help="YAML file; every key of it is also a flag, --quant.calib.path DIR")
     command = add_command(commands, "distill", "lower a student's bits while it learns from a teacher", DistillConfig)
     command.add_argument("--config", help="YAML file; every key of it is also a flag, --train.epochs 5")
-    command = add_command(commands, "segment", "segment an image from clicks or a box", settings.SegmentConfig)
+    command = add_command(commands, "segment", "segment an image from clicks or a box", SegmentConfig)
     command.add_argument("image", help="an image file, or scenes:<seed>/0000 for a drawn one")
     add_prompts(command)
     command.add_argument("--multimask", action="store_true", help="three masks for an ambiguous prompt")
     command.add_argument("--out", default="mask.png", help="the overlay to write (mask.png)")
-    command = add_command(commands, "track", "follow an object through a clip", settings.SegmentConfig)
+    command = add_command(commands, "track", "follow an object through a clip", SegmentConfig)
     command.add_argument("clip", help="a video, a folder of frames, or scenes:<seed>/0000 for a drawn one")
     add_prompts(command)
     command.add_argument("--frame", type=int, default=0, help="the frame that is prompted (0)")
     command.add_argument("--out", default="tracked.gif", help=".gif, or .png for a strip of frames (tracked.gif)")
     measures = "measure how well a checkpoint segments images or follows objects"
-    command = add_command(commands, "evaluate", measures, settings.EvaluateConfig)
+    command = add_command(commands, "evaluate", measures, EvaluateConfig)
     command.add_argument("--config", help="YAML file; every key of it is also a flag")
     command = add_command(commands, "export", "write what is in a package in another format")
     command.add_argument("--package", required=True, help="package.pt of a run, or the run's folder")
@@ -105,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
         if error.name not in ("torch", "safetensors"):
             raise
         return _fail(f"this command needs {error.name}: pip install 'sam2jq[torch]'")
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         log.debug("", exc_info=True)  # --verbose shows where it came from
         return _fail(" ".join(str(error).split()))
     return 0
@@ -117,10 +120,10 @@ def quantize(args: argparse.Namespace, flags: list[str]) -> None:
     from converters.exports.package import load_package, save_package
     from converters.exports.vanilla import save_vanilla
 
-    config = settings.load(args.config, flags)
+    config = loader.load(args.config, flags)
     job = config.output.job or Path(args.config or "quantize").stem
     with job_folder(Path(config.output.root) / job) as folder:
-        (folder / "config.yaml").write_text(settings.dump(config))
+        (folder / "config.yaml").write_text(loader.dump(config))
         record = []
         timed = partial(stage, record=record)
         calib = config.quant.calib
@@ -135,7 +138,7 @@ def quantize(args: argparse.Namespace, flags: list[str]) -> None:
         needs = {"gram"} if config.convert_nunchaku else ()
         done = run_ptq(model, full, config.quant, (items, images), config, timed, needs)
         asked, config = config, replace(config, quant=done.config)
-        (folder / "config.yaml").write_text(settings.dump(config))  # with the bits that were chosen for a target
+        (folder / "config.yaml").write_text(loader.dump(config))  # with the bits that were chosen for a target
         variants = {"full precision": full}
         measured = [name for name in ("weights", "inputs", "outputs") if name in done.params_by_stage]
         variants |= {name: materialize_weights(done.params_by_stage[name]) for name in measured}
@@ -146,12 +149,12 @@ def quantize(args: argparse.Namespace, flags: list[str]) -> None:
         results, errors, gallery = measure(model, variants, done.params_by_stage, names, ground_truth, config, timed)
         with timed("write", "package.pt" + ", vanilla.pt, cache" * config.save_model):
             metadata = {
-                "model": settings.to_dict(config.model) | {"image_size": model.variant.image_size},
+                "model": loader.to_dict(config.model) | {"image_size": model.variant.image_size},
                 "names": checkpoint.names,
                 "checkpoint": fingerprint(full),
                 "input_ranges": {k: [float(s.low.min()), float(s.high.max())] for k, s in done.stats.items()},
                 "random_weights": checkpoint.random,
-                "config": settings.to_dict(config),
+                "config": loader.to_dict(config),
                 "results": results,
                 "versions": {"sam2jq": __version__} | {name: version(name) for name in ("jax", "flax", "torch")},
             }
@@ -169,7 +172,7 @@ def quantize(args: argparse.Namespace, flags: list[str]) -> None:
             "stage_images": min(STAGE_IMAGES, len(names)),
             "images_id": fingerprint({}, images),
             "truth_id": ground_truth_id(ground_truth),
-            "asked": settings.to_dict(asked),
+            "asked": loader.to_dict(asked),
             "command": command_line(args, flags),
         }
         save_run(folder, metrics, gallery)
@@ -183,7 +186,7 @@ def distill(args: argparse.Namespace, flags: list[str]) -> None:
     """Teacher + student + frames -> <output.root>/<job>/ with package, vanilla checkpoint and curves."""
     from sam2jq.cli import distill as cli_distill
 
-    config = settings.load(args.config, flags, DistillConfig)
+    config = loader.load(args.config, flags, DistillConfig)
     cli_distill.run(config, Path(args.config or "distill").stem, command_line(args, flags))
 
 
@@ -191,7 +194,7 @@ def segment(args: argparse.Namespace, flags: list[str]) -> None:
     """An image and a prompt -> an overlay in `args.out`."""
     labels = prompt_labels(args)
     image = read_image(args.image)
-    config = settings.load(None, flags, settings.SegmentConfig)
+    config = loader.load(None, flags, SegmentConfig)
     model, checkpoint = load_model(config.model, config.cache.root)
     predictor = ImagePredictor(model, materialize_weights(checkpoint.params), dtype=config.model.dtype)
     predictor.set_image(image)
@@ -212,9 +215,9 @@ def track(args: argparse.Namespace, flags: list[str]) -> None:
     """A clip and a prompt on one of its frames -> the object in all frames after it, moving or on a strip."""
     labels, out = prompt_labels(args), Path(args.out)
     if out.suffix.lower() not in (".gif", ".png"):
-        raise ValueError(f"--out {out}: give a name that ends in .gif or, for a strip of frames, in .png")
+        raise UserError(f"--out {out}: give a name that ends in .gif or, for a strip of frames, in .png")
     video = drawn_video(args.clip) if args.clip.startswith("scenes:") else open_video(args.clip)
-    config = settings.load(None, flags, settings.SegmentConfig)
+    config = loader.load(None, flags, SegmentConfig)
     model, checkpoint = load_model(config.model, config.cache.root)
     predictor = VideoPredictor(model, materialize_weights(checkpoint.params), dtype=config.model.dtype)
     state = predictor.init_state(video)
@@ -238,10 +241,10 @@ def track(args: argparse.Namespace, flags: list[str]) -> None:
 
 def evaluate(args: argparse.Namespace, flags: list[str]) -> None:
     """Checkpoint + annotated images or clips -> mIoU, or J and F with all masks, in <output.root>/<job>/."""
-    config = settings.load(args.config, flags, settings.EvaluateConfig)
+    config = loader.load(args.config, flags, EvaluateConfig)
     job = config.output.job or (Path(args.config).stem if args.config else f"evaluate_{config.task}")
     with job_folder(Path(config.output.root) / job) as folder:
-        (folder / "config.yaml").write_text(settings.dump(config))
+        (folder / "config.yaml").write_text(loader.dump(config))
         with stage("data", config.data):
             if config.task == "image":
                 samples = find_samples(config.data, config.num_samples)
@@ -271,7 +274,7 @@ def mask_writer(folder: Path):
 
 def add_command(commands, name: str, what: str, schema: type | None = None) -> argparse.ArgumentParser:
     """The parser of one command, whose help lists the settings in `schema`."""
-    listed = schema and "settings and their defaults:\n  " + "\n  ".join(settings.keys(schema))
+    listed = schema and "settings and their defaults:\n  " + "\n  ".join(loader.keys(schema))
     raw = argparse.RawDescriptionHelpFormatter
     command = commands.add_parser(name, help=what, epilog=listed, allow_abbrev=False, formatter_class=raw)
     command.add_argument("-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
@@ -287,10 +290,10 @@ def add_prompts(command: argparse.ArgumentParser) -> None:
 def prompt_labels(args: argparse.Namespace) -> list[int]:
     """One label for each of args.points."""
     if not args.points and args.box is None:
-        raise ValueError("no prompt: give --points X,Y [X,Y ...] or --box X0,Y0,X1,Y1")
+        raise UserError("no prompt: give --points X,Y [X,Y ...] or --box X0,Y0,X1,Y1")
     labels = args.labels or [1] * len(args.points)
     if len(labels) != len(args.points):
-        raise ValueError(f"{len(args.points)} points but {len(labels)} labels: give one label each")
+        raise UserError(f"{len(args.points)} points but {len(labels)} labels: give one label each")
     return labels
 
 
@@ -300,7 +303,7 @@ def inspect(args: argparse.Namespace, flags: list[str]) -> None:
     from converters.exports.vanilla import hydra_config
 
     if flags:
-        raise ValueError(f"inspect takes no {flags[0]}")
+        raise UserError(f"inspect takes no {flags[0]}")
     path = Path(args.package)
     summary = load_package(path / "package.pt" if path.is_dir() else path).summary()
     model = summary["model"]
@@ -316,7 +319,7 @@ def export(args: argparse.Namespace, flags: list[str]) -> None:
     from converters.exports.package import load_package
 
     if flags:
-        raise ValueError(f"export takes no {flags[0]}")
+        raise UserError(f"export takes no {flags[0]}")
     path, out = Path(args.package), Path(args.out)
     path = path / "package.pt" if path.is_dir() else path
     metadata = load_package(path).metadata
@@ -345,7 +348,7 @@ def export(args: argparse.Namespace, flags: list[str]) -> None:
 def report(args: argparse.Namespace, flags: list[str]) -> None:
     """The page of a run, or that of several side by side, in `args.out`."""
     if flags:
-        raise ValueError(f"report takes no {flags[0]}")
+        raise UserError(f"report takes no {flags[0]}")
     runs = read_runs(args.runs)
     page = runs_page(runs) if len(runs) > 1 else run_page(*next(iter(runs.items())))
     with atomic_write(args.out) as temporary:
@@ -357,11 +360,11 @@ def sweep(args: argparse.Namespace, flags: list[str]) -> None:
     """A run for every combination of `args.over`, those that are finished kept; their page and a table as CSV."""
     root, job = sweep_folder(args, flags)
     jobs = {}
-    for values in settings.sweep_combinations(args.over):  # all are read before the first one runs
+    for values in loader.sweep_combinations(args.over):  # all are read before the first one runs
         name = job_name(values)
         places = {"output.root": str(root / job), "output.job": name}
         own = [*flags, *(part for key, value in (values | places).items() for part in (f"--{key}", json.dumps(value)))]
-        jobs[root / job / name] = own, settings.load(args.config, own)
+        jobs[root / job / name] = own, loader.load(args.config, own)
     begin, made = time.perf_counter(), 0
     for i, (folder, (own, config)) in enumerate(jobs.items(), 1):
         if folder.exists():
@@ -388,19 +391,19 @@ def job_name(values: dict[str, object]) -> str:
 
 def sweep_folder(args: argparse.Namespace, flags: list[str]) -> tuple[Path, str]:
     """The root and the name of the folder that holds a sweep's runs."""
-    output = settings.load(args.config, flags).output
+    output = loader.load(args.config, flags).output
     return Path(output.root), output.job or f"{Path(args.config or 'quantize').stem}_sweep"
 
 
 def check_same(folder: Path, config: Config) -> None:
     """ValueError unless the finished run in `folder` was made with the settings of `config`."""
-    asked = [settings_of(of) for of in (read_metrics(folder)["asked"], settings.to_dict(config))]
+    asked = [settings_of(of) for of in (read_metrics(folder)["asked"], loader.to_dict(config))]
     changed = [key for key in asked[0] | asked[1] if asked[0].get(key) != asked[1].get(key)]
     if changed:
-        raise ValueError(f"{folder} was made with another {', '.join(changed)}: remove it, or give --output.job a name")
+        raise UserError(f"{folder} was made with another {', '.join(changed)}: remove it, or give --output.job a name")
 
 
-def load_model(wanted: settings.ModelConfig, cache: str, image_size: int | None = None):
+def load_model(wanted: ModelConfig, cache: str, image_size: int | None = None):
     """The model of a config and its checkpoint, after jax was told where to run it."""
     from converters.checkpoint import load_checkpoint
 
@@ -408,7 +411,7 @@ def load_model(wanted: settings.ModelConfig, cache: str, image_size: int | None 
         try:
             jax.config.update("jax_default_device", jax.devices(wanted.device)[0])
         except RuntimeError as error:
-            raise ValueError(f"model.device {wanted.device}: no such device here; use auto") from error
+            raise UserError(f"model.device {wanted.device}: no such device here; use auto") from error
     jax.config.update("jax_default_matmul_precision", "highest")  # float32 means float32 on GPU and TPU too
     jax.config.update("jax_compilation_cache_dir", str(Path(cache).absolute() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a layer's programs are small but many
@@ -480,7 +483,7 @@ def convert_nunchaku(config: Config, model: SAM2, checkpoint, full: dict, done: 
         chosen = {path: in_file_precision(leaf) for path, leaf in kernels(flat).items() if layer_name(path) in layers}
         rounded = flatten(onto(GRID, config.quant.wgts, layers).apply(unflatten(flat | chosen), done.stats))
         tree = flatten(full) | {path: leaf for path, leaf in rounded.items() if layer_name(path) in layers}
-        about = settings.to_dict(config.model) | {"image_size": model.variant.image_size}
+        about = loader.to_dict(config.model) | {"image_size": model.variant.image_size}
         save_nunchaku(folder / "nunchaku", unflatten(tree), about, checkpoint.names)
         return computed_by_kernels(full, folder / "nunchaku")
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sam2jq.data.images import image_size, images_by_ending, read_json
+from sam2jq.errors import UserError
 
 FIELDS = {"id", "image_id", "category_id", "segmentation", "bbox"}
 
@@ -46,10 +47,10 @@ def coco_images(root: str) -> list[CocoImage]:
         for image in listed:
             path = str(index[image.path])
             if path in images:
-                raise ValueError(f"{file}: {image.path} is listed twice, here or in another json; leave only one")
+                raise UserError(f"{file}: {image.path} is listed twice, here or in another json; leave only one")
             images[path] = image._replace(path=path)
     if not images:
-        raise ValueError(f"{', '.join(map(str, files))}: no image with an instance")
+        raise UserError(f"{', '.join(map(str, files))}: no image with an instance")
     return [images[path] for path in sorted(images)]
 
 
@@ -71,7 +72,7 @@ def listed_images(file: Path) -> list[CocoImage]:
         instances = [annotation for annotation in content["annotations"] if not annotation.get("iscrowd")]
         images = {entry["id"]: name_and_size(entry) for entry in content["images"]}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file}: not in COCO's format for instances ({error!r}); download it again") from error
+        raise UserError(f"{file}: not in COCO's format for instances ({error!r}); download it again") from error
     by_image = defaultdict(list)
     for annotation in instances:
         check_fields(file, annotation, categories)
@@ -85,16 +86,16 @@ def name_and_size(entry: dict) -> tuple[str, tuple[int, int]]:
 
 def check_fields(file: Path, annotation: dict, categories: dict[int, str]) -> None:
     if missing := FIELDS - annotation.keys():
-        raise ValueError(f"{file}: annotation {annotation.get('id')} lacks {', '.join(sorted(missing))}")
+        raise UserError(f"{file}: annotation {annotation.get('id')} lacks {', '.join(sorted(missing))}")
     if annotation["category_id"] not in categories:
-        raise ValueError(f"{file}: annotation {annotation['id']} has no category: {annotation['category_id']} is none")
+        raise UserError(f"{file}: annotation {annotation['id']} has no category: {annotation['category_id']} is none")
 
 
 def read_instances(image: CocoImage) -> list[Instance]:
     """The instances of an image whose mask has a pixel at least."""
     size = image_size(image.path)
     if size != image.size:
-        raise ValueError(
+        raise UserError(
             f"{image.path}: {size[1]} x {size[0]} pixels, but its annotations are for {image.size[1]} x {image.size[0]}"
         )
     instances = [read_instance(image, annotation) for annotation in image.annotations]
@@ -107,7 +108,7 @@ def read_instance(image: CocoImage, annotation: dict) -> Instance:
         x, y, width, height = annotation["bbox"]
         box = np.array([x, y, x + width, y + height], np.float32)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{image.path}: annotation {annotation['id']} is not readable: {error}") from error
+        raise UserError(f"{image.path}: annotation {annotation['id']} is not readable: {error}") from error
     return Instance(image.path, mask, box, image.categories[annotation["category_id"]], annotation["id"])
 
 
@@ -117,12 +118,12 @@ def decode_mask(segmentation, size: tuple[int, int]) -> np.ndarray:
         case [*polygons]:
             return fill_polygons(polygons, size)
         case {"size": [height, width]} if (height, width) != size:
-            raise ValueError(f"its mask has {width} x {height} pixels, but the image {size[1]} x {size[0]}")
+            raise UserError(f"its mask has {width} x {height} pixels, but the image {size[1]} x {size[0]}")
         case {"size": _, "counts": [*runs]}:
             return unroll(runs, size)
         case {"size": _, "counts": str(text)}:
             return unroll(run_lengths(text), size)
-    raise ValueError("its segmentation is neither polygons nor run lengths with a size")
+    raise UserError("its segmentation is neither polygons nor run lengths with a size")
 
 
 def fill_polygons(polygons: list[list[float]], size: tuple[int, int]) -> np.ndarray:
@@ -130,7 +131,7 @@ def fill_polygons(polygons: list[list[float]], size: tuple[int, int]) -> np.ndar
     try:
         from pycocotools import mask
     except ModuleNotFoundError as error:
-        raise ValueError("polygons need the extra eval: pip install 'sam2jq[eval]'") from error
+        raise UserError("polygons need the extra eval: pip install 'sam2jq[eval]'") from error
     polygons = [polygon for polygon in polygons if len(polygon) >= 6]
     if not polygons:
         return np.zeros(size, bool)
@@ -143,7 +144,7 @@ def unroll(runs: list[int], size: tuple[int, int]) -> np.ndarray:
     Not with pycocotools: where the runs do not fill the mask it leaves the rest to chance.
     """
     if sum(runs) != size[0] * size[1] or min(runs) < 0:
-        raise ValueError(f"its run lengths cover {sum(runs)} pixels, but the mask has {size[0] * size[1]}")
+        raise UserError(f"its run lengths cover {sum(runs)} pixels, but the mask has {size[0] * size[1]}")
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(size[::-1]).T
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from sam2jq.data.synthetic.scenes import draw_scene, scene_seed
+from sam2jq.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 SAV_FRAMES = "JPEGImages_24fps"
@@ -30,7 +31,7 @@ def find_images(spec: str, num_samples: int | None, seed: int) -> list[str]:
     Hidden files and folders, links to folders, and sub folders called annotations* (they hold masks) are left out.
     """
     if num_samples is not None and num_samples < 1:
-        raise ValueError(f"{spec}: num_samples must be at least 1, got {num_samples}; leave it out to take every image")
+        raise UserError(f"{spec}: num_samples must be at least 1, got {num_samples}; leave it out to take every image")
     if spec.startswith("scenes:"):
         return scene_names(spec, num_samples)
     names = sorted(map(str, list_images(spec)))
@@ -43,9 +44,9 @@ def scene_names(spec: str, num_samples: int | None) -> list[str]:
     """["scenes:7/0000", "scenes:7/0001", ...] for "scenes:7"."""
     seed = spec.removeprefix("scenes:")
     if not seed.isdecimal():
-        raise ValueError(f"{spec}: the seed must be a whole number that is not negative; write it like scenes:7")
+        raise UserError(f"{spec}: the seed must be a whole number that is not negative; write it like scenes:7")
     if num_samples is None:
-        raise ValueError(f"{spec}: drawn scenes have no end; give num_samples")
+        raise UserError(f"{spec}: drawn scenes have no end; give num_samples")
     return [f"scenes:{int(seed)}/{index:04d}" for index in range(num_samples)]
 
 
@@ -55,7 +56,7 @@ def list_images(spec: str) -> list[Path]:
     if not spec or not root.exists():
         raise FileNotFoundError(f"{spec or 'empty path'}: no such file or folder; give a folder of images or scenes:7")
     if root.is_file() and not is_image(root.name):
-        raise ValueError(f"{spec}: not an image file; allowed: a folder or a file that ends in {' '.join(SUFFIXES)}")
+        raise UserError(f"{spec}: not an image file; allowed: a folder or a file that ends in {' '.join(SUFFIXES)}")
     if root.is_file():
         return [root]
     if folders := frame_folders(root):
@@ -110,7 +111,7 @@ def read_json(path: Path):
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path}: broken json ({error}); download it again or move it away") from error
+        raise UserError(f"{path}: broken json ({error}); download it again or move it away") from error
 
 
 def images_by_ending(root: Path) -> dict[str, Path]:
@@ -159,7 +160,7 @@ def open_image(name: str) -> Iterator[Image.Image]:
         with Image.open(name) as image:
             yield image
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name}: not a readable image ({error}); remove it or convert it to jpg or png") from error
+        raise UserError(f"{name}: not a readable image ({error}); remove it or convert it to jpg or png") from error
 
 
 def preprocess(image: np.ndarray, size: int) -> np.ndarray:
@@ -170,7 +171,7 @@ def preprocess(image: np.ndarray, size: int) -> np.ndarray:
     """
     shape, dtype = getattr(image, "shape", ()), getattr(image, "dtype", type(image).__name__)
     if dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
-        raise ValueError(f"an image must be uint8 [H, W, 3], got {dtype} {list(shape)}; read_image returns one")
+        raise UserError(f"an image must be uint8 [H, W, 3], got {dtype} {list(shape)}; read_image returns one")
     channels = np.moveaxis(image.astype(np.float32) / 255, -1, 0)
     resized = [Image.fromarray(c).resize((size, size), Image.Resampling.BILINEAR) for c in channels]
     return normalize(np.stack([np.asarray(c) for c in resized], axis=-1))

@@ -13,6 +13,7 @@ import numpy as np
 from sam2jq.data.images import SAV_FRAMES, find_images, frame_folders, preprocess, read_image, scene_names
 from sam2jq.data.synthetic.scenes import draw_clip, scene_seed
 from sam2jq.data.video import find_frames
+from sam2jq.errors import UserError
 
 
 class Item(NamedTuple):
@@ -57,7 +58,7 @@ def find_items(spec: str, num_samples: int | None, seed: int, frames: int = 1, s
             items = [items[i] for i in sorted(chosen)]
     if not items or (num_samples is not None and len(items) < num_samples):
         held = f"{len(items)} images" if frames == 1 else f"{len(items)} clips of {frames} frames"
-        raise ValueError(f"{spec} holds {held}, fewer than num_samples {num_samples}: add some, or ask for fewer")
+        raise UserError(f"{spec} holds {held}, fewer than num_samples {num_samples}: add some, or ask for fewer")
     return items
 
 
@@ -86,7 +87,7 @@ def check_disjoint(train: Sequence[Item], val: Sequence[Item], key: str = "data.
     }
     both = real(train) & real(val)
     if both:
-        raise ValueError(
+        raise UserError(
             f"{key} and data.val share {len(both)} frames, such as {min(both)}: what is trained on says nothing "
             "as validation; give two splits"
         )
@@ -97,7 +98,7 @@ def order(number: int, batch: int, seed: int, first: int) -> Iterator[np.ndarray
     does not fill a batch is left out."""
     steps = number // batch
     if steps == 0:
-        raise ValueError(f"{number} items do not fill a batch of {batch}: lower train.batch_size or give more data")
+        raise UserError(f"{number} items do not fill a batch of {batch}: lower train.batch_size or give more data")
     for step in count(first):
         epoch, place = divmod(step, steps)
         mixed = np.random.default_rng((seed, epoch)).permutation(number)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from sam2jq.data.images import SAV_FRAMES, open_image
 from sam2jq.data.video import find_frames
+from sam2jq.errors import UserError
 
 SAV_MASKS = "Annotations_6fps"
 PARTS = (SAV_FRAMES, SAV_MASKS)
@@ -62,7 +63,7 @@ def listed_videos(folder: Path) -> list[str]:
     lines = path.read_text().splitlines() if path.is_file() else subfolders(path)
     names = [line.strip() for line in lines if line.strip()]
     if not names:
-        raise ValueError(f"{path}: names no video; {SAV_FRAMES} needs a folder of frames for each")
+        raise UserError(f"{path}: names no video; {SAV_FRAMES} needs a folder of frames for each")
     return names
 
 
@@ -81,7 +82,7 @@ def find_masks(folder: Path, index: dict[str, int]) -> dict[int, str]:
         raise FileNotFoundError(f"{folder}: holds no mask; put masks such as 00000.png there or remove the folder")
     unknown = [file.name for file in files if file.stem not in index]
     if unknown:
-        raise ValueError(f"{folder}: no frame belongs to {', '.join(unknown)}; add the frames or remove the masks")
+        raise UserError(f"{folder}: no frame belongs to {', '.join(unknown)}; add the frames or remove the masks")
     return dict(sorted((index[file.stem], str(file)) for file in files))
 
 
@@ -90,9 +91,9 @@ def read_mask(path: str, size: tuple[int, int] | None = None) -> np.ndarray:
     with open_image(path) as image:
         mask = np.array(image) > 0
     if mask.ndim != 2:
-        raise ValueError(f"{path}: not a mask but an image with {mask.shape[2]} channels; convert it to one channel")
+        raise UserError(f"{path}: not a mask but an image with {mask.shape[2]} channels; convert it to one channel")
     if size is not None and mask.shape != size:
-        raise ValueError(f"{path}: {mask.shape[1]} x {mask.shape[0]} pixels, but its frame has {size[1]} x {size[0]}")
+        raise UserError(f"{path}: {mask.shape[1]} x {mask.shape[0]} pixels, but its frame has {size[1]} x {size[0]}")
     return mask
 
 
@@ -102,7 +103,7 @@ def write_mask(path: str, mask: np.ndarray) -> None:
     To the eye, and read as SA-V's evaluator does, it is the same file; DAVIS's other 254 colours are left out.
     """
     if mask.dtype != bool or mask.ndim != 2:
-        raise ValueError(f"{path}: a mask must be bool [H, W], got {mask.dtype} {list(mask.shape)}")
+        raise UserError(f"{path}: a mask must be bool [H, W], got {mask.dtype} {list(mask.shape)}")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(mask.astype(np.uint8))
     image.putpalette(PALETTE)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from sam2jq.data.images import SUFFIXES, image_size, is_image, read_image
+from sam2jq.errors import UserError
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm")
 
@@ -38,7 +39,7 @@ def open_video(path: str) -> Video:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path or 'empty path'}: no such file or folder; give a video or a folder of frames")
     if not path.lower().endswith(VIDEO_SUFFIXES):
-        raise ValueError(f"{path}: not a video; allowed: a folder of frames or a file in {' '.join(VIDEO_SUFFIXES)}")
+        raise UserError(f"{path}: not a video; allowed: a folder of frames or a file in {' '.join(VIDEO_SUFFIXES)}")
     return open_file(path)
 
 
@@ -46,7 +47,7 @@ def video_of(frames: np.ndarray) -> Video:
     """The clip of uint8 frames [T, H, W, 3] in memory."""
     shape, dtype = getattr(frames, "shape", ()), getattr(frames, "dtype", type(frames).__name__)
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
-        raise ValueError(f"a clip must be uint8 [T, H, W, 3] with a frame at least, got {dtype} {list(shape)}")
+        raise UserError(f"a clip must be uint8 [T, H, W, 3] with a frame at least, got {dtype} {list(shape)}")
     return Video([f"{index:05d}" for index in range(len(frames))], shape[1:3], lambda index: frames[index])
 
 
@@ -62,7 +63,7 @@ def find_frames(path: str) -> list[str]:
         raise FileNotFoundError(f"{path}: holds no frame; looked for {' '.join(SUFFIXES)} in it, not in folders below")
     for one, other in itertools.pairwise(files):
         if one.stem == other.stem:
-            raise ValueError(f"{path}: {one.name} and {other.name} are both frame {one.stem}; remove one of them")
+            raise UserError(f"{path}: {one.name} and {other.name} are both frame {one.stem}; remove one of them")
     return list(map(str, files))
 
 
@@ -82,7 +83,7 @@ def open_file(path: str) -> Video:
     """Decodes the whole file once beforehand: its header may give a wrong number of frames, or none."""
     sizes = [upright_size(frame) for frame in decode(path)]
     if not sizes:
-        raise ValueError(f"{path}: holds no frame; convert it again or give a folder of frames")
+        raise UserError(f"{path}: holds no frame; convert it again or give a folder of frames")
     names = [f"{index:05d}" for index in range(len(sizes))]
     size = common_size([f"{path} frame {name}" for name in names], sizes)
     frame_at = forward_reader(lambda: decode(path))
@@ -94,16 +95,16 @@ def decode(path: str) -> Iterator:
     try:
         import av
     except ModuleNotFoundError as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is a video and that needs the extra eval: pip install 'sam2jq[eval]', or give a folder of frames"
         ) from error
     try:
         with av.open(path) as container:
             if not container.streams.video:
-                raise ValueError(f"{path}: holds no video stream; give a video or a folder of frames")
+                raise UserError(f"{path}: holds no video stream; give a video or a folder of frames")
             yield from container.decode(video=0)
     except av.error.FFmpegError as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: not a readable video ({error.strerror}); convert it again or give a folder of frames"
         ) from error
 
@@ -126,7 +127,7 @@ def common_size(names: list[str], sizes: list[tuple[int, int]]) -> tuple[int, in
     """The (H, W) that all frames share."""
     for name, size in zip(names, sizes):
         if size != sizes[0]:
-            raise ValueError(
+            raise UserError(
                 f"{name}: {size[1]} x {size[0]} pixels, but {names[0]} has {sizes[0][1]} x {sizes[0][0]}; "
                 "bring all frames of a clip to one size"
             )

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sam2jq.errors import UserError
+
 Array = jax.Array
 
 
@@ -105,7 +107,7 @@ def bit_search(errors: Mapping[str, Mapping[int, float]], rungs: Sequence[int], 
         steps = sorted(rungs, reverse=True)
         over = next((i for i, bits in enumerate(steps) if error[bits] > threshold), len(steps))
         if over == 0:
-            raise ValueError(
+            raise UserError(
                 f"layer {layer}: even {steps[0]} bits err by {error[steps[0]]:.3g}, over distill.confidence_threshold "
                 f"{threshold:g}: raise it, or add a wider rung to distill.bit_candidates"
             )

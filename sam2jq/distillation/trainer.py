@@ -18,7 +18,7 @@ import optax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from sam2jq.config import DistillConfig, DistillLossConfig, TrainConfig
+from sam2jq.config.distill import DistillConfig, DistillLossConfig, TrainConfig
 from sam2jq.data.loader import Item, order, prefetched, read_item
 from sam2jq.distillation.schedule import (
     Decision,
@@ -30,6 +30,7 @@ from sam2jq.distillation.schedule import (
     reduce_bits,
 )
 from sam2jq.distillation.targets import PARTS, DistillBatch, distillation_loss, make_targets
+from sam2jq.errors import UserError
 from sam2jq.files import atomic_write
 from sam2jq.models.sam2 import SAM2
 from sam2jq.ptq.calibration import fingerprint
@@ -294,7 +295,7 @@ def summary(rows: list[dict[str, Array]], number: int, names: Sequence[str]) -> 
         if not np.isfinite(row["loss"]):
             wrong = np.flatnonzero(~np.isfinite(row["layers"]))
             where = f"layer {names[wrong[0]]}" if len(wrong) else "no layer"
-            raise ValueError(
+            raise UserError(
                 f"the loss is {row['loss']} at step {at}, first in {where}: lower train.learning_rate; the last good "
                 "checkpoint is kept, and the same command goes on from it"
             )

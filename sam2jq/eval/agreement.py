@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam2jq.data import preprocess
+from sam2jq.errors import UserError
 from sam2jq.eval.metrics import iou
 from sam2jq.models.sam2 import SAM2
 from sam2jq.predictors.image import decode, encode_images
@@ -57,7 +58,7 @@ def summarize(results: list[Compared]) -> dict:
     """{"feature_error": {"stride4": ...}, "mask_iou", "mask_iou_worst_image", "images", "prompts_per_image"}."""
     error = np.sqrt(sum(r.difference for r in results) / sum(r.reference for r in results))
     if not np.isfinite(error).all():
-        raise ValueError("features are not finite: the model overflows in this dtype, give --model.dtype float32")
+        raise UserError("features are not finite: the model overflows in this dtype, give --model.dtype float32")
     per_image = [float(r.ious.mean()) for r in results]
     return {
         "feature_error": {f"stride{stride}": float(e) for stride, e in zip(STRIDES, error)},

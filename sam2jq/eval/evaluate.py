@@ -11,6 +11,7 @@ from sam2jq.data.images import read_image, scene_names
 from sam2jq.data.sav import read_mask, vos_videos
 from sam2jq.data.synthetic.scenes import Clip, draw_clip, draw_scene, scene_seed
 from sam2jq.data.video import Video, open_video, video_of
+from sam2jq.errors import UserError
 from sam2jq.eval.metrics import VideoScores, mean_scores, video_scores
 from sam2jq.eval.prompted import mean_ious, object_ious, segment_objects, track_from_masks
 from sam2jq.models.sam2 import SAM2
@@ -88,7 +89,7 @@ def evaluate_images(model: SAM2, params: dict, samples: Iterator[Sample], dtype:
     pairs = (pair for pair in (sample.read() for sample in samples) if len(pair[1]))
     ious = [object_ious(segment_objects(model, params, *pair, dtype), pair[1]) for pair in pairs]
     if not ious:
-        raise ValueError("no image has an object to segment: every annotation is a crowd or missing")
+        raise UserError("no image has an object to segment: every annotation is a crowd or missing")
     return {"miou": mean_ious(ious), "images": len(ious), "instances": sum(len(of["box"]) for of in ious)}
 
 

@@ -6,17 +6,18 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from sam2jq.config import Config
+from sam2jq.config.run import Config
 from sam2jq.data import read_image
+from sam2jq.errors import UserError
 from sam2jq.eval.agreement import Compared, compare, summarize
 from sam2jq.eval.evaluate import Annotated, Sample, evaluate_clips, find_clips, find_samples
 from sam2jq.eval.gallery import Gallery, add, of_clicks, of_objects, sample_images
-from sam2jq.eval.metrics import relative_error
 from sam2jq.eval.prompted import mean_ious, object_ious, segment_objects
 from sam2jq.models.sam2 import FLOW, SAM2
 from sam2jq.predictors.video import VideoPredictor
 from sam2jq.ptq.calibration import fingerprint
 from sam2jq.ptq.pipeline import UNROUNDED, in_order
+from sam2jq.quant.error import relative_error
 from sam2jq.quant.leaves import materialize_params
 from sam2jq.quant.transform import Stats
 from sam2jq.tree import flatten, kernels, layer_name
@@ -107,7 +108,7 @@ def against_ground_truth(
             gallery = add(gallery, of_objects(sample.name, masks, *both), drawn.get(i))
     of_last = scores[last]
     if not of_last:
-        raise ValueError(f"{config.measure.images}: no image has an object to segment, give others for measure.images")
+        raise UserError(f"{config.measure.images}: no image has an object to segment, give others for measure.images")
     objects = sum(len(ious["box"]) for ious in of_last)
     means = {kind: mean_ious(of) for kind, of in scores.items()}
     return {"miou": means, "miou_images": len(of_last), "miou_objects": objects}, gallery

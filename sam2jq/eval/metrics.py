@@ -1,15 +1,16 @@
-"""Figures of merit: what quantization cost, and the video metrics J & F of SA-V and DAVIS.
+"""Mask metrics: IoU, boundary IoU, and the video metrics J & F of SA-V and DAVIS.
 
 J & F follow facebookresearch/sam2, sav_dataset/utils/sav_benchmark.py, which took them from hkchengrex/vos-benchmark.
 They are shares in 0..1 here; the evaluator prints percent.
 """
 
-import math
 from typing import NamedTuple
 
 import numpy as np
 from scipy.ndimage import minimum_filter
 from scipy.spatial import KDTree
+
+from sam2jq.errors import UserError
 
 
 class VideoScores(NamedTuple):
@@ -21,31 +22,6 @@ class VideoScores(NamedTuple):
     @property
     def jf(self) -> float:
         return (self.j + self.f) / 2
-
-
-def relative_error(got, reference) -> float:
-    """|got - reference| / |reference|, Euclidean norms over all elements, in float64; 0 when both are zero."""
-    got, reference = np.asarray(got, np.float64), np.asarray(reference, np.float64)
-    check_shapes(got, reference)
-    size = np.linalg.norm(reference)
-    difference = np.linalg.norm(got - reference)
-    return float(difference / size) if size else float("inf") if difference else 0.0
-
-
-def sqnr(got, reference) -> float:
-    """10 log10(|reference|^2 / |got - reference|^2) in dB, over all elements; inf when both are the same."""
-    error = relative_error(got, reference)
-    return -20 * math.log10(error) if error else float("inf")
-
-
-def cosine(got, reference) -> float:
-    """<got, reference> / (|got| |reference|) over all elements, in float64; 1 when both are zero, 0 when one is."""
-    got, reference = np.asarray(got, np.float64), np.asarray(reference, np.float64)
-    check_shapes(got, reference)
-    sizes = np.linalg.norm(got), np.linalg.norm(reference)
-    if not all(sizes):
-        return 0.0 if any(sizes) else 1.0
-    return float(np.vdot(got / sizes[0], reference / sizes[1]))
 
 
 def iou(got: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -119,7 +95,7 @@ def video_scores(got: np.ndarray, reference: np.ndarray) -> VideoScores:
     check_masks(got, reference, "T, H, W")
     got, reference = got[1:-1], reference[1:-1]
     if not reference.any():
-        raise ValueError(
+        raise UserError(
             f"the object is in none of the {len(reference)} annotated frames between the first and the last: "
             "SA-V's evaluator has no score for it, leave it out"
         )
@@ -132,13 +108,13 @@ def video_scores(got: np.ndarray, reference: np.ndarray) -> VideoScores:
 def mean_scores(scores: list[VideoScores]) -> VideoScores:
     """The score of a dataset: the mean over the objects of all its videos at once, however many a video has."""
     if not scores:
-        raise ValueError("no object to average over")
+        raise UserError("no object to average over")
     return VideoScores(*np.mean(scores, axis=0).tolist())
 
 
 def check_shapes(got: np.ndarray, reference: np.ndarray) -> None:
     if got.shape != reference.shape:
-        raise ValueError(f"shapes differ: {got.shape} and {reference.shape}")
+        raise UserError(f"shapes differ: {got.shape} and {reference.shape}")
 
 
 def check_masks(got: np.ndarray, reference: np.ndarray, axes: str) -> None:
@@ -146,4 +122,4 @@ def check_masks(got: np.ndarray, reference: np.ndarray, axes: str) -> None:
     check_shapes(got, reference)
     for mask in (got, reference):
         if mask.dtype != bool or (mask.ndim != len(axes.split()) and "..." not in axes):
-            raise ValueError(f"masks must be bool [{axes}], got {mask.dtype} {list(mask.shape)}")
+            raise UserError(f"masks must be bool [{axes}], got {mask.dtype} {list(mask.shape)}")

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sam2jq.errors import UserError
 from sam2jq.models.decoder import Decoded, MaskDecoder
 from sam2jq.models.hiera import Hiera
 from sam2jq.models.layers import MLP, Conv, Dense, declare, resize, sine_position
@@ -237,10 +238,10 @@ def build(name: str, version: str = "2.1", image_size: int | None = None) -> SAM
     """The model of a size in VARIANTS; `image_size` in pixels, a multiple of 32, instead of the one it was made for."""
     size = VARIANTS[variant_name(name)]
     if version not in VERSIONS:
-        raise ValueError(f"unknown version {version!r}; allowed: {', '.join(VERSIONS)}")
+        raise UserError(f"unknown version {version!r}; allowed: {', '.join(VERSIONS)}")
     variant = size if image_size is None else replace(size, image_size=image_size)
     if variant.image_size < 32 or variant.image_size % 32:
-        raise ValueError(f"image_size must be a multiple of 32 pixels, got {image_size}")
+        raise UserError(f"image_size must be a multiple of 32 pixels, got {image_size}")
     return SAM2(variant, version)
 
 
@@ -248,7 +249,7 @@ def variant_name(name: str) -> str:
     """The key of VARIANTS that `name` means; base_plus is base-plus."""
     key = name.replace("_", "-")
     if key not in VARIANTS:
-        raise ValueError(f"unknown model {name!r}; allowed: {', '.join(VARIANTS)}{suggest(key, VARIANTS)}")
+        raise UserError(f"unknown model {name!r}; allowed: {', '.join(VARIANTS)}{suggest(key, VARIANTS)}")
     return key
 
 

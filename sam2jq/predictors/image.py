@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam2jq.data import preprocess
+from sam2jq.errors import UserError
 from sam2jq.models.decoder import Decoded
 from sam2jq.models.layers import resize
 from sam2jq.models.sam2 import SAM2
@@ -91,7 +92,7 @@ class ImagePredictor:
             points = point_prompts(point_coords, point_labels, box, size, self.model.variant.image_size)
         masks = None if mask_input is None else self._mask_prompt(mask_input)
         if points is not None and masks is not None and len(masks) not in (1, len(points[0])):
-            raise ValueError(f"{len(points[0])} point or box prompts but {len(masks)} mask_input: give 1 or as many")
+            raise UserError(f"{len(points[0])} point or box prompts but {len(masks)} mask_input: give 1 or as many")
         out = decode(self.model, self.params, features, points, masks, multimask=multimask_output)
         low_res = out.masks.astype(jnp.float32)
         full = resize(jnp.moveaxis(low_res, 1, -1), self._orig_hw)
@@ -111,7 +112,7 @@ class ImagePredictor:
         """[P, S / 4, S / 4, 1]."""
         mask, side = np.asarray(mask_input, np.float32), self.model.variant.image_size // 4
         if mask.ndim not in (3, 4) or mask.shape[-3:] != (1, side, side):
-            raise ValueError(f"mask_input {list(mask.shape)} must be [1, {side}, {side}] or [P, 1, {side}, {side}]")
+            raise UserError(f"mask_input {list(mask.shape)} must be [1, {side}, {side}] or [P, 1, {side}, {side}]")
         return np.moveaxis(mask.reshape(-1, 1, side, side), 1, -1)
 
 
@@ -121,7 +122,7 @@ def point_prompts(coords, labels, box, size: tuple[int, int], image_size: int) -
     coords [N, 2] or [P, N, 2], labels [N] or [P, N], box [4] or [P, 4], in pixels of an image of (height, width).
     """
     if (coords is None) != (labels is None):
-        raise ValueError("point_coords and point_labels go together: give both or neither")
+        raise UserError("point_coords and point_labels go together: give both or neither")
     prompts = []
     if box is not None:
         corners = np.asarray(box, np.float32).reshape(-1, 2, 2)
@@ -129,14 +130,14 @@ def point_prompts(coords, labels, box, size: tuple[int, int], image_size: int) -
     if coords is not None:
         coords, labels = np.asarray(coords, np.float32), np.asarray(labels, np.int32)
         if coords.shape[-1:] != (2,) or coords.shape[:-1] != labels.shape or labels.ndim not in (1, 2):
-            raise ValueError(
+            raise UserError(
                 f"point_coords {list(coords.shape)} and point_labels {list(labels.shape)} must be [N, 2] and [N], "
                 "or [P, N, 2] and [P, N]"
             )
         if not np.isin(labels, (-1, 0, 1)).all():
-            raise ValueError("point_labels must be 1 (foreground), 0 (background) or -1 (padding)")
+            raise UserError("point_labels must be 1 (foreground), 0 (background) or -1 (padding)")
         prompts.append((coords.reshape(-1, *coords.shape[-2:]), labels.reshape(-1, labels.shape[-1])))
     if len({len(coords) for coords, _ in prompts}) > 1:
-        raise ValueError("box and point_coords must hold the same number of prompts")
+        raise UserError("box and point_coords must hold the same number of prompts")
     coords, labels = (np.concatenate(part, axis=1) for part in zip(*prompts))
     return coords / np.array(size[::-1], np.float32) * image_size, labels

@@ -16,6 +16,7 @@ import numpy as np
 
 from sam2jq.data.images import preprocess_frame
 from sam2jq.data.video import Video, open_video, video_of
+from sam2jq.errors import UserError
 from sam2jq.models.decoder import Decoded
 from sam2jq.models.layers import resize
 from sam2jq.models.sam2 import MEMORIES, NO_OBJECT, POINTERS, SAM2, ObjectOutput
@@ -263,9 +264,9 @@ class VideoPredictor:
         """
         state = inference_state
         if points is None and box is None:
-            raise ValueError(f"object {obj_id}: no prompt; give points and labels, or a box")
+            raise UserError(f"object {obj_id}: no prompt; give points and labels, or a box")
         if box is not None and not clear_old_points:
-            raise ValueError(f"object {obj_id}: a box comes before all points; give it with clear_old_points=True")
+            raise UserError(f"object {obj_id}: a box comes before all points; give it with clear_old_points=True")
         size = state.video.size if normalize_coords else (1, 1)
         coords, labels = point_prompts(points, labels, box, size, self.model.variant.image_size)
         features = self._features(state, frame_idx)
@@ -293,7 +294,7 @@ class VideoPredictor:
         """(frame, object ids, mask logits [objects, 1, H, W]) after one object was given by its mask [H, W]."""
         state, mask, size = inference_state, np.asarray(mask), self.model.variant.image_size
         if mask.shape != state.video.size:
-            raise ValueError(f"object {obj_id}: the mask is {list(mask.shape)}, the frames {list(state.video.size)}")
+            raise UserError(f"object {obj_id}: the mask is {list(mask.shape)}, the frames {list(state.video.size)}")
         features = self._features(state, frame_idx)
         fitted = resize(jnp.asarray(mask[None, ..., None], jnp.float32), (size, size), antialias=True) >= 0.5
         entry = state.objects.setdefault(obj_id, ObjectState())
@@ -313,7 +314,7 @@ class VideoPredictor:
             self._settle(state, entry)
         bare = [obj_id for obj_id, entry in state.objects.items() if not entry.prompted]
         if bare or not entries:
-            raise ValueError(f"no prompt on {f'objects {bare}' if bare else 'any object'}: add points, a box or a mask")
+            raise UserError(f"no prompt on {f'objects {bare}' if bare else 'any object'}: add points, a box or a mask")
         first = min(min(entry.prompted) for entry in entries) if start_frame_idx is None else start_frame_idx
         batch = entries + [entries[-1]] * (2 ** (len(entries) - 1).bit_length() - len(entries))
         bank = self._bank(batch, first, reverse)
@@ -350,12 +351,12 @@ class VideoPredictor:
 
     def _entry(self, state: VideoState, obj_id: int) -> ObjectState:
         if obj_id not in state.objects:
-            raise ValueError(f"object {obj_id} was never added; the objects are {state.obj_ids}")
+            raise UserError(f"object {obj_id} was never added; the objects are {state.obj_ids}")
         return state.objects[obj_id]
 
     def _image(self, state: VideoState, frame: int) -> Array:
         if not 0 <= frame < state.num_frames:
-            raise ValueError(f"frame {frame}: the clip has frames 0 to {state.num_frames - 1}")
+            raise UserError(f"frame {frame}: the clip has frames 0 to {state.num_frames - 1}")
         return jnp.asarray(preprocess_frame(state.video[frame], self.model.variant.image_size)[None], self.dtype)
 
     def _features(self, state: VideoState, frame: int) -> list[Array]:

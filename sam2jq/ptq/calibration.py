@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam2jq.data import prompts
+from sam2jq.errors import UserError
 from sam2jq.files import atomic_write
 from sam2jq.models.layers import resize
 from sam2jq.models.sam2 import MEMORIES, SAM2
@@ -71,7 +72,7 @@ def collect(
     step = partial(_fold, model, mutable, seen)
     clip = next(iter(clips(0)), None)
     if clip is None:
-        raise ValueError("nothing to calibrate on: no clip was given")
+        raise UserError("nothing to calibrate on: no clip was given")
     shapes = jax.eval_shape(step, params, {}, clip)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     folded = accumulate(partial(step, params), zeros, clips, kept)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sam2jq.config import QuantConfig
+from sam2jq.config.quant import QuantConfig
 from sam2jq.models.sam2 import FLOW, SAM2, TRUNK_LINEAR, trunk_of
 from sam2jq.ptq.calibration import collect, fingerprint
 from sam2jq.ptq.recipe import (

@@ -10,7 +10,8 @@ from functools import partial
 import jax
 import numpy as np
 
-from sam2jq.config import GptqConfig, InputsConfig, LowRankConfig, QuantConfig, SmoothProjConfig, WeightsConfig
+from sam2jq.config.quant import GptqConfig, InputsConfig, LowRankConfig, QuantConfig, SmoothProjConfig, WeightsConfig
+from sam2jq.errors import UserError
 from sam2jq.quant.algorithms.activations import OutQuantized, is_nonnegative, quantize_inputs
 from sam2jq.quant.algorithms.bit_allocation import WIDTHS, assign_bits, error_by_width, input_error_by_width
 from sam2jq.quant.algorithms.gptq import GptqSpec, gptq
@@ -56,7 +57,7 @@ def build_transforms(
     if branch := config.wgts.low_rank:
         for layer in trunk:
             if branch.rank > min(shapes[layer]):
-                raise ValueError(
+                raise UserError(
                     f"quant.wgts.low_rank: rank {branch.rank} is over what {layer} {list(shapes[layer])} allows, "
                     f"{min(shapes[layer])}: lower it, or skip the layer"
                 )
@@ -136,7 +137,7 @@ def allocate_bits(
     for layer in free:
         row = np.asarray(errors(layer))
         if not np.isfinite(row).all():
-            raise ValueError(f"{layer}: the weight or its inputs hold NaN or infinity: look at the checkpoint and the "
+            raise UserError(f"{layer}: the weight or its inputs hold NaN or infinity: look at the checkpoint and the "
                              "calibration images")  # fmt: skip
         table[layer] = dict(zip(WIDTHS, row.tolist()))
     return assign_bits(table, {layer: costs[layer] for layer in free}, budget)
@@ -287,7 +288,7 @@ def check_prefixes(key: str, prefixes: Iterable[str], layers: list[str]) -> None
     idle = [prefix for prefix in prefixes if not any(under(layer, prefix) for layer in layers)]
     if idle:
         meant = suggest(idle[0], {".".join(layer.split(".")[: i + 1]) for layer in layers for i in range(9)})
-        raise ValueError(
+        raise UserError(
             f"{key}: no layer under {', '.join(idle)}{meant}; layers are named as in the checkpoint, e.g. {layers[0]}"
         )
 

@@ -4,7 +4,7 @@ A weight leaf registers `effective`, and `contract` where what it does to x is n
 `quantize_output` where it changes what leaves the layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import singledispatch
 
 import jax
@@ -12,9 +12,34 @@ import jax.numpy as jnp
 from jax import lax
 
 from sam2jq.quant.qtensor import QTensor, dequantize
+from sam2jq.tree import pytree
 
 Array = jax.Array
+LEAVES: dict[str, type] = {}  # every class of weight leaf by its name, as packages store it
 NHWC = ("NHWC", "HWIO", "NHWC")
+
+
+def weight_leaf(static: Iterable[str] = ()):
+    """Class decorator: a `pytree` dataclass that stands for a kernel, and that packages can store.
+
+    The first field is the weight inside, `inner`, or the full-shape array itself; `static` fields are no arrays.
+    """
+
+    def wrap(cls):
+        cls = pytree(static)(cls)
+        LEAVES[cls.__name__] = cls
+        return cls
+
+    return wrap
+
+
+def unwrap(leaf) -> tuple[object, dict[type, object]]:
+    """The innermost part of a weight leaf, and {class: leaf} of the leaves around it, outermost first."""
+    around = {}
+    while hasattr(leaf, "inner"):
+        around[type(leaf)] = leaf
+        leaf = leaf.inner
+    return leaf, around
 
 
 @singledispatch

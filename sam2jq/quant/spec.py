@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from sam2jq.errors import UserError
+
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the magnitudes of a 4-bit float
 
 
@@ -24,15 +26,15 @@ class QuantSpec:
 
     def __post_init__(self):
         if not 2 <= self.bits <= 8:
-            raise ValueError(f"bits must be in 2..8, got {self.bits}")
+            raise UserError(f"bits must be in 2..8, got {self.bits}")
         if self.group_size is not None and self.group_size < 1:
-            raise ValueError(f"group_size must be at least 1, got {self.group_size}")
+            raise UserError(f"group_size must be at least 1, got {self.group_size}")
         if self.per_tensor and self.group_size is not None:
-            raise ValueError("per_tensor leaves no room for a group_size")
+            raise UserError("per_tensor leaves no room for a group_size")
         if self.codes == "float" and not (self.bits in (4, 8) and self.symmetric):
-            raise ValueError(f"floats have 4 or 8 bits and no zero point, got {self.bits} bits")
+            raise UserError(f"floats have 4 or 8 bits and no zero point, got {self.bits} bits")
         if self.scales not in ("float32", "bfloat16", "e4m3"):
-            raise ValueError(f"scales must be float32, bfloat16 or e4m3, got {self.scales!r}")
+            raise UserError(f"scales must be float32, bfloat16 or e4m3, got {self.scales!r}")
 
     @property
     def qmin(self) -> float:

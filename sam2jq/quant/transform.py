@@ -8,8 +8,8 @@ from functools import reduce, singledispatch
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
+from sam2jq.errors import UserError
 from sam2jq.tree import flatten, layer_name, unflatten
 
 Array = jax.Array
@@ -70,13 +70,13 @@ def each_layer(fn: Callable, specs: Mapping[str, object], needs: frozenset[str] 
         paths = {layer_name(path): path for path in flat if path.endswith("/kernel")}
         missing = [layer for layer in specs if needs and layer not in stats]
         if missing:
-            raise ValueError(f"no statistics of {', '.join(missing)}: calibration never reached them")
+            raise UserError(f"no statistics of {', '.join(missing)}: calibration never reached them")
         for layer, spec in specs.items():
             leaf_fn = lambda w, stats, spec=spec: fn(w, stats, spec)
             try:
                 flat[paths[layer]] = map_base_weight(flat[paths[layer]], stats.get(layer), leaf_fn)
-            except ValueError as error:
-                raise ValueError(f"layer {layer}: {error}") from error
+            except UserError as error:
+                raise UserError(f"layer {layer}: {error}") from error
         return unflatten(flat)
 
     return Transform(frozenset(needs), apply)
@@ -89,8 +89,3 @@ def chain(*transforms: Transform) -> Transform:
         return reduce(lambda params, transform: transform.apply(params, stats), transforms, params)
 
     return Transform(frozenset().union(*(t.needs for t in transforms)), apply)
-
-
-def output_error(difference: Array, gram: Array) -> Array:
-    """[N]: the mean square error of each output when `difference` [K, N] is added to the weight."""
-    return jnp.einsum("kn,kn->n", difference, gram @ difference)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from sam2jq.errors import UserError
 from sam2jq.report import charts, verdict
 from sam2jq.report.page import pictures, render
 from sam2jq.tree import flatten
@@ -42,10 +43,10 @@ def check_comparable(runs: Mapping[Path, dict]) -> None:
     for other, metrics in others:
         if facts(metrics) != facts(first):
             names = [" ".join(map(str, facts(m)[0])) + f" from {m['model']['checkpoint']}" for m in (first, metrics)]
-            raise ValueError(f"{one} and {other} are runs of different models, {names[0]} and {names[1]}: give "
+            raise UserError(f"{one} and {other} are runs of different models, {names[0]} and {names[1]}: give "
                              "runs of one")  # fmt: skip
         if metrics["truth_id"] != first["truth_id"] or not shared_scores({one: first, other: metrics}):
-            raise ValueError(f"{one} and {other} were measured on different images or clips: give runs with the same "
+            raise UserError(f"{one} and {other} were measured on different images or clips: give runs with the same "
                              "quant.calib and measure")  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from sam2jq.data import read_image
+from sam2jq.errors import UserError
 from sam2jq.eval.gallery import Gallery, Shown
 from sam2jq.report.figures import SIDE, draw_prompts
 from sam2jq.report.page import run_page
@@ -83,17 +84,17 @@ def read_metrics(folder: Path) -> dict:
     """The metrics of one run."""
     path = folder / "metrics.json"
     if folder.name.endswith(".partial") or folder.with_name(f".{folder.name}.partial").exists():
-        raise ValueError(f"{folder} is not finished: wait for it, or give its command again")
+        raise UserError(f"{folder} is not finished: wait for it, or give its command again")
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no metrics.json: give the folder that a finished `sam2jq quantize` left")
     try:
         metrics = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): quantize again") from error
+        raise UserError(f"{path} is not JSON ({error}): quantize again") from error
     if not isinstance(metrics, dict) or "layers" not in metrics:
-        raise ValueError(f"{path} holds no quantized layers: give runs of `sam2jq quantize` or `distill`")
+        raise UserError(f"{path} holds no quantized layers: give runs of `sam2jq quantize` or `distill`")
     if metrics.get("report_version") != REPORT_VERSION:
-        raise ValueError(
+        raise UserError(
             f"{path} has report version {metrics.get('report_version', 0)}, this sam2jq reads {REPORT_VERSION}: "
             "quantize again, or use the version that wrote it"
         )
@@ -103,5 +104,5 @@ def read_metrics(folder: Path) -> dict:
     missing += [file for shown in metrics.get("gallery", ()) for file in shown["files"].values()
                 if not (folder / file).is_file()]  # fmt: skip
     if missing:
-        raise ValueError(f"{folder} lacks {', '.join(missing)}: quantize again")
+        raise UserError(f"{folder} lacks {', '.join(missing)}: quantize again")
     return metrics

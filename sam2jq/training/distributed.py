@@ -5,8 +5,10 @@ import time
 from contextlib import ExitStack
 
 import jax
+from jax.experimental import multihost_utils
 
-from sam2jq.config import DistributedConfig
+from sam2jq.config.distill import DistributedConfig
+from sam2jq.errors import UserError
 
 
 def initialize_distributed(config: DistributedConfig) -> None:
@@ -20,7 +22,7 @@ def initialize_distributed(config: DistributedConfig) -> None:
         try:
             jax.distributed.initialize(initialization_timeout=config.timeout)
         except ValueError as error:
-            raise ValueError("distributed.coordinator auto: no Slurm job and no TPU pod; give HOST:PORT") from error
+            raise UserError("distributed.coordinator auto: no Slurm job and no TPU pod; give HOST:PORT") from error
     else:
         (connect if config.index else wait_for_workers)(config)  # jax itself would abort a process that waits in vain
         places = config.coordinator, config.processes, config.index
@@ -43,7 +45,7 @@ def wait_for_workers(config: DistributedConfig) -> None:
             except OSError as error:  # nobody came, or one that went again
                 if time.monotonic() > give_up:
                     who = ", ".join(sorted(absent, key=int))
-                    raise ValueError(f"{waited(config)} {who}: start it, with {config.coordinator}") from error
+                    raise UserError(f"{waited(config)} {who}: start it, with {config.coordinator}") from error
         for one in here:
             one.sendall(b"go")
 
@@ -63,7 +65,7 @@ def connect(config: DistributedConfig) -> None:
         except OSError as error:
             if time.monotonic() > give_up:
                 where = f"0 at {config.coordinator} ({error}): start it there, or correct the address"
-                raise ValueError(f"{waited(config)} {where}") from error
+                raise UserError(f"{waited(config)} {where}") from error
             time.sleep(0.2)
 
 
@@ -73,3 +75,9 @@ def port_of(config: DistributedConfig) -> int:
 
 def waited(config: DistributedConfig) -> str:
     return f"distributed: process {config.index} of {config.processes} waited {config.timeout} s for process"
+
+
+def wait_for_processes(name: str) -> None:
+    """Waits for all processes."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

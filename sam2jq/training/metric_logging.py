@@ -6,7 +6,9 @@ from pathlib import Path
 
 import jax
 
-from sam2jq.config import DistillConfig, to_dict
+from sam2jq.config.distill import DistillConfig
+from sam2jq.config.loader import to_dict
+from sam2jq.errors import UserError
 
 
 @contextmanager
@@ -34,7 +36,7 @@ def to_wandb(stack: ExitStack, config: DistillConfig, folder: Path) -> Callable[
     try:
         import wandb
     except ModuleNotFoundError as error:
-        raise ValueError("track.project needs wandb: pip install 'sam2jq[wandb]', or leave it out") from error
+        raise UserError("track.project needs wandb: pip install 'sam2jq[wandb]', or leave it out") from error
     track = config.track
     run = wandb.init(
         project=track.project, entity=track.entity, name=track.run_name, tags=track.tags, mode=track.mode,
@@ -48,6 +50,6 @@ def to_tensorboard(stack: ExitStack, folder: Path) -> Callable[[dict, int], None
     try:
         from tensorboardX import SummaryWriter
     except ModuleNotFoundError as error:
-        raise ValueError("track.tensorboard needs tensorboardX: pip install 'sam2jq[tensorboard]'") from error
+        raise UserError("track.tensorboard needs tensorboardX: pip install 'sam2jq[tensorboard]'") from error
     writer = stack.enter_context(SummaryWriter(str(folder / "tensorboard")))
     return lambda numbers, step: [writer.add_scalar(key, value, step) for key, value in numbers.items()]

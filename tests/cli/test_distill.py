@@ -9,14 +9,16 @@ import torch
 
 from converters.exports.package import load_package
 from sam2jq import build, layers
-from sam2jq.cli.distill import check_pair, find_clips, find_student_calibration, quantize_student, start
+from sam2jq.cli.distill import find_clips, find_student_calibration, quantize_student
 from sam2jq.cli.main import main, stage
-from sam2jq.config import DistillConfig, load
+from sam2jq.config.distill import DistillConfig
+from sam2jq.config.loader import load
 from sam2jq.distillation import trainer as cdpq
-from sam2jq.eval.metrics import relative_error
+from sam2jq.distillation.init_student import check_pair, start
 from sam2jq.models.sam2 import init_params
 from sam2jq.quant.algorithms.activations import ActQuantized
 from sam2jq.quant.algorithms.fake_quant import base_weight, fake_quant_layers, trainable_mask
+from sam2jq.quant.error import relative_error
 from sam2jq.quant.leaves import materialize_params
 from sam2jq.quant.qtensor import dequantize, quantize
 from sam2jq.quant.spec import QuantSpec

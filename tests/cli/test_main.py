@@ -16,8 +16,9 @@ from PIL import Image
 from converters.checkpoint import load_checkpoint
 from converters.exports.package import load_package
 from converters.exports.vanilla import build_original
-from sam2jq import build, config
+from sam2jq import build
 from sam2jq.cli.main import job_folder, main
+from sam2jq.config import loader
 from sam2jq.data import draw_clip
 
 FILES = {"cache", "config.yaml", "gallery", "metrics.json", "package.pt", "report.html", "run.log", "vanilla.pt"}
@@ -55,7 +56,7 @@ def test_a_run_leaves_a_complete_folder(job):
     assert (metrics["results"]["images"], metrics["results"]["prompts_per_image"]) == (2, 16)
     assert 0 < metrics["results"]["mask_iou"] < 1
     assert not metrics["random_weights"]
-    assert config.load(str(job / "config.yaml"), []).quant.wgts.dtype == "sint4"
+    assert loader.load(str(job / "config.yaml"), []).quant.wgts.dtype == "sint4"
     assert "mask IoU" in (job / "run.log").read_text()
 
 

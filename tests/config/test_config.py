@@ -2,33 +2,34 @@ from pathlib import Path
 
 import pytest
 
-from sam2jq import config
-from sam2jq.config import Config
+from sam2jq.config import loader
+from sam2jq.config.distill import DistillConfig
+from sam2jq.config.run import Config, EvaluateConfig
 
 NEEDED = ["--model.checkpoint", "random:0", "--quant.calib.path", "scenes:0"]
-OTHERS = {"task": config.EvaluateConfig, "teacher": config.DistillConfig}  # by a key that only they have
+OTHERS = {"task": EvaluateConfig, "teacher": DistillConfig}  # by a key that only they have
 EXPERIMENTS = sorted((Path(__file__).parents[2] / "experiments").glob("*.yaml"))
 
 
 def load(*flags: str) -> Config:
-    return config.load(None, [*NEEDED, *flags])
+    return loader.load(None, [*NEEDED, *flags])
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_every_shipped_config_loads(path):
-    found = config.read_yaml(str(path))
+    found = loader.read_yaml(str(path))
     other = next((kind for key, kind in OTHERS.items() if key in found), None)
-    config.load(str(path), [] if other else NEEDED, other or config.Config)
+    loader.load(str(path), [] if other else NEEDED, other or Config)
 
 
 def test_flags_win_over_the_file_and_the_resolved_config_reads_back(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("quant: {wgts: {dtype: uint4, bits: {a.b: 3}}}\nseed: 7\n")
-    loaded = config.load(str(file), [*NEEDED, "--quant.wgts.dtype=sint6", "--quant.wgts.group_shapes", "[[1, 64]]"])
+    loaded = loader.load(str(file), [*NEEDED, "--quant.wgts.dtype=sint6", "--quant.wgts.group_shapes", "[[1, 64]]"])
     assert (loaded.quant.wgts.dtype, loaded.quant.wgts.bits, loaded.seed) == ("sint6", {"a.b": 3}, 7)
     assert loaded.quant.wgts.group_shapes == [[1, 64]]
-    file.write_text(config.dump(loaded))
-    assert config.load(str(file), []) == loaded
+    file.write_text(loader.dump(loaded))
+    assert loader.load(str(file), []) == loaded
 
 
 def test_a_version_may_be_written_as_a_number_and_a_switch_without_a_value():
@@ -79,25 +80,25 @@ def test_a_wrong_setting_is_named_in_one_line(flags, message):
 
 
 def test_a_grid_is_every_combination():
-    assert config.sweep_combinations(["a.b=sint8,sint4", "seed=1,2"]) == [
+    assert loader.sweep_combinations(["a.b=sint8,sint4", "seed=1,2"]) == [
         {"a.b": bits, "seed": seed} for bits in ("sint8", "sint4") for seed in (1, 2)
     ]
-    assert config.sweep_combinations(["x=[[1, 32]],[[1, -1]]"]) == [{"x": [[1, 32]]}, {"x": [[1, -1]]}]
-    assert config.sweep_combinations(["x=null,{rank: 4, num_iters: 2}"]) == [
+    assert loader.sweep_combinations(["x=[[1, 32]],[[1, -1]]"]) == [{"x": [[1, 32]]}, {"x": [[1, -1]]}]
+    assert loader.sweep_combinations(["x=null,{rank: 4, num_iters: 2}"]) == [
         {"x": None},
         {"x": {"rank": 4, "num_iters": 2}},
     ]
     with pytest.raises(ValueError, match="give all values of a key in one --over"):
-        config.sweep_combinations(["x=1", "x=2"])
+        loader.sweep_combinations(["x=1", "x=2"])
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config at .*demo_w8\.yml; did you mean 'demo_w8\.yaml'"):
-        config.load(str(EXPERIMENTS[0].with_name("demo_w8.yml")), [])
+        loader.load(str(EXPERIMENTS[0].with_name("demo_w8.yml")), [])
     for text, message in (("a: [", "is not YAML"), ("- 1", "holds no settings")):
         (tmp_path / "c.yaml").write_text(text)
         with pytest.raises(ValueError, match=message):
-            config.load(str(tmp_path / "c.yaml"), [])
+            loader.load(str(tmp_path / "c.yaml"), [])
 
 
 DISTILL = ["--teacher.name", "nano", "--student.name", "nano", "--data.train", "scenes:1", "--data.val", "scenes:2"]
@@ -132,10 +133,10 @@ DISTILL = ["--teacher.name", "nano", "--student.name", "nano", "--data.train", "
 )
 def test_a_distillation_that_cannot_be_is_an_error(flags, message):
     with pytest.raises(ValueError, match=message):
-        config.load(None, [*DISTILL, *flags], config.DistillConfig)
+        loader.load(None, [*DISTILL, *flags], DistillConfig)
 
 
 def test_a_student_starts_at_the_bits_of_its_dtype_or_at_initial_bits():
-    load = lambda *flags: config.load(None, [*DISTILL, *flags], config.DistillConfig).quant.starts_at
+    load = lambda *flags: loader.load(None, [*DISTILL, *flags], DistillConfig).quant.starts_at
     assert load("--quant.wgts.dtype", "sint6") == 6
     assert load("--quant.wgts.dtype", "sint6", "--quant.initial_bits", "5") == 5

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam2jq import config as settings
-from sam2jq.cli.distill import history
-from sam2jq.config import DistributedConfig
+from sam2jq.config import loader
+from sam2jq.config.distill import DistillConfig, DistributedConfig
 from sam2jq.distillation import trainer as cdpq
+from sam2jq.distillation.history import history
 from sam2jq.distillation.targets import PARTS
 from sam2jq.quant.algorithms.activations import materialize_weights
 from sam2jq.quant.algorithms.fake_quant import base_weight, bits_of, init_fake_quant, to_quantized_params
@@ -61,7 +61,7 @@ def config(*flags):
         *("--quant.initial_bits", "6", "--quant.min_bits", "2", "--distill.window", "2", "--distill.impact_floor", "1"),
         *("--train.epochs", "4", "--train.learning_rate", "0.01", "--train.checkpoint_every", "2"),
     ]
-    return settings.load(None, [*usual, *flags], settings.DistillConfig)
+    return loader.load(None, [*usual, *flags], DistillConfig)
 
 
 def make_student():

@@ -9,14 +9,12 @@ from sam2jq.eval.metrics import (
     VideoScores,
     boundary_iou,
     contour_accuracy,
-    cosine,
     iou,
     mean_scores,
     region_similarity,
-    relative_error,
-    sqnr,
     video_scores,
 )
+from sam2jq.quant.error import cosine, relative_error, sqnr
 
 RADII = {(40, 60): 1, (120, 160): 2, (300, 400): 4, (480, 854): 8}  # ceil(0.008 * diagonal)
 NONE, LEFT, RIGHT = np.zeros((3, 10, 10), bool)  # LEFT and RIGHT do not touch, nor do their contours

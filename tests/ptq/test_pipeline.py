@@ -10,7 +10,7 @@ import torch
 from converters.exports.nunchaku_model import load_nunchaku
 from converters.exports.package import load_package
 from sam2jq.cli.main import main, replay
-from sam2jq.config import load
+from sam2jq.config.loader import load
 from sam2jq.tree import layer_name
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from sam2jq import abstract_params, build, init_params
-from sam2jq.config import (
+from sam2jq.config.loader import load
+from sam2jq.config.quant import (
     CalibConfig,
     InputsConfig,
     LowRankConfig,
@@ -16,7 +17,6 @@ from sam2jq.config import (
     QuantConfig,
     RotationConfig,
     WeightsConfig,
-    load,
 )
 from sam2jq.models.sam2 import TRUNK_LINEAR
 from sam2jq.ptq.pipeline import fold_rotations, in_order

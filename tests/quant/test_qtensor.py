@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from sam2jq.eval.metrics import relative_error
 from sam2jq.quant import leaves as ops
+from sam2jq.quant.error import relative_error
 from sam2jq.quant.qtensor import by_group, dequantize, from_groups, quantize
 from sam2jq.quant.spec import QuantSpec
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from converters.exports.package import pack_leaf, unpack_leaf
-from sam2jq.eval.metrics import relative_error
 from sam2jq.quant.algorithms.activations import materialize_weights, quantize_inputs
 from sam2jq.quant.algorithms.gptq import GptqSpec, gptq
 from sam2jq.quant.algorithms.lowrank import LowRankSpec, low_rank
 from sam2jq.quant.algorithms.recalibrate import ridge
 from sam2jq.quant.algorithms.rotate import RotationSpec, rotate
 from sam2jq.quant.algorithms.smooth import SmoothSpec, smooth
+from sam2jq.quant.error import relative_error
 from sam2jq.quant.leaves import materialize, matmul
 from sam2jq.quant.qtensor import QTensor, quantize
 from sam2jq.quant.spec import QuantSpec

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam2jq import config
+from sam2jq.config import loader
 from sam2jq.eval.gallery import Gallery, Shown
 from sam2jq.report.run import save_run
 
@@ -41,7 +41,7 @@ def gallery(image: str) -> Gallery:
 
 def metrics(bits: int, miou: float) -> dict:
     """As `sam2jq quantize` makes them."""
-    asked = config.to_dict(config.load(None, ["--model.name", "nano", "--quant.calib.path", "scenes:7",
+    asked = loader.to_dict(loader.load(None, ["--model.name", "nano", "--quant.calib.path", "scenes:7",
                                               "--quant.wgts.dtype", f"sint{bits}"]))  # fmt: skip
     layers = [
         {"name": name, "part": part, "dtype": f"sint{bits}", "bits": bits, "group": "channel", "around": [], "rank": 0,

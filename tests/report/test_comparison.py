@@ -3,7 +3,8 @@ import json
 
 import pytest
 
-from sam2jq import config
+from sam2jq.config import loader
+from sam2jq.config.distill import DistillConfig
 from sam2jq.report import verdict
 from sam2jq.report.comparison import check_comparable, letter, on_front, runs_csv, runs_page, table
 from sam2jq.report.run import read_metrics, read_runs
@@ -57,8 +58,8 @@ def test_runs_of_different_things_are_refused(make_run, changes, message):
 def test_a_distilled_run_is_compared_on_the_masks_that_are_known(make_run):
     """What it was distilled on is not what the other was calibrated on, so how far both agree with full precision is
     left out; where no masks are known nothing is left."""
-    asked = config.to_dict(config.load(None, ["--teacher.name", "nano", "--student.name", "nano", "--data.train", "a",
-                                              "--data.val", "b"], config.DistillConfig))  # fmt: skip
+    asked = loader.to_dict(loader.load(None, ["--teacher.name", "nano", "--student.name", "nano", "--data.train", "a",
+                                              "--data.val", "b"], DistillConfig))  # fmt: skip
     other = {"asked": asked | {"model": asked["student"]}, "images_id": "2"}
     runs = read_runs([make_run("ptq"), make_run("distilled", 3, 0.59, **other)])
     rows = list(csv.DictReader(runs_csv(runs).splitlines()))

@@ -3,7 +3,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from sam2jq.config import DistillConfig, load
+from sam2jq.config.distill import DistillConfig
+from sam2jq.config.loader import load
 from sam2jq.training.metric_logging import metric_logger
 
 NANO = ["--teacher.name", "nano", "--student.name", "nano", "--data.train", "scenes:1", "--data.val", "scenes:2"]

@@ -20,6 +20,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter
 
 from sam2jq.data.synthetic.shapes import SHAPES, blob, edge, noise, paint, plane, stroke
+from sam2jq.errors import UserError
 
 MAX_OBJECTS = 6
 MIN_VISIBLE = 0.01  # of the image: what is left of an object behind others should still be something to point at
@@ -104,7 +105,7 @@ def scene_seed(name: str) -> int:
     """The seed of the scene called "scenes:<seed>/<index>"; no two names share one."""
     seed, _, index = name.removeprefix("scenes:").partition("/")
     if not (seed.isdecimal() and index.isdecimal()):
-        raise ValueError(f"{name}: not the name of a scene; write it like scenes:7/0003")
+        raise UserError(f"{name}: not the name of a scene; write it like scenes:7/0003")
     return (int(seed) << 32) + int(index)
 
 
@@ -229,7 +230,7 @@ def hide(rng, front: Motion) -> tuple[Motion, Motion]:
 def render(world: World, t: int, size: int):
     """The image at time t, uint8 [S, S, 3], and owner [S, S]: the number from 1 of the object seen there, or 0."""
     if size < MIN_SIZE:
-        raise ValueError(f"scene size must be at least {MIN_SIZE} pixels, got {size}")
+        raise UserError(f"scene size must be at least {MIN_SIZE} pixels, got {size}")
     canvas, owner = np.zeros((3, size, size), np.float32), np.zeros((size, size), np.uint8)
     ground_blur, blur = world.blurs * size / 256
     for thing in world.ground:

@@ -8,17 +8,16 @@ import math
 import jax
 import jax.numpy as jnp
 
-from sam2jq.quant.leaves import apply_kernel, dense, materialize, quantize_output
+from sam2jq.quant.leaves import apply_kernel, dense, materialize, quantize_output, weight_leaf
 from sam2jq.quant.qtensor import QTensor, compute_scale_zero_point, round_to_grid
 from sam2jq.quant.spec import QuantSpec
 from sam2jq.quant.transform import Stats, map_base_weight
-from sam2jq.tree import pytree
 
 Array = jax.Array
 NONNEGATIVE_RATIO = 1 / 8
 
 
-@pytree(static=["spec", "integer"])
+@weight_leaf(static=["spec", "integer"])
 class ActQuantized:
     """y = contract(inner, rounded x). spec's groups run along the channels of a token: one scale a token without.
 
@@ -33,7 +32,7 @@ class ActQuantized:
     integer: bool = False
 
 
-@pytree(static=["spec"])
+@weight_leaf(static=["spec"])
 class OutQuantized:
     """What leaves the layer is rounded by spec, each call measuring its range; the outermost of leaves."""
 

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sam2jq.errors import UserError
 from sam2jq.quant.algorithms.fake_quant import to_fake_quant
+from sam2jq.quant.error import output_error
 from sam2jq.quant.leaves import materialize
 from sam2jq.quant.spec import QuantSpec
-from sam2jq.quant.transform import output_error
 
 Array = jax.Array
 WIDTHS = tuple(range(2, 9))
@@ -52,7 +53,7 @@ def assign_bits(errors: Mapping[str, Mapping[int, float]], costs: Mapping[str, f
     spent = lambda choice: cost[rows, choice].sum()
     if spent(np.zeros_like(rows)) > budget:
         least = spent(np.zeros_like(rows)) / sum(costs.values())
-        raise ValueError(f"a budget of {budget:.0f} bits is out of reach: {least:.2f} on average are the least")
+        raise UserError(f"a budget of {budget:.0f} bits is out of reach: {least:.2f} on average are the least")
     best = np.full_like(rows, max(i for i in range(len(widths)) if spent(np.full_like(rows, i)) <= budget))
     for price in np.geomspace(1e12, 1e-12, 400) / sum(costs.values()):
         choice = greedy_fill(np.argmin(error + price * cost, axis=1), cost, error, budget)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sam2jq.errors import UserError
 from sam2jq.quant.algorithms.activations import ActQuantized
 from sam2jq.quant.leaves import materialize
 from sam2jq.quant.qtensor import (
@@ -82,7 +83,7 @@ def to_fake_quant(w: Array | QTensor, spec: QuantSpec) -> FakeQuant:
         whole = FakeQuant(dequantize(w), jnp.ones_like(w.scale), jnp.float32(w.spec.bits), w.spec)
         return replace(whole, clip_ratio=w.scale / scale_and_zero_point(whole)[0][:, 0])
     if spec.codes != "int":
-        raise ValueError(f"{spec.dtype} has no width to lower: distillation takes sintN and uintN")
+        raise UserError(f"{spec.dtype} has no width to lower: distillation takes sintN and uintN")
     groups = by_group(w, spec).shape
     return FakeQuant(w, jnp.ones((groups[0], groups[2])), jnp.float32(spec.bits), spec)
 

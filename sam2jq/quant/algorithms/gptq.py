@@ -23,6 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from sam2jq.errors import UserError
+from sam2jq.quant.error import output_error
 from sam2jq.quant.qtensor import (
     QTensor,
     by_group,
@@ -32,7 +34,7 @@ from sam2jq.quant.qtensor import (
     storage_dtype,
 )
 from sam2jq.quant.spec import QuantSpec
-from sam2jq.quant.transform import Stats, output_error
+from sam2jq.quant.transform import Stats
 
 Array = jax.Array
 RATIOS = tuple(1 - i / 100 for i in range(61))  # of a group's range; with 2 bits the best go down to about half
@@ -55,10 +57,10 @@ class GptqSpec:
 
     def __post_init__(self):
         if not self.damp_percentage > 0:
-            raise ValueError(f"damp_percentage must be over 0, got {self.damp_percentage}")
+            raise UserError(f"damp_percentage must be over 0, got {self.damp_percentage}")
         for name, least in {"block_size": 1, "num_inv_tries": 1, "sweeps": 0}.items():
             if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
 
 def gptq(w: Array, stats: Stats, spec: GptqSpec) -> QTensor:
@@ -70,12 +72,12 @@ def gptq(w: Array, stats: Stats, spec: GptqSpec) -> QTensor:
     """
     for name, array in {"weight": w, "Gram matrix": stats.gram}.items():
         if not np.isfinite(array).all():
-            raise ValueError(f"the {name} holds NaN or infinity: look at the checkpoint and the calibration images")
+            raise UserError(f"the {name} holds NaN or infinity: look at the checkpoint and the calibration images")
     if not np.diagonal(stats.gram).any():
-        raise ValueError("inputs were 0 throughout calibration: skip the layer, or calibrate on other images")
+        raise UserError("inputs were 0 throughout calibration: skip the layer, or calibrate on other images")
     order, h, u, d = ldl_factor(stats.gram, spec.damp_percentage, spec.num_inv_tries)
     if not np.isfinite(d).all():
-        raise ValueError(
+        raise UserError(
             f"the Gram matrix is not positive definite after {spec.num_inv_tries} tries: "
             f"raise damp_percentage, now {spec.damp_percentage}, or num_inv_tries"
         )

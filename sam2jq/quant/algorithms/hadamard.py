@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from sam2jq.errors import UserError
+
 Array = jax.Array
 TWO = np.array([[1, 1], [1, -1]], np.int8)
 # TWO x TWO would gather what is common to four channels in one of them, after a GELU the largest outlier there is. The
@@ -45,7 +47,7 @@ def factors(n: int) -> tuple[np.ndarray, np.ndarray]:
     powers = [k for k in reversed(range(n.bit_length())) if n % 2**k == 0]
     core, power = next(((core, k) for k in powers if (core := paley(n >> k)) is not None), (None, 0))
     if core is None:
-        raise ValueError(
+        raise UserError(
             f"no Hadamard matrix of size {n}: leave such a layer unrotated. Sizes are m 2^k where m is 1, or p + 1 for "
             "a prime p = 3 mod 4 (12, 20, 44, ...), or 2 p + 2 for a prime p = 1 mod 4 (28, 36, 76, ...)"
         )

@@ -25,18 +25,19 @@ import numpy as np
 from jax import lax
 from jax.scipy.linalg import solve_triangular
 
+from sam2jq.errors import UserError
 from sam2jq.quant.algorithms.activations import fake_quantize
-from sam2jq.quant.leaves import apply_kernel, materialize
+from sam2jq.quant.error import output_error
+from sam2jq.quant.leaves import apply_kernel, materialize, weight_leaf
 from sam2jq.quant.qtensor import QTensor, dequantize, quantize
 from sam2jq.quant.spec import QuantSpec
-from sam2jq.quant.transform import Stats, map_base_weight, output_error
-from sam2jq.tree import pytree
+from sam2jq.quant.transform import Stats, map_base_weight
 
 Array = jax.Array
 NOISE, DAMPING = 10.0, 0.5  # of 1..30 and 0.003..1 tried on trained layers at W4A4 and W4A8; neighbours do as well
 
 
-@pytree()
+@weight_leaf()
 class LowRank:
     """y = x @ inner + (x @ down) @ up; down: [*reduce, r], up: [r, N].
 
@@ -81,9 +82,9 @@ class LowRankSpec:
 
     def __post_init__(self):
         if self.rank < 1 or self.num_iters < 1:
-            raise ValueError(f"rank and num_iters must be at least 1, got {self.rank} and {self.num_iters}")
+            raise UserError(f"rank and num_iters must be at least 1, got {self.rank} and {self.num_iters}")
         if self.objective not in ("output", "weight"):
-            raise ValueError(f"objective {self.objective!r}; allowed: output, weight")
+            raise UserError(f"objective {self.objective!r}; allowed: output, weight")
 
 
 class Branch(NamedTuple):
@@ -101,20 +102,20 @@ def low_rank(w: Array, stats: Stats, spec: LowRankSpec) -> LowRank:
     ValueError: a rank too high, a weight rounded already, or numbers that are not finite.
     """
     if isinstance(w, QTensor):
-        raise ValueError("a branch of low rank is split off a weight before it is rounded, got a rounded one")
+        raise UserError("a branch of low rank is split off a weight before it is rounded, got a rounded one")
     shape, flat = w.shape, w.reshape(-1, w.shape[-1])
     if spec.rank > min(flat.shape):
-        raise ValueError(f"rank {spec.rank} of a branch is over what {flat.shape[0]} inputs and {flat.shape[1]} outputs"
+        raise UserError(f"rank {spec.rank} of a branch is over what {flat.shape[0]} inputs and {flat.shape[1]} outputs"
                          f" allow: set it to {min(flat.shape)} or less, or skip the layer")  # fmt: skip
     if stats.tokens is None and (stats.gram is None or spec.inputs is not None):
-        raise ValueError("a branch of low rank is judged by its outputs: calibrate for tokens")
+        raise UserError("a branch of low rank is judged by its outputs: calibrate for tokens")
     for name, array in {"weight": w, "Gram matrix": stats.gram, "sampled inputs": stats.tokens}.items():
         if array is not None and not np.isfinite(array).all():
-            raise ValueError(f"the {name} holds NaN or infinity: look at the checkpoint and the calibration images")
+            raise UserError(f"the {name} holds NaN or infinity: look at the checkpoint and the calibration images")
     with jax.default_matmul_precision("highest"):  # accelerators multiply f32 in fewer bits if they may
         inner, branch, errors = fit(flat, stats.gram, stats.tokens, spec)
     if not np.isfinite(errors).all():
-        raise ValueError("the Gram matrix is not that of any inputs: it is not positive semidefinite")
+        raise UserError("the Gram matrix is not that of any inputs: it is not positive semidefinite")
     return LowRank(inner.reshape(shape), branch.down.reshape(*shape[:-1], -1), branch.up)
 
 

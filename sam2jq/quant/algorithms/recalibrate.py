@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import cho_factor, cho_solve
 
+from sam2jq.errors import UserError
 from sam2jq.quant.leaves import materialize
 from sam2jq.quant.transform import Stats
 
@@ -20,10 +21,10 @@ def ridge(w: Array, stats: Stats, lam: float) -> Array:
     Outputs stay nearly as they were while the weight shrinks, so that it can be rounded more finely.
     """
     if not lam >= 0:
-        raise ValueError(f"the strength of the ridge must not be negative, got {lam}")
+        raise UserError(f"the strength of the ridge must not be negative, got {lam}")
     shrunk = _ridge(w, stats.gram, lam)
     if not np.isfinite(shrunk).all():
-        raise ValueError(f"NaN in weight or Gram matrix, or the latter is singular: then raise the ridge, now {lam}")
+        raise UserError(f"NaN in weight or Gram matrix, or the latter is singular: then raise the ridge, now {lam}")
     return shrunk
 
 

@@ -12,15 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sam2jq.errors import UserError
 from sam2jq.quant.algorithms.hadamard import fast_hadamard
-from sam2jq.quant.leaves import apply_kernel, materialize
+from sam2jq.quant.leaves import apply_kernel, materialize, weight_leaf
 from sam2jq.quant.transform import Stats, map_base_weight
-from sam2jq.tree import pytree
 
 Array = jax.Array
 
 
-@pytree()
+@weight_leaf()
 class Rotated:
     """x @ w == (x R) @ inner; signs: f32 [K] of +-1, None where all are 1."""
 
@@ -54,7 +54,7 @@ class RotationSpec:
 
     def __post_init__(self):
         if not 0 <= self.seed < 2**32:  # jax keeps no more bits of it
-            raise ValueError(f"seed must be in 0..2^32 - 1, got {self.seed}")
+            raise UserError(f"seed must be in 0..2^32 - 1, got {self.seed}")
 
 
 def rotate(w: Array, stats: Stats | None, spec: RotationSpec) -> Rotated:
@@ -89,7 +89,7 @@ def fold_heads(
     width = len(proj)
     if qkv.shape[1] != 3 * width or len(bias) != 3 * width or width % heads:
         shapes = f"{list(qkv.shape)}, {list(bias.shape)} and {list(proj.shape)}"
-        raise ValueError(f"qkv [C, 3D], bias [3D] and proj [D, N] of {heads} heads expected, got {shapes}")
+        raise UserError(f"qkv [C, 3D], bias [3D] and proj [D, N] of {heads} heads expected, got {shapes}")
     signs = None if signs is None else signs.reshape(-1, width // heads)
     by_head = lambda x: apply_hadamard(x.reshape(*x.shape[:-1], heads, -1), signs).reshape(x.shape)
     values = lambda x: jnp.concatenate([x[..., : 2 * width], by_head(x[..., 2 * width :])], axis=-1)
@@ -101,6 +101,6 @@ def check_kernel(w: object) -> None:
     plain = isinstance(w, jax.Array | np.ndarray)
     if not plain or w.ndim != 2:
         got = f"shape {list(w.shape)}" if plain else f"a {type(w).__name__}"
-        raise ValueError(f"a rotation takes the kernel [inputs, outputs] of a Dense before it is rounded, got {got}")
+        raise UserError(f"a rotation takes the kernel [inputs, outputs] of a Dense before it is rounded, got {got}")
     if not np.isfinite(w).all():
-        raise ValueError("the weight holds NaN or infinity: look at the checkpoint")
+        raise UserError("the weight holds NaN or infinity: look at the checkpoint")

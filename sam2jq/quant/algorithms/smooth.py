@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from sam2jq.errors import UserError
 from sam2jq.quant.algorithms.activations import fake_quantize
-from sam2jq.quant.leaves import apply_kernel, materialize
+from sam2jq.quant.leaves import apply_kernel, materialize, weight_leaf
 from sam2jq.quant.qtensor import QTensor, dequantize, quantize
 from sam2jq.quant.spec import QuantSpec
 from sam2jq.quant.transform import Stats, map_base_weight
-from sam2jq.tree import pytree
 
 Array = jax.Array
 SPANS = ("AbsMax", "RMS", "RootMeanSquare")
@@ -35,7 +35,7 @@ FAMILIES = {
 }
 
 
-@pytree()
+@weight_leaf()
 class Smoothed:
     """x @ w == (x / scale) @ inner; scale: [K]."""
 
@@ -78,23 +78,23 @@ class SmoothSpec:
     def __post_init__(self):
         for name, known in {"strategy": ("Manual", "GridSearch"), "granularity": ("Layer", "ChannelGroup")}.items():
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} {getattr(self, name)!r}; allowed: {', '.join(known)}")
+                raise UserError(f"{name} {getattr(self, name)!r}; allowed: {', '.join(known)}")
         if not self.spans or not {name for pair in self.spans for name in pair} <= set(SPANS):
-            raise ValueError(f"spans {self.spans}; allowed: pairs of {', '.join(SPANS)}")
+            raise UserError(f"spans {self.spans}; allowed: pairs of {', '.join(SPANS)}")
         if self.strategy == "Manual":
             self._check_manual()
         elif self.weights is None and self.inputs is None:
-            raise ValueError("GridSearch judges by what rounding costs, but neither weights nor inputs are rounded")
+            raise UserError("GridSearch judges by what rounding costs, but neither weights nor inputs are rounded")
         elif self.num_grids < 2:
-            raise ValueError(f"num_grids must be at least 2, got {self.num_grids}")
+            raise UserError(f"num_grids must be at least 2, got {self.num_grids}")
         elif not all(0 <= x <= 1 or x in FAMILIES for x in (self.alpha, self.beta)):
-            raise ValueError(f"alpha {self.alpha}, beta {self.beta}; allowed: 0 to 1, -1, -2, -3")
+            raise UserError(f"alpha {self.alpha}, beta {self.beta}; allowed: 0 to 1, -1, -2, -3")
 
     def _check_manual(self):
         if len(self.spans) > 1:
-            raise ValueError(f"Manual takes one pair of spans, got {self.spans}; GridSearch takes several")
+            raise UserError(f"Manual takes one pair of spans, got {self.spans}; GridSearch takes several")
         if not all(0 <= x <= 1 for x in self.pairs[0]):
-            raise ValueError(f"alpha {self.alpha}, beta {self.beta}; Manual allows 0 to 1, and one of them negative")
+            raise UserError(f"alpha {self.alpha}, beta {self.beta}; Manual allows 0 to 1, and one of them negative")
 
     @property
     def pairs(self) -> list[tuple[float, float]]:
@@ -121,12 +121,12 @@ def smooth(w: Array, stats: Stats, spec: SmoothSpec) -> Smoothed:
     """
     if isinstance(w, QTensor) or w.ndim != 2:
         got = "a rounded weight" if isinstance(w, QTensor) else f"shape {w.shape}"
-        raise ValueError(f"smoothing takes the kernel [inputs, outputs] of a Dense before it is rounded, got {got}")
+        raise UserError(f"smoothing takes the kernel [inputs, outputs] of a Dense before it is rounded, got {got}")
     if spec.strategy == "GridSearch" and stats.tokens is None:
-        raise ValueError("a search for the best smoothing needs tokens: calibrate for them, or set strategy Manual")
+        raise UserError("a search for the best smoothing needs tokens: calibrate for them, or set strategy Manual")
     for name, array in {"weight": w, "inputs' range": stats.high - stats.low, "sampled inputs": stats.tokens}.items():
         if array is not None and not np.isfinite(array).all():
-            raise ValueError(f"the {name} holds NaN or infinity: look at the checkpoint and the calibration images")
+            raise UserError(f"the {name} holds NaN or infinity: look at the checkpoint and the calibration images")
     with jax.default_matmul_precision("highest"):  # accelerators multiply f32 in fewer bits if they may
         return _smooth(w, stats, spec)
 
@@ -171,7 +171,7 @@ def input_span(stats: Stats, name: str) -> Array:
     if name == "AbsMax":
         return jnp.maximum(-stats.low, stats.high)
     if stats.gram is None and stats.tokens is None:
-        raise ValueError(f"the span {name} of inputs needs gram or tokens: calibrate for them, or use AbsMax")
+        raise UserError(f"the span {name} of inputs needs gram or tokens: calibrate for them, or use AbsMax")
     return jnp.sqrt((stats.tokens**2).mean(0) if stats.gram is None else jnp.diag(stats.gram))
 
 

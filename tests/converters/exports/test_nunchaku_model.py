@@ -17,7 +17,6 @@ from converters.exports.nunchaku_model import (
     load_nunchaku,
     on_grid,
     onto_grid,
-    peel,
     read_kernel,
     run,
     save_nunchaku,
@@ -25,13 +24,13 @@ from converters.exports.nunchaku_model import (
 )
 from converters.names import to_torch
 from sam2jq import QuantSpec, build, init_params, quantize
-from sam2jq.eval.metrics import relative_error
 from sam2jq.models.sam2 import TRUNK_LINEAR
 from sam2jq.quant.algorithms.activations import fake_quantize
 from sam2jq.quant.algorithms.lowrank import LowRank
 from sam2jq.quant.algorithms.rotate import RotationSpec, rotate
 from sam2jq.quant.algorithms.smooth import Smoothed
-from sam2jq.quant.leaves import materialize
+from sam2jq.quant.error import relative_error
+from sam2jq.quant.leaves import materialize, unwrap
 from sam2jq.quant.qtensor import dequantize
 from sam2jq.tree import flatten, kernels, layer_name, unflatten
 
@@ -112,7 +111,7 @@ def test_the_kernels_compute_the_formula(inputs, outputs):
     w, x, bias = normal(0, inputs, outputs), h16(normal(3, 5, 7, inputs)), normal(4, outputs)
     made = leaf(w)
     kernel = read_kernel(pack_layer(to_layer(made, bias)), inputs, outputs)
-    q, around = peel(made)
+    q, around = unwrap(made)
     small = fake_quantize(h16(x / around[Smoothed].scale), QuantSpec(4, group_size=64))  # a tie falls as there
     branch = (x / around[Smoothed].scale) @ around[LowRank].down @ around[LowRank].up
     wanted = small @ dequantize(q) + branch + bias

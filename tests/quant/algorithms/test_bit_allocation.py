@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from sam2jq.config import CalibConfig, InputsConfig, QuantConfig, WeightsConfig
+from sam2jq.config.quant import CalibConfig, InputsConfig, QuantConfig, WeightsConfig
 from sam2jq.ptq.recipe import activation_specs, choose_bits, choose_input_bits, multiplications
 from sam2jq.quant.algorithms.activations import fake_quantize
 from sam2jq.quant.algorithms.bit_allocation import WIDTHS, assign_bits, error_by_width, input_error_by_width

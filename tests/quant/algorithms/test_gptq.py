@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from sam2jq.quant.algorithms.gptq import RATIOS, GptqSpec, gptq, search_grid
+from sam2jq.quant.error import output_error
 from sam2jq.quant.qtensor import QTensor, by_group, compute_scale_zero_point, dequantize, fit_scale_zero_point, quantize
 from sam2jq.quant.spec import QuantSpec
-from sam2jq.quant.transform import Stats, each_layer, output_error
+from sam2jq.quant.transform import Stats, each_layer
 
 K, N = 80, 12  # 80 is no multiple of 32: the last group and the last block are ragged
 CHANNEL = GptqSpec(QuantSpec(4), block_size=32)

@@ -3,10 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam2jq.eval.metrics import relative_error
 from sam2jq.quant.algorithms.activations import ActQuantized, fake_quantize, quantize_inputs
 from sam2jq.quant.algorithms.hadamard import fast_hadamard, hadamard
 from sam2jq.quant.algorithms.rotate import Rotated, RotationSpec, fold_heads, rotate
+from sam2jq.quant.error import relative_error
 from sam2jq.quant.leaves import materialize, matmul
 from sam2jq.quant.qtensor import QTensor, dequantize, quantize
 from sam2jq.quant.spec import QuantSpec

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam2jq.eval.metrics import relative_error
 from sam2jq.quant.algorithms.activations import fake_quantize
 from sam2jq.quant.algorithms.smooth import Smoothed, SmoothSpec, candidates, errors, recover_alpha_beta, smooth
+from sam2jq.quant.error import relative_error
 from sam2jq.quant.leaves import materialize, matmul
 from sam2jq.quant.qtensor import dequantize, quantize
 from sam2jq.quant.spec import QuantSpec
