@@ -15,9 +15,9 @@ from converters import hf
 from converters.exports.package import is_package, open_package
 from converters.names import array, from_torch, mismatches, shapes, to_torch
 from converters.torch_files import atomic_write, load_torch, save_torch
-from sam2jq.errors import UserError
+from sam2jq.errors import UserError, suggest
 from sam2jq.models.sam2 import SAM2, VARIANTS, VERSIONS, abstract_params, build, init_params
-from sam2jq.tree import flatten, suggest, unflatten
+from sam2jq.tree import flatten, unflatten
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 FILES = (".pt", ".pth", ".safetensors")

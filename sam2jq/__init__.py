@@ -3,7 +3,8 @@
 from sam2jq.models.sam2 import SAM2, VARIANTS, abstract_params, build, init_params
 from sam2jq.predictors.image import ImagePredictor
 from sam2jq.predictors.video import VideoPredictor
-from sam2jq.ptq.recipe import layers, round_weights, weight_specs
+from sam2jq.ptq.recipe import layers, weight_specs
+from sam2jq.quant.algorithms.rtn import round_weights
 from sam2jq.quant.qtensor import QTensor, dequantize, quantize
 from sam2jq.quant.spec import QuantSpec
 

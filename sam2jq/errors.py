@@ -1,6 +1,7 @@
 """Errors that a user can mend. Every other exception is a fault of the program."""
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -19,3 +20,17 @@ def section(path: str) -> Iterator[None]:
         yield
     except ConfigError as error:
         raise ConfigError(f"{path}.{error}") from error
+
+
+def one_of(key: str, value: str, allowed: Iterable[str]) -> None:
+    """Raises ConfigError unless `value`, the setting called `key`, is one of `allowed`."""
+    allowed = list(allowed)
+    if value not in allowed:
+        raise ConfigError(f"{key} {value!r}: allowed are {', '.join(allowed)}{suggest(value, allowed)}")
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """The end of an error message, "; did you mean ...?", with the closest of `known`; "" if none is close."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1) or [k for k in known if k.endswith(f".{name}")][:1]
+    return f"; did you mean {near[0]!r}?" if near else ""

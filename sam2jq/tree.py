@@ -1,10 +1,11 @@
 """Params trees by name: flat views, dotted prefixes, and the pytree dataclass that weight leaves are made of."""
 
 import dataclasses
-import difflib
+import hashlib
 from collections.abc import Iterable
 
 import jax
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 
@@ -38,18 +39,21 @@ def under(layer: str, prefix: str) -> bool:
     return f"{layer}.weight.".startswith(f"{prefix}.")
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
-    """The tail of an error: did you mean the known name closest to `name`, or the one that ends in it? Else ""."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=1) or [k for k in known if k.endswith(f".{name}")][:1]
-    return f"; did you mean {near[0]!r}?" if near else ""
+def fingerprint(params: dict, *parts: object) -> str:
+    """A hexadecimal hash of params and parts, 32 characters; parts are bytes, or are hashed by their repr."""
+    digest = hashlib.sha256()
+    for path, leaf in flatten(params).items():
+        digest.update(path.encode() + np.asarray(leaf).tobytes())
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else repr(part).encode())
+    return digest.hexdigest()[:32]
 
 
 def pytree(static: Iterable[str] = ()):
-    """Class decorator: a frozen dataclass whose fields are pytree children, but for those named in `static`.
+    """A class decorator that makes a frozen dataclass, a pytree node with all fields but those in `static` as children.
 
-    `jax.tree_util.register_dataclass` will not do: to jax 0.10 the structures of two such classes are equal if they
-    have as many fields, and when their hashes meet, jit runs for one class what it compiled for the other.
+    It replaces `jax.tree_util.register_dataclass`: in jax 0.10 the tree structures of two classes registered by that
+    compare equal if they have equally many fields. When their hashes collide, jit runs the wrong class's program.
     """
     static = tuple(static)
 

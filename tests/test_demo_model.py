@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 
 from converters.checkpoint import load_checkpoint
-from sam2jq import QuantSpec, build, layers, round_weights
+from sam2jq import QuantSpec, build, layers
 from sam2jq.data.synthetic.scenes import draw_scene, scene_seed
 from sam2jq.eval.evaluate import evaluate_clips, evaluate_images, find_clips, find_samples
 from sam2jq.eval.metrics import iou
 from sam2jq.eval.prompted import interior_point, segment_objects
 from sam2jq.predictors.video import VideoPredictor
+from sam2jq.quant.algorithms.rtn import round_weights
 from sam2jq.quant.leaves import materialize_params
 
 CARD = {"box": 0.801, "1 click": 0.751, "3 clicks": 0.810}  # sam2jq/assets/nano.md

@@ -2,7 +2,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sam2jq.tree import flatten, kernels, layer_name, pytree, suggest, under, unflatten
+from sam2jq.errors import suggest
+from sam2jq.tree import flatten, kernels, layer_name, pytree, under, unflatten
 
 
 def test_unflatten_inverts_flatten():

@@ -58,11 +58,12 @@ def jax_step(student_name: str, teacher_name: str, image: np.ndarray, remat: boo
     encode = lambda model, params, x: model.apply({"params": params}, x, method="encode_image")
 
     marks = trainable_mask(begin, clipping=False)
+    frozen = jax.tree.map(lambda mark: not mark, marks)
 
     def loss(params, batch, key):
         image, targets, rest = batch  # not constants of the program, whose compilation would hold them several times
         wanted = encode(teacher, targets, image)
-        got = encode(model, unflatten(rest | flatten(materialize_weights(stop_gradient_where(params, marks)))), image)
+        got = encode(model, unflatten(rest | flatten(materialize_weights(stop_gradient_where(params, frozen)))), image)
         return sum(relative(a, b) for a, b in zip(got, wanted)) / 3, {}
 
     stays = jax.tree.map(lambda mark: not mark, marks)

@@ -30,9 +30,9 @@ from sam2jq.data.synthetic.scenes import draw_scene
 from sam2jq.models.sam2 import TRUNK_LINEAR
 from sam2jq.ptq.calibration import collect
 from sam2jq.quant.algorithms.activations import quantize_inputs
-from sam2jq.quant.algorithms.gptq import GptqSpec, gptq
-from sam2jq.quant.algorithms.lowrank import LowRankSpec, low_rank
-from sam2jq.quant.algorithms.smooth import SmoothSpec, smooth
+from sam2jq.quant.algorithms.gptq import GptqConfig, gptq_kernel
+from sam2jq.quant.algorithms.lowrank import LowRankConfig, low_rank_kernel
+from sam2jq.quant.algorithms.smooth import SmoothConfig, smooth_kernel
 from sam2jq.quant.leaves import matmul
 from sam2jq.quant.qtensor import quantize
 from sam2jq.tree import flatten, kernels, layer_name
@@ -149,17 +149,17 @@ def main() -> None:
     taken = time.perf_counter() - begin
     ws = {k: torch.from_numpy(np.array(w).T.copy()) for k, w in weights.items()}
     grams = {k: torch.from_numpy(np.array(stats[k].gram)) for k in weights}
-    over = lambda change, spec: lambda: jax.block_until_ready([change(weights[k], stats[k], spec) for k in weights])
-    searched = SmoothSpec(strategy="GridSearch", num_grids=20, weights=W4, inputs=A8)
-    branch = partial(LowRankSpec, rank=RANK, weights=W4, inputs=A8)
+    over = lambda fn, args: lambda: jax.block_until_ready([fn(weights[k], stats[k], *args) for k in weights])
+    searched = W4, A8, SmoothConfig(strategy="GridSearch", num_grids=20)
+    branch = lambda **settings: (W4, A8, LowRankConfig(rank=RANK, **settings))
     lines = [
-        row("GPTQ, first pass only", over(gptq, GptqSpec(W4, sweeps=0)),
+        row("GPTQ, first pass only", over(gptq_kernel, (W4, GptqConfig(sweeps=0))),
             lambda: [torch_gptq(ws[k], grams[k]) for k in ws], args.runs),
-        row("GPTQ with two sweeps", over(gptq, GptqSpec(W4)), None, args.runs),
-        row("smoothing, 20 candidates", over(smooth, searched), None, args.runs),
-        row("low rank 32, against one full SVD", over(low_rank, branch()),
+        row("GPTQ with two sweeps", over(gptq_kernel, (W4,)), None, args.runs),
+        row("smoothing, 20 candidates", over(smooth_kernel, searched), None, args.runs),
+        row("low rank 32, against one full SVD", over(low_rank_kernel, branch()),
             lambda: [torch_svd(w) for w in ws.values()], args.runs),
-        row("low rank 32, ten rounds", over(low_rank, branch(num_iters=10)), None, args.runs),
+        row("low rank 32, ten rounds", over(low_rank_kernel, branch(num_iters=10)), None, args.runs),
     ]  # fmt: skip
     memory = [peak(args.model, n) for n in args.memory]
     memory += [peak(args.model, min(args.memory), "--whole")] if memory else []

@@ -9,7 +9,8 @@ import tempfile
 from pathlib import Path
 
 from converters.exports.package import load_package, save_package
-from sam2jq import VARIANTS, QuantSpec, build, init_params, layers, round_weights
+from sam2jq import VARIANTS, QuantSpec, build, init_params, layers
+from sam2jq.quant.algorithms.rtn import round_weights
 
 MB = 1e6
 

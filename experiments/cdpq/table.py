@@ -26,7 +26,7 @@ from sam2jq import build
 from sam2jq.cli.distill import quantize_student
 from sam2jq.cli.main import find_calibration, stage
 from sam2jq.config import loader
-from sam2jq.config.distill import DataConfig, DistillConfig, DistillLossConfig, StudentConfig, TrainConfig
+from sam2jq.config.distill import DataConfig, DistillConfig, DistillSection, StudentConfig, TrainConfig
 from sam2jq.config.quant import InputsConfig, QuantConfig, WeightsConfig
 from sam2jq.config.run import ModelConfig
 from sam2jq.data.loader import find_items
@@ -66,7 +66,7 @@ def config_of(name: str, seed: int, kind: str) -> DistillConfig:
     rate = 1e-3 if kind == "to nearest" or name == "W2A16" else 1e-4
     data = DataConfig(f"scenes:{11 + seed}", "scenes:21", TRAINED, 4)
     quant = StudentConfig(**STARTS[name], min_bits=2, target_bits=float(name[3:]) if falls else None)
-    ask = DistillLossConfig(**LOWERED if falls else FIXED, cooldown_epochs=3, cache_teacher=True)
+    ask = DistillSection(**LOWERED if falls else FIXED, cooldown_epochs=3, cache_teacher=True)
     train = TrainConfig(epochs=5, batch_size=4, learning_rate=rate, checkpoint_every=10**6)
     ptq = ptq_of(**STARTS[name]) if kind == "PTQ" else None
     return DistillConfig(NANO, NANO, data, ptq, quant, ask, train, seed=seed)

@@ -23,7 +23,7 @@ from converters.checkpoint import load_checkpoint
 from experiments.measured import Runs, measure
 from sam2jq import build
 from sam2jq.config import loader
-from sam2jq.config.quant import GptqConfig, LowRankConfig, QuantConfig, RotationConfig, SmoothConfig, SmoothProjConfig
+from sam2jq.config.quant import GptqConfig, LowRankConfig, QuantConfig, RotationConfig, SmoothConfig, SmoothSection
 from sam2jq.data import find_images, preprocess, read_image
 from sam2jq.ptq.pipeline import quantize_params
 from sam2jq.quant.leaves import materialize_params
@@ -38,12 +38,12 @@ def rows(quant: QuantConfig) -> dict[str, QuantConfig]:
     """{name: config}, each with one technique more than the one before."""
     bare = replace(quant.wgts, target_bits=None, kernel_gptq=None, low_rank=None, ridge=0.0, bias_correction=False)
     ipts = replace(quant.ipts, target_bits=None)
-    at = replace(quant, wgts=bare, ipts=ipts, smooth=SmoothConfig(), rotation=RotationConfig())
+    at = replace(quant, wgts=bare, ipts=ipts, smooth=SmoothSection(), rotation=RotationConfig())
     found = {"RTN": at}
     for name, change in {
         "+ GPTQ": lambda q: replace(q, wgts=replace(q.wgts, kernel_gptq=GptqConfig())),
         "+ bias correction": lambda q: replace(q, wgts=replace(q.wgts, bias_correction=True)),
-        "+ smoothing": lambda q: replace(q, smooth=SmoothConfig(SmoothProjConfig(strategy="GridSearch"))),
+        "+ smoothing": lambda q: replace(q, smooth=SmoothSection(SmoothConfig(strategy="GridSearch"))),
         "+ bits by layer": lambda q: replace(q, wgts=replace(q.wgts, target_bits=float(q.wgts.dtype[-1]))),
         "+ bits of inputs by layer": lambda q: replace(q, ipts=quant.ipts),
         "+ rotation": lambda q: replace(q, rotation=RotationConfig(["hadamard"])),

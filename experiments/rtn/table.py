@@ -7,7 +7,8 @@ import time
 
 from converters.checkpoint import load_checkpoint
 from experiments.measured import measure
-from sam2jq import QuantSpec, build, layers, round_weights
+from sam2jq import QuantSpec, build, layers
+from sam2jq.quant.algorithms.rtn import round_weights
 from sam2jq.quant.leaves import materialize_params
 
 BITS = (None, 8, 6, 5, 4, 3, 2)  # None: full precision

@@ -25,7 +25,6 @@ from sam2jq.distillation.init_student import check_pair, collect_input_stats, st
 from sam2jq.errors import UserError
 from sam2jq.eval.fidelity import STAGE_IMAGES, find_ground_truth, ground_truth_id, layer_figures, measure
 from sam2jq.models.sam2 import SAM2
-from sam2jq.ptq.calibration import fingerprint
 from sam2jq.ptq.recipe import layers as all_layers
 from sam2jq.quant.algorithms.activations import materialize_weights
 from sam2jq.quant.algorithms.fake_quant import fake_quant_layers, to_quantized_params
@@ -34,7 +33,7 @@ from sam2jq.report import curves, text
 from sam2jq.report.run import layer_rows, merged, save_run
 from sam2jq.training.distributed import initialize_distributed, wait_for_processes
 from sam2jq.training.metric_logging import metric_logger
-from sam2jq.tree import flatten, kernels
+from sam2jq.tree import fingerprint, flatten, kernels
 
 COMPARED = 16  # held-out clips whose masks are compared at the end
 log = logging.getLogger("sam2jq")
@@ -136,11 +135,7 @@ def quantize_student(model: SAM2, params: dict, config: DistillConfig, seen: tup
     """
     if any(not isinstance(kernel, jax.Array | np.ndarray) for kernel in kernels(flatten(params)).values()):
         raise UserError(f"ptq: {config.student.checkpoint} is quantized already: leave ptq out")
-    try:
-        done = run_ptq(model, params, replay(config.ptq), seen, config, on_stage)
-    except UserError as error:
-        raise UserError(loader.rename_quant_to_ptq(str(error))) from error
-    return list(done.params_by_stage.values())[-1]
+    return run_ptq(model, params, replay(config.ptq), seen, config, on_stage).params
 
 
 def measure_config(config: DistillConfig, held_out: int) -> Config:

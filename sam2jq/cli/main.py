@@ -29,24 +29,23 @@ from sam2jq.data import read_image
 from sam2jq.data.loader import Item, find_items, read_item
 from sam2jq.data.sav import write_mask
 from sam2jq.data.video import open_video
-from sam2jq.errors import UserError
+from sam2jq.errors import UserError, section
 from sam2jq.eval.evaluate import drawn_video, evaluate_clips, evaluate_images, find_clips, find_samples
 from sam2jq.eval.fidelity import STAGE_IMAGES, find_ground_truth, ground_truth_id, layer_figures, measure
 from sam2jq.files import atomic_write
 from sam2jq.models.sam2 import SAM2, TRUNK_LINEAR, build
 from sam2jq.predictors.image import ImagePredictor
 from sam2jq.predictors.video import VideoPredictor
-from sam2jq.ptq.calibration import fingerprint
-from sam2jq.ptq.pipeline import FOLDED, UNROUNDED, Quantized, quantize_params, smoothed_by
+from sam2jq.ptq.pipeline import FOLDED, UNROUNDED, Quantized, quantize_params, smoothing_exponents
+from sam2jq.ptq.recipe import gptq_onto, weight_specs
 from sam2jq.ptq.recipe import layers as all_layers
-from sam2jq.ptq.recipe import onto, weight_specs
 from sam2jq.quant.algorithms.activations import materialize_weights
 from sam2jq.quant.leaves import materialize_params
 from sam2jq.report import figures, text
 from sam2jq.report.comparison import runs_csv, runs_page, settings_of
 from sam2jq.report.page import run_page
 from sam2jq.report.run import layer_rows, merged, read_metrics, read_runs, save_run
-from sam2jq.tree import flatten, kernels, layer_name, unflatten
+from sam2jq.tree import fingerprint, flatten, kernels, layer_name, unflatten
 
 FORMATS = {
     "vanilla": "vanilla.pt for build_sam2",
@@ -166,7 +165,7 @@ def quantize(args: argparse.Namespace, flags: list[str]) -> None:
                     save_deepcompressor(folder / "cache", quantized, checkpoint.names)
             summary = load_package(folder / "package.pt").summary()
         metrics = summary | {
-            "layers": layer_rows(summary["layers"], layers, smoothed_by(done, full)),
+            "layers": layer_rows(summary["layers"], layers, smoothing_exponents(done, full)),
             "unquantized": [layer for layer in all_layers(full) if layer not in layers],
             "stages": [row | errors.get(row["name"], {}) for row in merged(record)],
             "stage_images": min(STAGE_IMAGES, len(names)),
@@ -445,8 +444,11 @@ def run_ptq(
     """`quantize_params` on what `find_calibration` found, with progress, and statistics kept in cache.root."""
     (items, images), size = found, model.variant.image_size
     clips = lambda n: (read_item(item, size) for item in tqdm(items[n:], leave=False, disable=None))
-    cache = Path(config.cache.root) / "calibration", (__version__, images, quant.calib.frames, quant.calib.stride)
-    return quantize_params(model, params, quant, clips, seed=config.seed, needs=needs, cache=cache, on_stage=on_stage)
+    cache = Path(config.cache.root) / "calibration", (images, quant.calib.frames, quant.calib.stride)
+    with section("quant" if isinstance(config, Config) else "ptq"):
+        return quantize_params(
+            model, params, quant, clips, seed=config.seed, needs=needs, cache=cache, on_stage=on_stage
+        )
 
 
 def replay(quant: QuantConfig) -> QuantConfig:
@@ -481,7 +483,7 @@ def convert_nunchaku(config: Config, model: SAM2, checkpoint, full: dict, done: 
     layers = [k for k in weight_specs(config.quant.wgts, map(layer_name, kernels(flat))) if TRUNK_LINEAR.fullmatch(k)]
     with stage("nunchaku", f"{len(layers)} linears onto {GRID.dtype} [[1, {GRID.group}]] with GPTQ"):
         chosen = {path: in_file_precision(leaf) for path, leaf in kernels(flat).items() if layer_name(path) in layers}
-        rounded = flatten(onto(GRID, config.quant.wgts, layers).apply(unflatten(flat | chosen), done.stats))
+        rounded = flatten(gptq_onto(GRID, config.quant.wgts, layers).apply(unflatten(flat | chosen), done.stats))
         tree = flatten(full) | {path: leaf for path, leaf in rounded.items() if layer_name(path) in layers}
         about = loader.to_dict(config.model) | {"image_size": model.variant.image_size}
         save_nunchaku(folder / "nunchaku", unflatten(tree), about, checkpoint.names)

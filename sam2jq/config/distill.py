@@ -2,207 +2,277 @@
 
 from dataclasses import dataclass, field
 
-from sam2jq.config.checks import one_of
 from sam2jq.config.quant import InputsConfig, QuantConfig, WeightsConfig
 from sam2jq.config.run import CacheConfig, MeasureConfig, ModelConfig, OutputConfig
-from sam2jq.errors import UserError
+from sam2jq.errors import ConfigError, one_of
 
 METHODS = ("baseline", "variance", "ladder", "fixed")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """train, val: folders of images, SA-V roots (sav_train is taken for the one, sav_val for the other), or
-    scenes:<seed>; train_samples, val_samples: how many frames or clips, all when null; frames: of a clip, 1 for
-    stills; stride: frames from one of them to the next; image_size in pixels, the model's own when null."""
+    """Frames to train and to validate on: the section `data`."""
 
+    # a folder of images, an SA-V root (its sav_train), or scenes:<seed>
     train: str = ""
+    # a folder of images, an SA-V root (its sav_val), or scenes:<seed>; must not share a frame with train
     val: str = ""
+    # images or clips to train on; null: all
     train_samples: int | None = None
+    # images or clips to validate on; null: all
     val_samples: int | None = 128
+    # frames of a clip; 1: single images
     frames: int = 1
+    # frames of the video from one frame of a clip to the next
     stride: int = 4
+    # side of the models' input in pixels; null: the models' own
     image_size: int | None = None
 
     def __post_init__(self):
         for name in ("train", "val"):
             if not getattr(self, name):
-                raise UserError(f"data.{name} is not set: give a folder of frames, an SA-V root, or scenes:<seed>")
+                raise ConfigError(f"{name} is not set: give a folder of frames, an SA-V root, or scenes:<seed>")
         for name in ("train_samples", "val_samples", "frames", "stride"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"data.{name} must be at least 1, got {getattr(self, name)}")
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """wgts: the grid on which layers start that are not quantized yet, its dtype's bits or those of initial_bits; ipts:
-    as in quant; min_bits: no layer falls below; target_bits: mean bits a weight at which lowering ends;
-    target_roots: dotted prefixes of the layers that may lose bits, all when empty; learn_clipping: each group learns
-    the share of its range that its grid spans."""
+    """How the student is quantized while it trains: the section `quant` of `distill`."""
 
+    # grids of layers that are not quantized yet, rounded to nearest
     wgts: WeightsConfig = field(default_factory=WeightsConfig)
+    # rounding of the inputs of these layers
     ipts: InputsConfig = field(default_factory=InputsConfig)
+    # bits at the start, in place of those of wgts.dtype
     initial_bits: int | None = None
+    # no layer gets fewer bits
     min_bits: int = 4
+    # mean bits per weight at which bits stop falling
     target_bits: float | None = None
+    # dotted prefixes of the layers whose bits may fall; []: all
     target_roots: list[str] = field(default_factory=list)
+    # train the share of each group's range that its grid spans
     learn_clipping: bool = True
 
     def __post_init__(self):
         wgts = self.wgts
         if wgts.mixed or wgts.kernel_gptq or wgts.low_rank or wgts.ridge or wgts.bias_correction:
-            raise UserError("quant.wgts: this rounds to nearest: give GPTQ, branches and bits for a target under ptq, "
-                             "or as student.checkpoint a package that quantize made with them")  # fmt: skip
+            raise ConfigError(
+                "wgts: here weights are only rounded to nearest: give GPTQ, branches and bits for a target under ptq, "
+                "or a package that quantize made with them as student.checkpoint"
+            )
         if self.ipts.static or self.ipts.allow_unsigned or self.ipts.mixed:
-            raise UserError("quant.ipts.static, allow_unsigned and target_bits go by calibration: give them under "
-                             "ptq, or as student.checkpoint a package that quantize made with them")  # fmt: skip
+            raise ConfigError(
+                "ipts.static, allow_unsigned and target_bits need calibration: give them under ptq, or a package that "
+                "quantize made with them as student.checkpoint"
+            )
         if self.initial_bits is not None and not 2 <= self.initial_bits <= 8:
-            raise UserError(f"quant.initial_bits must be in 2..8, got {self.initial_bits}")
+            raise ConfigError(f"initial_bits must be in 2..8, got {self.initial_bits}")
         if not 2 <= self.min_bits <= self.starts_at:
-            raise UserError(f"quant.min_bits {self.min_bits}: must be in 2..{self.starts_at}, where the student starts")
+            raise ConfigError(f"min_bits {self.min_bits}: must be in 2..{self.starts_at}, where the student starts")
         if self.target_bits is not None and self.target_bits < self.min_bits:
-            raise UserError(f"quant.target_bits {self.target_bits} is under quant.min_bits {self.min_bits}")
+            raise ConfigError(f"target_bits {self.target_bits} is under min_bits {self.min_bits}")
 
     @property
     def starts_at(self) -> int:
+        """The bits of layers that are not quantized yet."""
         return self.initial_bits or int(self.wgts.dtype[-1])
 
 
 @dataclass(frozen=True)
 class DistillLossConfig:
-    """layers, affinity, features, masks, ious, memory: weights of the parts of the loss; prompts: random clicks a
-    clip, each asked again as a box and with a second click; objects: followed into the clip's last frame.
+    """The loss between student and teacher."""
 
-    confidence_method: baseline lowers layers whose mean loss over the last `window` steps is at most layer_threshold,
-    variance those whose loss also varies by at most variance_threshold of its square; ladder takes for each layer the
-    lowest of bit_candidates whose weight, or, with confidence_on output, whose outputs on the first clips err by at
-    most confidence_threshold, once; fixed lowers none.
-    impact_threshold: by how much of the validation loss one layer's bit may raise it; impact_budget: all bits of an
-    epoch together; impact_floor: losses below count as this; candidates: layers tried an epoch, all when null;
-    settle_epochs: the last ones, in which no bit is taken; cache_teacher: keep the teacher's answers in cache.root.
-    """
-
+    # weight of the loss on mean and deviation of each layer's outputs
     layers: float = 1.0
+    # weight of the loss on cosines between places of each stage's map
     affinity: float = 0.0
+    # weight of the loss on the three feature maps that the decoder reads
     features: float = 1.0
+    # weight of the loss on mask logits
     masks: float = 1.0
+    # weight of the loss on predicted IoUs and object scores
     ious: float = 1.0
+    # weight of the loss on objects tracked into the clip's last frame
     memory: float = 1.0
+    # random clicks per clip; each is used again as a box and with a second click
     prompts: int = 8
+    # objects tracked into the clip's last frame
     objects: int = 2
-    confidence_method: str = "baseline"
-    window: int = 8
-    layer_threshold: float = 0.1
-    variance_threshold: float = 0.05
-    bit_candidates: list[int] = field(default_factory=lambda: [8, 6, 4])
-    confidence_threshold: float = 0.03
-    confidence_on: str = "weight"
-    impact_threshold: float = 0.3
-    impact_budget: float = 1.0
-    impact_floor: float = 0.01
-    candidates: int | None = None
-    cooldown_epochs: int = 1
+    # keep the teacher's outputs in cache.root
     cache_teacher: bool = False
 
     def __post_init__(self):
-        one_of("distill.confidence_method", self.confidence_method, METHODS)
-        one_of("distill.confidence_on", self.confidence_on, ("weight", "output"))
-        wrong = [name for name in ("prompts", "objects", "window") if getattr(self, name) < 1]
-        if wrong:
-            raise UserError(f"distill.{wrong[0]} must be at least 1")
+        for name in ("prompts", "objects"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1")
         if 2 * self.objects > self.prompts:
-            raise UserError(f"distill.objects {self.objects}: at most half of the {self.prompts} prompts are followed")
+            raise ConfigError(f"objects {self.objects}: at most half of the {self.prompts} prompts can be tracked")
+
+
+@dataclass(frozen=True)
+class BitScheduleConfig:
+    """Which layers lose a bit, and when."""
+
+    # baseline: layers with a small loss; variance: with a small and steady loss; ladder: bits are chosen once, before
+    # training; fixed: bits stay
+    confidence_method: str = "baseline"
+    # steps whose losses decide
+    window: int = 8
+    # largest mean loss of a layer that may lose a bit
+    layer_threshold: float = 0.1
+    # largest variance of that loss, as a share of its squared mean (method variance)
+    variance_threshold: float = 0.05
+    # bits to choose from (method ladder)
+    bit_candidates: list[int] = field(default_factory=lambda: [8, 6, 4])
+    # largest relative error at the chosen bits (method ladder)
+    confidence_threshold: float = 0.03
+    # error of the weight or of the output (method ladder): weight or output
+    confidence_on: str = "weight"
+    # largest relative rise of the validation loss by one layer's bit
+    impact_threshold: float = 0.3
+    # largest relative rise of the validation loss by all bits of one epoch
+    impact_budget: float = 1.0
+    # validation losses below this count as this when rises are made relative
+    impact_floor: float = 0.01
+    # layers that are tried per epoch, the most confident first; null: all
+    candidates: int | None = None
+    # epochs at the end in which no layer loses a bit
+    cooldown_epochs: int = 1
+
+    def __post_init__(self):
+        one_of("confidence_method", self.confidence_method, METHODS)
+        one_of("confidence_on", self.confidence_on, ("weight", "output"))
+        if self.window < 1:
+            raise ConfigError("window must be at least 1")
+
+
+@dataclass(frozen=True)
+class DistillSection(BitScheduleConfig, DistillLossConfig):
+    """The loss and the bit schedule: the section `distill`."""
+
+    def __post_init__(self):
+        DistillLossConfig.__post_init__(self)
+        BitScheduleConfig.__post_init__(self)
         if not self.layers and self.confidence_method in ("baseline", "variance"):
-            raise UserError("distill.layers: confidence looks at the losses of layers, so this weight must be over 0")
+            raise ConfigError(
+                f"layers: confidence_method {self.confidence_method} reads the losses of layers, so their weight must "
+                "be over 0"
+            )
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """batch_size: clips a step, over all devices; schedule: cosine or constant, after warmup_steps; accumulate: steps
-    whose gradients make one update; ema: decay of the average of params that is validated and written, 0 for none;
-    parallel: jit or pmap; remat: compute the trunk's blocks once more for their gradient, for a quarter of the memory;
-    patience: epochs without a better validation loss before it stops; checkpoint_every, log_interval: steps."""
+    """How the student trains: the section `train`."""
 
+    # passes over the training data
     epochs: int = 5
+    # clips per step, over all devices
     batch_size: int = 1
+    # peak learning rate of AdamW
     learning_rate: float = 1e-4
+    # learning rate after warm-up: cosine or constant
     schedule: str = "cosine"
+    # updates of linear warm-up
     warmup_steps: int = 20
+    # weight decay of AdamW
     weight_decay: float = 1e-6
+    # gradients are clipped to this global norm
     max_grad_norm: float = 1.0
+    # steps whose gradients are averaged for one update
     accumulate: int = 1
+    # decay of the moving average of params that is validated and saved; 0: none
     ema: float = 0.0
+    # how steps run on several devices: jit or pmap
     parallel: str = "jit"
+    # recompute the trunk's blocks for their gradient: less memory, more time
     remat: bool = False
+    # epochs without a better validation loss before training stops; null: never
     patience: int | None = None
+    # steps between checkpoints
     checkpoint_every: int = 100
+    # steps between rows of metrics.jsonl
     log_interval: int = 10
 
     def __post_init__(self):
-        one_of("train.schedule", self.schedule, ("cosine", "constant"))
-        one_of("train.parallel", self.parallel, ("jit", "pmap"))
-        wrong = [name for name in ("epochs", "batch_size", "accumulate", "checkpoint_every", "log_interval")
-                 if getattr(self, name) < 1]  # fmt: skip
-        if wrong:
-            raise UserError(f"train.{wrong[0]} must be at least 1")
+        one_of("schedule", self.schedule, ("cosine", "constant"))
+        one_of("parallel", self.parallel, ("jit", "pmap"))
+        for name in ("epochs", "batch_size", "accumulate", "checkpoint_every", "log_interval"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1")
         if not 0 <= self.ema < 1:
-            raise UserError(f"train.ema must be in 0..1, below 1, got {self.ema}")
+            raise ConfigError(f"ema must be in 0..1, below 1, got {self.ema}")
 
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """coordinator: HOST:PORT of process 0, or auto where Slurm or a TPU pod tells; timeout: seconds to wait for all."""
+    """Several processes, each with its own devices: the section `distributed`."""
 
+    # HOST:PORT of process 0, or auto under Slurm and on TPU pods; null: one process
     coordinator: str | None = None
+    # number of processes
     processes: int | None = None
+    # number of this process, from 0
     index: int | None = None
+    # seconds to wait for the other processes
     timeout: int = 300
 
     def __post_init__(self):
         alone = self.coordinator in (None, "auto")
         if alone != (self.processes is None) or alone != (self.index is None):
-            raise UserError("distributed: coordinator HOST:PORT, processes and index belong together")
+            raise ConfigError("coordinator HOST:PORT, processes and index belong together")
 
 
 @dataclass(frozen=True)
 class TrackConfig:
-    """project: of Weights & Biases, where curves go too when set; mode: online or offline; tensorboard: into the run's
-    folder."""
+    """Where metrics are logged beside metrics.jsonl: the section `track`."""
 
+    # project of Weights & Biases; null: not used
     project: str | None = None
+    # entity of Weights & Biases
     entity: str | None = None
+    # name of the run there
     run_name: str | None = None
+    # tags of the run there
     tags: list[str] = field(default_factory=list)
+    # online or offline
     mode: str = "online"
+    # write TensorBoard files into the run's folder
     tensorboard: bool = False
 
     def __post_init__(self):
-        one_of("track.mode", self.mode, ("online", "offline"))
+        one_of("mode", self.mode, ("online", "offline"))
 
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """teacher and student: as in `model`; the student may be a package, whose bits and leaves it keeps. Its dtype is
-    that of the computation, weights stay float32. ptq: what quantize has under `quant`, by which the student is
-    quantized before it learns; quant: how the layers start that are not quantized by then, and how far bits may fall.
-    measure: as for quantize, drawn scenes of data.val when empty."""
+    """The settings of `distill`."""
 
+    # full-precision model whose outputs the student learns
     teacher: ModelConfig = field(default_factory=ModelConfig)
+    # model to quantize; a package keeps its bits and leaves; weights train in float32, activations have its dtype
     student: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    # post-training quantization of the student before it trains, as the section quant of `quantize`; null: none
     ptq: QuantConfig | None = None
     quant: StudentConfig = field(default_factory=StudentConfig)
-    distill: DistillLossConfig = field(default_factory=DistillLossConfig)
+    distill: DistillSection = field(default_factory=DistillSection)
     train: TrainConfig = field(default_factory=TrainConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+    # seed of everything random; equal seeds give equal results on one device
     seed: int = 42
 
     def __post_init__(self):
+        if self.ptq and not self.ptq.calib.path:
+            raise ConfigError("ptq.calib.path is not set: give a folder of images, or scenes:0 for synthetic ones")
         if self.ptq and self.ptq.calib.image_size not in (None, self.data.image_size):
-            raise UserError("ptq.calib.image_size: teacher and student see images of data.image_size: set that")
+            raise ConfigError("ptq.calib.image_size: both models use data.image_size: set that")
         if self.ptq and self.ptq.rotation.fold_heads:
-            raise UserError("ptq.rotation.fold_heads: such layers no longer answer as the teacher's do: leave it out")
+            raise ConfigError("ptq.rotation.fold_heads: it changes layers' outputs, which the loss compares with the "
+                              "teacher's: leave it out")  # fmt: skip

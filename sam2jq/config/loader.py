@@ -1,40 +1,52 @@
 """Settings from YAML and flags, checked before any model is loaded."""
 
 import dataclasses
+import inspect
 import itertools
 from pathlib import Path
 from typing import get_args, get_type_hints
 
 import draccus
 import yaml
-from draccus.utils import DraccusException
+from draccus.wrappers.docstring import get_attribute_docstring
 
 from sam2jq.config.run import Config
-from sam2jq.errors import UserError
-from sam2jq.tree import suggest
+from sam2jq.errors import ConfigError, UserError, suggest
+
+RENAMED = {"settle_epochs": "cooldown_epochs"}  # keys of older versions
 
 
 def keys(schema: type, prefix: str = "") -> list[str]:
-    """Every dotted key of a schema with its default: what can follow `--`."""
-    found = []
-    for entry in dataclasses.fields(schema):
-        if kind := section(get_type_hints(schema)[entry.name]):
-            found += keys(kind, f"{prefix}{entry.name}.")
+    """The help lines of a schema: every flag with its default, and below it the field's comment."""
+    lines = []
+    for field in dataclasses.fields(schema):
+        if kind := section_type(get_type_hints(schema)[field.name]):
+            lines += keys(kind, f"{prefix}{field.name}.")
         else:
-            made = entry.default_factory is not dataclasses.MISSING
-            found.append(f"--{prefix}{entry.name} {entry.default_factory() if made else entry.default!r}")
-    return found
+            has_factory = field.default_factory is not dataclasses.MISSING
+            default = field.default_factory() if has_factory else field.default
+            lines += [f"--{prefix}{field.name} {default!r}", f"      {comment(schema, field.name)}"]
+    return lines
 
 
-def section(kind) -> type | None:
-    """The dataclass in a type such as GptqConfig or GptqConfig | None; None where there is none."""
+def comment(schema: type, name: str) -> str:
+    """The comment beside or above a field, in its class or the base class that defines it; "" without one."""
+    for cls in schema.__mro__:
+        if name in inspect.get_annotations(cls):
+            found = get_attribute_docstring(cls, name)
+            return " ".join((found.comment_inline or found.comment_above).split())
+    return ""
+
+
+def section_type(kind) -> type | None:
+    """The dataclass in a type such as GptqConfig or GptqConfig | None; None if there is none."""
     return next((part for part in (kind, *get_args(kind)) if dataclasses.is_dataclass(part)), None)
 
 
 def load(path: str | None, flags: list[str], schema: type = Config):
     """The `schema` in a YAML file, overridden by flags such as ["--model.name", "tiny", "--seed=1"].
 
-    ValueError, FileNotFoundError: one line naming the key and what is allowed.
+    Raises UserError or FileNotFoundError with one line that names the key and what is allowed.
     """
     settings = {} if path is None else read_yaml(path)
     for key, value in parse_flags(flags).items():
@@ -46,20 +58,34 @@ def load(path: str | None, flags: list[str], schema: type = Config):
                 raise UserError(f"--{key}: {section} is not a section")
         node[last] = value
     check_keys(settings, schema)
+    return decode(settings, schema)
+
+
+def decode(settings: dict, schema: type, path: str = ""):
+    """The `schema` with the values of nested dicts; missing sections get their defaults.
+
+    Raises ConfigError with the full key: checks name a key of their own section, and `path` is put before it.
+    """
+    values = {}
+    for field in dataclasses.fields(schema):
+        hint = get_type_hints(schema)[field.name]
+        kind, value = section_type(hint), settings.get(field.name)
+        if kind and (isinstance(value, dict) or (field.name not in settings and kind is hint)):
+            values[field.name] = decode(value or {}, kind, f"{path}{field.name}.")
+        elif field.name in settings:
+            values[field.name] = decode_value(value, hint, f"{path}{field.name}")
     try:
-        return draccus.decode(schema, settings)
-    except DraccusException as error:
-        within, last = str(error).startswith("`ptq`"), error
-        while isinstance(last.__cause__, DraccusException):  # of a section that may be null, the first says nothing
-            last = last.__cause__
-        unmet = str(last).startswith("Couldn't instantiate")  # a __post_init__ above said why
-        why = " ".join(str(last.__cause__ if unmet else last).split())
-        raise UserError(rename_quant_to_ptq(why) if within else why) from error
+        return schema(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}{error}") from error
 
 
-def rename_quant_to_ptq(message: str) -> str:
-    """An error of quantize's section `quant`, for the same that stands under `ptq`."""
-    return message.replace("quant.", "ptq.")
+def decode_value(value: object, hint: object, key: str) -> object:
+    """`value` as the type `hint`. Raises ConfigError that names `key`."""
+    try:
+        return draccus.decode(hint, value)
+    except Exception as error:  # draccus raises plain Exceptions too
+        raise ConfigError(f"{key}: {' '.join(str(error).split())}") from error
 
 
 def sweep_combinations(overs: list[str]) -> list[dict[str, object]]:
@@ -109,13 +135,15 @@ def parse_flags(flags: list[str]) -> dict[str, object]:
 
 
 def check_keys(settings: dict, schema: type, prefix: str = "") -> None:
-    """ValueError naming the first key that `schema` does not have, with the one that may have been meant."""
+    """Raises UserError that names the first key that `schema` does not have, with the closest one that it has."""
     known = get_type_hints(schema)
     for key, value in settings.items():
         if key not in known:
+            if RENAMED.get(key) in known:
+                raise UserError(f"unknown key {prefix}{key}: it is called {RENAMED[key]} now")
             allowed = f"{prefix or 'top level '}allows {', '.join(known)}"
             raise UserError(f"unknown key {prefix}{key}{suggest(str(key), known)}; {allowed}")
-        kind = section(known[key])
+        kind = section_type(known[key])
         if kind and not (value is None and kind is not known[key]):
             if not isinstance(value, dict):
                 raise UserError(f"{prefix}{key} must be a section such as {key}: {{...}}, got {value!r}")

@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from sam2jq.config.checks import one_of
 from sam2jq.config.quant import QuantConfig
-from sam2jq.errors import UserError
+from sam2jq.errors import ConfigError, one_of
 
 DEVICES = ("auto", "cpu", "gpu", "cuda", "tpu")
 FLOATS = ("float32", "bfloat16", "float16")
@@ -13,84 +12,96 @@ TASKS = ("image", "vos")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """checkpoint: a file, a Hugging Face Hub id, random:<seed>, or demo, the trained nano that comes with the package
-    and is nano's default; dtype: of the activations while measuring."""
+    """A model and its checkpoint: the section `model`, or `teacher` and `student`."""
 
+    # tiny, small, base-plus, large, or nano, the demo model
     name: str = "tiny"
+    # "2.0" or "2.1"
     version: str = "2.1"
+    # a file, a Hugging Face Hub id, random:<seed>, or demo, the trained nano that comes with the package
     checkpoint: str = ""
+    # auto, cpu, gpu, cuda or tpu
     device: str = "auto"
+    # dtype of the activations: float32, bfloat16 or float16
     dtype: str = "float32"
 
     def __post_init__(self):
         if not self.checkpoint and self.name == "nano":
             object.__setattr__(self, "checkpoint", "demo")
         if not self.checkpoint:
-            raise UserError("model.checkpoint is not set: give a file, a Hub id, or random:0; only nano has a default")
-        one_of("model.device", self.device, DEVICES)
-        one_of("model.dtype", self.dtype, FLOATS)
+            raise ConfigError("checkpoint is not set: give a file, a Hub id, or random:0; only nano has a default")
+        one_of("device", self.device, DEVICES)
+        one_of("dtype", self.dtype, FLOATS)
 
 
 @dataclass(frozen=True)
 class MeasureConfig:
-    """Where true masks are known, for scores before and after. images: scenes:<seed> or a COCO folder, for mIoU, drawn
-    scenes of calibration when empty; clips: scenes:<seed> or an SA-V folder, of which `split` is taken, for J&F;
-    num_images, num_clips: the first so many, all when null."""
+    """Images and clips with ground truth, for scores before and after: the section `measure`."""
 
+    # scenes:<seed> or a COCO folder, for mIoU; empty: the images of calibration if these are scenes
     images: str = ""
+    # number of images, from the first; null: all
     num_images: int | None = None
+    # scenes:<seed> or an SA-V folder, for J&F
     clips: str = ""
+    # split of the SA-V folder
     split: str = "sav_val"
+    # number of clips, from the first; null: all
     num_clips: int | None = None
 
     def __post_init__(self):
         for name in ("images", "clips"):
             number = getattr(self, f"num_{name}")
             if number is None and getattr(self, name).startswith("scenes:"):
-                raise UserError(f"measure.num_{name} is not set: drawn scenes have no end, give a number")
+                raise ConfigError(f"num_{name} is not set: there is no end of synthetic scenes, give a number")
             if number is not None and number < 1:
-                raise UserError(f"measure.num_{name} must be at least 1, got {number}")
+                raise ConfigError(f"num_{name} must be at least 1, got {number}")
 
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """root: where compiled programs and the statistics of calibration are kept for the next run."""
+    """Files that later runs use again: the section `cache`."""
 
+    # folder of compiled programs, calibration statistics and teacher targets
     root: str = "./cache/sam2"
 
 
 @dataclass(frozen=True)
 class OutputConfig:
-    """A run writes the folder <root>/<job>; job is the config file's name when not set."""
+    """Where a run writes, the folder <root>/<job>: the section `output`."""
 
+    # folder of all runs
     root: str = "./outputs/sam2"
+    # name of the run; empty: the name of the config file
     job: str = ""
 
 
 @dataclass(frozen=True)
 class Config:
-    """save_model: write the vanilla checkpoint, and what deepcompressor keeps in cache/, beside the package;
-    convert_nunchaku: write nunchaku/, which takes the trunk's linears in sint4, groups of 64."""
+    """The settings of `quantize`."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+    # write vanilla.pt for build_sam2, and deepcompressor's files in cache/, beside the package
     save_model: bool = True
+    # write nunchaku/: the trunk's linear layers in sint4 with groups of 64
     convert_nunchaku: bool = False
+    # seed of everything random; equal seeds give equal results on one device
     seed: int = 42
 
     def __post_init__(self):
+        if not self.quant.calib.path:
+            raise ConfigError("quant.calib.path is not set: give a folder of images, or scenes:0 for synthetic ones")
         if self.convert_nunchaku and self.quant.rotation.transforms:
-            raise UserError(
-                "convert_nunchaku: nunchaku's kernels do not rotate what enters a layer: leave quant.rotation out"
-            )
+            raise ConfigError("convert_nunchaku: nunchaku's kernels cannot rotate inputs: leave quant.rotation out")
 
 
 @dataclass(frozen=True)
 class SegmentConfig:
-    """What `sam2jq segment` takes beside the image and its prompts."""
+    """The settings of `segment` and `track`, beside the file and its prompts."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
@@ -98,23 +109,25 @@ class SegmentConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """data: scenes:<seed> or, for the task image, a COCO folder; for vos, an SA-V folder, of which `split` is taken.
-
-    num_samples: images or clips, all when null; masks: also write every mask of vos, a PNG an object and frame.
-    """
+    """The settings of `evaluate`."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
+    # image: mIoU of prompted objects; vos: J&F of tracked objects
     task: str = "image"
+    # scenes:<seed>, a COCO folder (image), or an SA-V folder (vos)
     data: str = ""
+    # split of the SA-V folder
     split: str = "sav_val"
+    # number of images or clips, from the first; null: all
     num_samples: int | None = None
+    # write every mask of vos, one PNG per object and frame
     masks: bool = True
     output: OutputConfig = field(default_factory=OutputConfig)
 
     def __post_init__(self):
         one_of("task", self.task, TASKS)
         if not self.data:
-            raise UserError("data is not set: give a COCO or SA-V folder, or scenes:0 for drawn ones")
+            raise ConfigError("data is not set: give a COCO or SA-V folder, or scenes:0 for synthetic images")
         if self.num_samples is not None and self.num_samples < 1:
-            raise UserError(f"num_samples must be at least 1, got {self.num_samples}")
+            raise ConfigError(f"num_samples must be at least 1, got {self.num_samples}")

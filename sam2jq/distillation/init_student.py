@@ -10,18 +10,20 @@ import numpy as np
 from sam2jq.config.distill import DistillConfig, DistillLossConfig
 from sam2jq.data.loader import Item, read_item
 from sam2jq.distillation.schedule import bit_search
-from sam2jq.errors import UserError
+from sam2jq.errors import UserError, section
 from sam2jq.models.sam2 import SAM2
 from sam2jq.ptq.calibration import collect
-from sam2jq.ptq.recipe import activation_specs, check_prefixes, round_weights, weight_specs
+from sam2jq.ptq.recipe import activation_specs, check_prefixes, weight_specs
 from sam2jq.quant.algorithms.activations import quantize_inputs
 from sam2jq.quant.algorithms.bit_allocation import WIDTHS, error_by_width
-from sam2jq.quant.algorithms.fake_quant import base_weight, init_fake_quant
+from sam2jq.quant.algorithms.fake_quant import init_fake_quant
+from sam2jq.quant.algorithms.rtn import round_weights
 from sam2jq.quant.error import relative_error
-from sam2jq.quant.leaves import materialize_params
+from sam2jq.quant.leaves import base_weight, materialize_params
 from sam2jq.quant.qtensor import QTensor
 from sam2jq.quant.spec import QuantSpec
-from sam2jq.quant.transform import Stats, each_layer
+from sam2jq.quant.stats import Stats
+from sam2jq.quant.transform import each_layer
 from sam2jq.tree import flatten, kernels, layer_name, unflatten
 
 LOOKED_AT = 32  # clips that tell the ladder what enters a layer
@@ -75,6 +77,7 @@ def check_pair(teacher: SAM2, model: SAM2) -> None:
             )
 
 
+@section("quant")
 def start(params: dict, config: DistillConfig, stats: dict[str, Stats] | None = None) -> dict:
     """The student: layers of the checkpoint that are quantized keep their grids, the others start on the config's.
 
@@ -86,7 +89,7 @@ def start(params: dict, config: DistillConfig, stats: dict[str, Stats] | None = 
         wgts = replace(wgts, dtype=f"{wgts.dtype[:-1]}{quant.initial_bits}")
     layers = [layer_name(path) for path in flat]
     specs = weight_specs(wgts, layers)
-    check_prefixes("quant.target_roots", quant.target_roots, layers)
+    check_prefixes("target_roots", quant.target_roots, layers)
     if config.distill.confidence_method == "ladder":
         rungs = [bits for bits in config.distill.bit_candidates if bits >= quant.min_bits]
         chosen = bit_search(

@@ -4,6 +4,7 @@ One step, one validation and one trial of a candidate are each a program that is
 """
 
 import json
+import operator
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +34,6 @@ from sam2jq.distillation.targets import PARTS, DistillBatch, distillation_loss, 
 from sam2jq.errors import UserError
 from sam2jq.files import atomic_write
 from sam2jq.models.sam2 import SAM2
-from sam2jq.ptq.calibration import fingerprint
 from sam2jq.quant.algorithms.fake_quant import (
     FakeQuant,
     base_weight,
@@ -44,7 +44,7 @@ from sam2jq.quant.algorithms.fake_quant import (
     with_bits,
 )
 from sam2jq.training.step import EmaState, TrainState, aot_compile, devices, ema, init_state, make_train_step
-from sam2jq.tree import flatten, kernels, under
+from sam2jq.tree import fingerprint, flatten, kernels, under
 
 Array = jax.Array
 Row = dict[str, object]  # of metrics.jsonl
@@ -232,7 +232,8 @@ def distill(
     train, names = config.train, fake_quant_layers(student)
     marks = trainable_mask(student, config.quant.learn_clipping)
     optimizer = make_optimizer(train, task.steps_per_epoch * train.epochs, marks)
-    loss = lambda params, *batch: task.loss(stop_gradient_where(params, marks), *batch)
+    frozen = jax.tree.map(operator.not_, marks)
+    loss = lambda params, *batch: task.loss(stop_gradient_where(params, frozen), *batch)
     step = make_train_step(loss, optimizer, train.parallel)
     trials, sizes = make_trials(task.loss), weights_of(student)
     finish = partial(end_epoch, trials, task.val_batches, config, names, sizes)

@@ -15,12 +15,11 @@ from sam2jq.eval.gallery import Gallery, add, of_clicks, of_objects, sample_imag
 from sam2jq.eval.prompted import mean_ious, object_ious, segment_objects
 from sam2jq.models.sam2 import FLOW, SAM2
 from sam2jq.predictors.video import VideoPredictor
-from sam2jq.ptq.calibration import fingerprint
 from sam2jq.ptq.pipeline import UNROUNDED, in_order
 from sam2jq.quant.error import relative_error
 from sam2jq.quant.leaves import materialize_params
-from sam2jq.quant.transform import Stats
-from sam2jq.tree import flatten, kernels, layer_name
+from sam2jq.quant.stats import Stats
+from sam2jq.tree import fingerprint, flatten, kernels, layer_name
 
 GRID = 4  # clicks per side of an image
 STAGE_IMAGES = 4  # that the model is compared on after every stage

@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam2jq.errors import UserError
+from sam2jq.errors import UserError, suggest
 from sam2jq.models.decoder import Decoded, MaskDecoder
 from sam2jq.models.hiera import Hiera
 from sam2jq.models.layers import MLP, Conv, Dense, declare, resize, sine_position
 from sam2jq.models.memory import MemoryAttention, MemoryEncoder
 from sam2jq.models.neck import Neck
 from sam2jq.models.prompt import PromptEncoder
-from sam2jq.tree import flatten, suggest, unflatten
+from sam2jq.tree import flatten, unflatten
 
 Array = jax.Array
 NO_OBJECT = -1024.0  # the mask logit where the object is not in the frame

@@ -1,46 +1,73 @@
-"""Post-training quantization of a params tree: calibrate, then apply the recipe's transforms one after the other."""
+"""Post-training quantization of a params tree: calibrate, then apply a chain of transforms, stage by stage."""
 
 import re
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from sam2jq.config.quant import QuantConfig
 from sam2jq.models.sam2 import FLOW, SAM2, TRUNK_LINEAR, trunk_of
-from sam2jq.ptq.calibration import collect, fingerprint
-from sam2jq.ptq.recipe import (
-    activation_specs,
-    build_transforms,
-    choose_bits,
-    choose_input_bits,
-    choose_unsigned,
-    rotation_spec,
-    smoothing,
-    weight_specs,
-)
-from sam2jq.quant.algorithms.rotate import draw_signs, fold_heads
-from sam2jq.quant.leaves import materialize_params
-from sam2jq.quant.transform import Stats
-from sam2jq.tree import flatten, kernels, layer_name, unflatten
+from sam2jq.ptq.bit_targets import choose_bits, choose_input_bits, choose_unsigned
+from sam2jq.ptq.calibration import Clips, collect
+from sam2jq.ptq.recipe import activation_specs, build_transforms, weight_specs
+from sam2jq.ptq.stats_cache import code_fingerprint
+from sam2jq.quant.algorithms.rotate import draw_signs, fold_heads, layer_seed
+from sam2jq.quant.algorithms.smooth import Smoothed, recover_alpha_beta
+from sam2jq.quant.leaves import materialize_params, unwrap
+from sam2jq.quant.stats import Stats
+from sam2jq.quant.transform import NamedChain, Transform, map_base_weight, named_chain
+from sam2jq.tree import fingerprint, flatten, kernels, layer_name, unflatten
 
-Clips = Callable[[int], Iterable[np.ndarray]]
 FOLDED, UNROUNDED = "fold", "unrounded"
+OnStage = Callable[[str, str], AbstractContextManager]  # (name of a stage, what it does) -> context that it runs in
+Cache = tuple[Path, object]  # a folder for statistics, and a key that tells these clips from others
 
 
 class Quantized(NamedTuple):
-    """reached: {stage: the params tree after it}, UNROUNDED before any weight is; the last is the quantized model. The
-    tree at FOLDED, where there is one, computes what the model did, with other weights: those to compare with.
+    """A quantized model and how it was made.
 
-    stats: {layer: Stats}, empty where nothing needed them. config: with the bits that were chosen for a target.
+    params_by_stage: {stage: params after it}; UNROUNDED is the state before any weight is rounded, and the last is the
+    quantized model. FOLDED, if it is there, computes the same as the original params with other weights, so weights are
+    compared with those. stats: {layer: Stats}, empty if nothing needed them. config: the recipe, with the bits that
+    were chosen for a target; None for a transform.
     """
 
     params_by_stage: dict[str, dict]
     stats: dict[str, Stats]
-    config: QuantConfig
+    config: QuantConfig | None = None
+
+    @property
+    def params(self) -> dict:
+        """The quantized params."""
+        return list(self.params_by_stage.values())[-1]
+
+
+def no_stage(name: str, what: str) -> AbstractContextManager:
+    """A context that does nothing, for runs that log no stages."""
+    return nullcontext()
+
+
+def transform_params(
+    model: SAM2,
+    params: dict,
+    transform: Transform | NamedChain,
+    clips: Clips,
+    *,
+    cache: Cache | None = None,
+    on_stage: OnStage = no_stage,
+) -> Quantized:
+    """`params` after `transform`, calibrated on `clips` if the transform needs statistics.
+
+    Raises UserError that names the layer.
+    """
+    stages = transform if isinstance(transform, NamedChain) else named_chain(("transform", transform))
+    stats = {}
+    if stages.needs:
+        with on_stage("calibrate", "statistics of the inputs of every layer"):
+            stats = calibrated(model, materialize_params(params), clips, stages.needs, cache, None)
+    return Quantized(dict(stages.steps(params, stats)), stats)
 
 
 def quantize_params(
@@ -51,96 +78,132 @@ def quantize_params(
     *,
     seed: int = 0,
     needs: Iterable[str] = (),
-    cache: tuple[Path, object] | None = None,
-    on_stage: Callable = lambda name, what: nullcontext(),
+    cache: Cache | None = None,
+    on_stage: OnStage = no_stage,
 ) -> Quantized:
-    """`params`, plain arrays, through every stage of `config`.
+    """`params`, plain arrays, after every stage of the recipe `config`, calibrated on `clips`.
 
-    clips, needs: as `collect` takes them; needs beside those of the stages. cache: a folder for statistics, and what
-    tells these clips from others. watch(stage, what it does): a context in which each stage runs.
-    ValueError: names the key or the layer.
+    needs: statistics to collect beside those that the stages need. cache: where statistics are kept. on_stage(name,
+    what it does): a context in which each stage runs. Raises UserError that names the key or the layer.
     """
     weights = {layer_name(path): kernel for path, kernel in kernels(flatten(params)).items()}
     shapes = {layer: w.shape for layer, w in weights.items()}
-    allowed = config.ipts.allow_unsigned
-    wanted = set(needs) | ({"gram"} if config.wgts.mixed else set()) | ({"range"} if allowed else set())
-    wanted |= {"tokens"} if config.ipts.mixed else set()
-    build_transforms(config, shapes, TRUNK_LINEAR, seed)  # what cannot be is an error before any work
-    params_by_stage = {}
+    needs = frozenset(needs) | target_needs(config)
+    build_transforms(config, shapes, TRUNK_LINEAR, seed)  # impossible settings are errors before any work
+    by_stage = {}
     if config.rotation.fold_heads:
         with on_stage(FOLDED, describe(config, FOLDED)):
-            params = params_by_stage[FOLDED] = fold_rotations(model, params, config, seed)
-    at, stats = params, {}
-    # sequentially one program, compiled once, looks at all layers; else only at those that are quantized
-    looked_at = None if config.calib.sequential else frozenset(weight_specs(config.wgts, shapes))
+            params = by_stage[FOLDED] = fold_rotations(model, params, config, seed)
+    current, stats, allow_unsigned = params, {}, config.ipts.allow_unsigned
+    # sequentially, one program collects all layers and is compiled once; else only quantized layers are collected
+    collected = None if config.calib.sequential else frozenset(weight_specs(config.wgts, shapes))
     groups = in_order(weights) if config.calib.sequential else [list(weights)]
     for number, group in enumerate(groups):
         part = f", {number + 1} of {len(groups)}" if len(groups) > 1 else ""
-        asked, steps = config, build_transforms(config, shapes, TRUNK_LINEAR, seed, group)
-        if demands := frozenset(wanted.union(*(step.needs for step in steps.values()))):
-            with on_stage("calibrate", f"what enters each layer{part}"):
-                seen = calibrated(model, materialize_params(at), clips, demands, cache, looked_at)
-            stats |= {layer: seen[layer] for layer in group if layer in seen}
-        if config.wgts.mixed:
-            with on_stage("bits", describe(config, "bits")):
-                config = replace(config, wgts=choose_bits(config.wgts, flatten(params), seen))
-        if allowed:
-            rounded = activation_specs(config.ipts, weight_specs(config.wgts, shapes))
-            config = choose_unsigned(config, {k: seen[k] for k in group if k in rounded}, TRUNK_LINEAR)
-        if config.ipts.mixed:
-            with on_stage("input bits", describe(config, "input bits")):
-                config = choose_input_bits(config, flatten(params), seen)
-        if config != asked:
-            steps = build_transforms(config, shapes, TRUNK_LINEAR, seed, group)
-        for name, step in steps.items():
+        stages = build_transforms(config, shapes, TRUNK_LINEAR, seed, group)
+        group_stats = {}
+        if needs | stages.needs:
+            with on_stage("calibrate", f"statistics of the inputs of every layer{part}"):
+                plain = materialize_params(current)
+                found = calibrated(model, plain, clips, needs | stages.needs, cache, collected)
+            group_stats = {layer: found[layer] for layer in group if layer in found}
+            stats |= group_stats
+        chosen = choose_targets(config, flatten(params), group_stats, allow_unsigned, on_stage)
+        if chosen != config:
+            config = chosen
+            stages = build_transforms(config, shapes, TRUNK_LINEAR, seed, group)
+        for name, transform in stages.stages:
             if name == "weights":
-                merge(params_by_stage, UNROUNDED, params, at, group)
-            with on_stage(name, describe(config, name) + part):
-                at = step.apply(at, stats)
-            merge(params_by_stage, name, params, at, group)
-    return Quantized(params_by_stage, stats, config)
+                merge(by_stage, UNROUNDED, params, current, group)
+            with on_stage(name, (describe(config, name) or transform.description) + part):
+                current = transform.apply(current, stats)
+            merge(by_stage, name, params, current, group)
+    return Quantized(by_stage, stats, config)
+
+
+def target_needs(config: QuantConfig) -> frozenset[str]:
+    """The statistics that the choice of bits and of unsigned inputs needs."""
+    ipts = config.ipts
+    needs = {"gram": config.wgts.mixed, "range": ipts.allow_unsigned, "tokens": ipts.mixed}
+    return frozenset(name for name, is_needed in needs.items() if is_needed)
+
+
+def choose_targets(
+    config: QuantConfig, flat: dict, stats: dict[str, Stats], allow_unsigned: bool, on_stage: OnStage
+) -> QuantConfig:
+    """`config` with the settings that calibration decides: bits for a target, and inputs that are unsigned.
+
+    flat: {path: array} of the params; allow_unsigned: whether inputs of the layers in `stats` may become unsigned.
+    """
+    if config.wgts.mixed:
+        with on_stage("bits", describe(config, "bits")):
+            config = replace(config, wgts=choose_bits(config.wgts, flat, stats))
+    if allow_unsigned:
+        rounded = activation_specs(config.ipts, weight_specs(config.wgts, map(layer_name, kernels(flat))))
+        candidates = {layer: inputs for layer, inputs in stats.items() if layer in rounded}
+        config = choose_unsigned(config, candidates, TRUNK_LINEAR)
+    if config.ipts.mixed:
+        with on_stage("input bits", describe(config, "input bits")):
+            config = choose_input_bits(config, flat, stats)
+    return config
 
 
 def fold_rotations(model: SAM2, params: dict, config: QuantConfig, seed: int) -> dict:
-    """`params` of the same model, the values of whose trunk's attentions come in the rotated form that proj takes."""
+    """`params` of the same model, where the values of the trunk's attentions are made in the rotated form."""
     flat = flatten(params)
     for i, block in enumerate(trunk_of(model.variant).blocks()):
         layer = f"image_encoder.trunk/blocks.{i}/attn"
         paths = [f"{layer}/{name}" for name in ("qkv/kernel", "qkv/bias", "proj/kernel")]
-        signs = draw_signs(rotation_spec(config, f"{layer}/proj", seed), block.features)
+        signs = None
+        if config.rotation.random:
+            signs = draw_signs(layer_seed(seed, f"{layer}/proj"), block.features)
         flat |= zip(paths, fold_heads(*(flat[path] for path in paths), heads=block.heads, signs=signs))
     return unflatten(flat)
 
 
-def merge(params_by_stage: dict[str, dict], name: str, params: dict, at: dict, group: list[str]) -> None:
-    """Brings the layers of `group` in reached[name], where all start as in `params`, to where they are now."""
-    now = {path: leaf for path, leaf in flatten(at).items() if layer_name(path) in group}
-    params_by_stage[name] = unflatten(flatten(params_by_stage.get(name, params)) | now)
+def merge(by_stage: dict[str, dict], name: str, params: dict, current: dict, group: list[str]) -> None:
+    """Sets the layers of `group` in by_stage[name] to their state in `current`; other layers start as in `params`."""
+    now = {path: leaf for path, leaf in flatten(current).items() if layer_name(path) in group}
+    by_stage[name] = unflatten(flatten(by_stage.get(name, params)) | now)
 
 
 def calibrated(
-    model: SAM2, params: dict, clips: Clips, needs: frozenset[str], cache, layers: frozenset[str] | None
+    model: SAM2, params: dict, clips: Clips, needs: frozenset[str], cache: Cache | None, layers: frozenset[str] | None
 ) -> dict[str, Stats]:
-    """What `collect` finds, kept in the cache's folder, where a killed run goes on."""
+    """The statistics of `collect`, read from and written to the cache's folder if there is one."""
     if cache is None:
         return collect(model, params, clips, needs, layers=layers)
-    folder, mark = cache
-    name = fingerprint(params, model, sorted(needs), layers and sorted(layers), mark)
+    folder, key = cache
+    name = fingerprint(params, code_fingerprint(), model, sorted(needs), layers and sorted(layers), key)
     return collect(model, params, clips, needs, folder / f"{name}.npz", layers)
 
 
-def smoothed_by(done: Quantized, full: dict) -> dict[str, tuple[float, float] | None]:
-    """{layer: (alpha, beta)} that smoothing took, None where groups of inputs have their own; {} without that stage."""
+def smoothing_exponents(done: Quantized, full: dict) -> dict[str, tuple[float, float] | None]:
+    """{layer: (alpha, beta)} of smoothing, None where groups of inputs have different ones; {} without that stage."""
     names = list(done.params_by_stage)
     if "smooth" not in names:
         return {}
     at = names.index("smooth")
-    before = done.params_by_stage[names[at - 1]] if at else full
-    return smoothing(done.config, before, done.params_by_stage["smooth"], done.stats)
+    before = flatten(done.params_by_stage[names[at - 1]] if at else full)
+    exponents = {}
+    for path, leaf in kernels(flatten(done.params_by_stage["smooth"])).items():
+        smoothed = unwrap(leaf)[1].get(Smoothed)
+        if smoothed is not None:
+            layer = layer_name(path)
+            w, stats = base_with_stats(before[path], done.stats[layer])
+            exponents[layer] = recover_alpha_beta(w, stats, done.config.smooth.proj, smoothed.scale)
+    return exponents
+
+
+def base_with_stats(leaf, stats: Stats) -> tuple[object, Stats]:
+    """The innermost kernel of a leaf and the statistics of that kernel's own inputs."""
+    found = []
+    map_base_weight(leaf, stats, lambda w, inner_stats: found.append((w, inner_stats)) or w)
+    return found[0]
 
 
 def in_order(layers: Iterable[str]) -> list[list[str]]:
-    """`layers` in groups as the data runs through them: each block of the trunk, then each component after it."""
+    """`layers` in groups in the order of the forward pass: each block of the trunk, then each component after it."""
     rank = lambda layer: next(i for i, pattern in enumerate(FLOW) if pattern.match(layer))
     blocks = lambda layer: [int(n) for n in re.findall(r"trunk\.blocks\.(\d+)", layer)]
     groups: dict[tuple, list[str]] = {}
@@ -150,29 +213,20 @@ def in_order(layers: Iterable[str]) -> list[list[str]]:
 
 
 def describe(config: QuantConfig, name: str) -> str:
-    """What a stage does, in a few words."""
+    """What a stage does, in a few words; "" where the transform's own description says it."""
     match name:
         case "bits":
             target = config.wgts.target_bits
             goal = f"{config.wgts.target_mb} MB" if target is None else f"{target} bits a weight"
-            return f"{goal}, for each layer by what its outputs lose"
+            return f"{goal}, by each layer's output error"
         case "input bits":
-            return f"{config.ipts.target_bits} bits an input, for each layer by what its outputs lose"
-        case "weights":
-            method = "GPTQ" if config.wgts.kernel_gptq else "to nearest"
-            return f"{config.wgts.dtype} {config.wgts.group_shapes}, {method}"
+            return f"{config.ipts.target_bits} bits an input, by each layer's output error"
         case "inputs":
             unsigned = f", {len(config.ipts.unsigned)} unsigned" if config.ipts.unsigned else ""
             return f"{config.ipts.dtype} {config.ipts.group_shapes}{', static' * config.ipts.static}{unsigned}"
         case "outputs":
             return f"{config.opts.dtype} {config.opts.group_shapes}"
-        case "smooth":
-            return f"{config.smooth.proj.strategy}, alpha {config.smooth.proj.alpha}, beta {config.smooth.proj.beta}"
-        case "low rank":
-            return f"rank {config.wgts.low_rank.rank}, {config.wgts.low_rank.num_iters} rounds"
         case "fold":
-            return "values come in the rotated form that attn.proj takes"
-        case "rotation":
-            return "Hadamard" + ", random signs" * config.rotation.random
+            return "values are made in the rotated form for attn.proj"
         case _:
-            return f"strength {config.wgts.ridge}"
+            return ""

@@ -1,7 +1,9 @@
-"""What a layer does with its kernel, whatever leaf the kernel is: the one dispatch point of quantization.
+"""Weight leaves: what stands in a params tree in place of a kernel, and the rules by which layers use them.
 
-A weight leaf registers `effective`, and `contract` where what it does to x is not a product with its effective array;
-`quantize_output` where it changes what leaves the layer.
+This is the one place where quantization is dispatched by type. A leaf class is decorated with `weight_leaf` and
+registers `materialize`, `apply_kernel` if it changes the layer's input or splits the product, `quantize_output` if it
+changes the layer's output, and `map_base_weight` (transform.py). Leaves nest, from the outside: Smoothed, Rotated,
+LowRank, ActQuantized, QTensor.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,14 +17,14 @@ from sam2jq.quant.qtensor import QTensor, dequantize
 from sam2jq.tree import pytree
 
 Array = jax.Array
-LEAVES: dict[str, type] = {}  # every class of weight leaf by its name, as packages store it
+LEAVES: dict[str, type] = {}  # every class of weight leaf by its name, which packages store
 NHWC = ("NHWC", "HWIO", "NHWC")
 
 
 def weight_leaf(static: Iterable[str] = ()):
-    """Class decorator: a `pytree` dataclass that stands for a kernel, and that packages can store.
+    """A class decorator that makes a `pytree` dataclass a weight leaf, which packages can store.
 
-    The first field is the weight inside, `inner`, or the full-shape array itself; `static` fields are no arrays.
+    The first field is `inner`, the leaf or kernel inside. Fields named in `static` are not arrays.
     """
 
     def wrap(cls):
@@ -42,9 +44,14 @@ def unwrap(leaf) -> tuple[object, dict[type, object]]:
     return leaf, around
 
 
+def base_weight(leaf) -> object:
+    """The innermost part of a weight leaf, which holds the weight itself."""
+    return unwrap(leaf)[0]
+
+
 @singledispatch
 def materialize(w) -> Array:
-    """The plain array [*reduce, out] that `w` stands for: what a vanilla export writes."""
+    """The float array [*reduce, out] that is equivalent to the weight leaf `w`: what a vanilla export writes."""
     return w
 
 
@@ -55,23 +62,25 @@ def _(w: QTensor) -> Array:
 
 @singledispatch
 def apply_kernel(w, x: Array, product: Callable[[Array, Array], Array]) -> Array:
-    """product(kernel, x) of the kernel that `w` stands for. A product is linear in both, contracts the last axis of
-    x and keeps the kernel's last axis last; so a leaf can change x, or split the kernel, whatever the layer is.
+    """product(kernel, x) for the kernel that is equivalent to `w`.
+
+    `product` is linear in both arguments, contracts the last axis of x and keeps the kernel's last axis last. So a leaf
+    can transform x or split the kernel without knowing whether the layer is a Dense or a Conv.
     """
     return product(materialize(w).astype(x.dtype), x)
 
 
 @singledispatch
 def quantize_output(w, y: Array) -> Array:
-    """What leaves a layer with kernel `w`, of its outputs y [..., out] with their bias."""
+    """The outputs y [..., out] of a layer with kernel `w`, bias added, rounded if `w` says so."""
     return y
 
 
 def dense(kernel: Array, x: Array) -> Array:
     """[in, out], [..., in] -> [..., out].
 
-    As one product of two matrices: XLA would else copy the cotangent, transposed, for the gradient of the kernel, and
-    take twice as long for that.
+    One product of two matrices: for a batched product XLA copies the transposed cotangent in the kernel's gradient,
+    which takes twice as long.
     """
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
 
@@ -82,10 +91,10 @@ def matmul(w, x: Array) -> Array:
 
 
 def conv(w, x: Array, *, stride: int, padding: int, groups: int) -> Array:
-    """[B, H, W, in] -> [B, H', W', out], `w` standing for [kh, kw, in / groups, out]."""
+    """[B, H, W, in] -> [B, H', W', out], for a kernel [kh, kw, in / groups, out]."""
 
     def product(kernel: Array, x: Array) -> Array:
-        if kernel.shape[:2] == (1, 1) and stride == groups == 1:  # XLA's own takes several times as long on a CPU
+        if kernel.shape[:2] == (1, 1) and stride == groups == 1:  # XLA's convolution is several times slower on a CPU
             return dense(kernel[0, 0], x)
         pad = [(padding, padding)] * 2
         return lax.conv_general_dilated(
@@ -96,13 +105,13 @@ def conv(w, x: Array, *, stride: int, padding: int, groups: int) -> Array:
 
 
 def conv_transpose(w, x: Array, *, stride: int) -> Array:
-    """[B, H, W, in] -> [B, H * stride, W * stride, out], `w` standing for [stride, stride, in, out].
+    """[B, H, W, in] -> [B, H * stride, W * stride, out], for a kernel [stride, stride, in, out].
 
-    No two inputs meet in an output, so it is one product and a reordering; XLA's own takes several times as long.
+    Windows do not overlap, so this is one product and a reordering. XLA's own operation takes several times as long.
     """
 
     def product(kernel: Array, x: Array) -> Array:
-        y = jnp.einsum("bhwi,klio->bhkwlo", x, kernel[::-1, ::-1])  # a transposed convolution turns its kernel round
+        y = jnp.einsum("bhwi,klio->bhkwlo", x, kernel[::-1, ::-1])  # a transposed convolution flips its kernel
         return y.reshape(len(x), x.shape[1] * stride, x.shape[2] * stride, -1)
 
     return apply_kernel(w, x, product)
@@ -110,5 +119,5 @@ def conv_transpose(w, x: Array, *, stride: int) -> Array:
 
 @jax.jit
 def materialize_params(params: dict) -> dict:
-    """`params` with every weight leaf replaced by the plain array it stands for, in float32."""
+    """`params` with every weight leaf replaced by its equivalent float32 array, see `materialize`."""
     return jax.tree.map(materialize, params, is_leaf=lambda node: not isinstance(node, dict))

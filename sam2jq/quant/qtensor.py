@@ -1,4 +1,4 @@
-"""A quantized weight and the way there and back."""
+"""A quantized weight: its codes and scales, and how arrays are rounded to it and read from it."""
 
 import math
 
@@ -14,10 +14,10 @@ Array = jax.Array
 
 @pytree(static=["spec"])
 class QTensor:
-    """values: [*reduce, out], int8 or uint8, float8_e4m3fn where codes are floats; scale, zero: f32 [groups, out], or
-    [1, 1] per tensor.
+    """A weight in codes: w = (qvalue - zero_point) * scale, bit for bit.
 
-    w = (values - zero) * scale, to the bit; zero is None on symmetric grids.
+    qvalue: [*reduce, out], int8 or uint8, or float8_e4m3fn where codes are floats. scale, zero_point: float32
+    [groups, out], or [1, 1] per tensor; zero_point is None on symmetric grids.
     """
 
     qvalue: Array
@@ -27,7 +27,10 @@ class QTensor:
 
 
 def by_group(w: Array, spec: QuantSpec) -> Array:
-    """[*reduce, out] -> [groups, group_size, out]; zeros fill a ragged last group, which moves no range."""
+    """[*reduce, out] -> [groups, group_size, out]; an incomplete last group is padded with zeros.
+
+    The padding changes no scale, since every grid includes 0.
+    """
     if spec.per_tensor:
         return w.reshape(1, -1, 1)
     w = w.reshape(-1, w.shape[-1])
@@ -43,28 +46,34 @@ def from_groups(grouped: Array, shape: tuple[int, ...]) -> Array:
 
 
 def fit_scale_zero_point(grouped: Array, spec: QuantSpec) -> tuple[Array, Array]:
-    """The scale and zero [groups, 1, out] whose grid just spans each group of [groups, group_size, out]."""
+    """The scale and zero point, [groups, 1, out] each, of the grids that span [groups, group_size, out]."""
     return compute_scale_zero_point(grouped.min(axis=1, keepdims=True), grouped.max(axis=1, keepdims=True), spec)
 
 
 def compute_scale_zero_point(low: Array, high: Array, spec: QuantSpec) -> tuple[Array, Array]:
-    """The scale and zero of the grids that span `low`..`high`, of any shape, and 0.
+    """The scale and zero point of the grids that span `low`..`high`, arrays of one shape, and 0.
 
-    Where both are 0 the scale is 1, so that zeros stay zero.
+    Where both are 0 the scale is 1, so that zeros stay zero. Divisions by constants are written as products with the
+    reciprocal, as XLA compiles them: so eager and jitted calls give the same bits.
     """
     if spec.symmetric:
-        scale = jnp.maximum(jnp.abs(low), jnp.abs(high)) / spec.qmax
+        scale = jnp.maximum(jnp.abs(low), jnp.abs(high)) * reciprocal(spec.qmax)
         zero_point = jnp.zeros_like(scale)
     else:
         low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
-        scale = (high - low) / spec.qmax
+        scale = (high - low) * reciprocal(spec.qmax)
         zero_point = jnp.clip(jnp.round(-low / jnp.where(scale > 0, scale, 1)), spec.qmin, spec.qmax)
-    if spec.scales == "e4m3":  # the largest group's is the largest such float, times what all have in common
-        common = scale.max() / 448
+    if spec.scales == "e4m3":  # the largest scale is the largest e4m3 number times a factor that all groups share
+        common = scale.max() * reciprocal(448)
         scale = to_e4m3(scale / jnp.where(common > 0, common, 1)) * common
     elif spec.scales == "bfloat16":
-        scale = lax.reduce_precision(scale, exponent_bits=8, mantissa_bits=7)  # XLA may skip a cast there and back
+        scale = lax.reduce_precision(scale, exponent_bits=8, mantissa_bits=7)  # XLA may remove a pair of casts
     return jnp.where(scale > 0, scale, 1), zero_point
+
+
+def reciprocal(x: float | Array) -> Array:
+    """1 / x in float32."""
+    return jnp.float32(1) / x
 
 
 def to_e4m3(x: Array) -> Array:
@@ -74,7 +83,7 @@ def to_e4m3(x: Array) -> Array:
 
 @jax.custom_jvp
 def ste_round(x: Array) -> Array:
-    """x to whole numbers, half to even; straight through for gradients, to which it is x (arXiv 1308.3432)."""
+    """x rounded to integers, half to even; gradients pass straight through the rounding (STE, arXiv 1308.3432)."""
     return jnp.round(x)
 
 
@@ -84,30 +93,30 @@ def _(primals, tangents):
 
 
 def round_to_grid(x: Array, scale: Array, zero_point: Array, spec: QuantSpec) -> Array:
-    """The codes, as float32, next to x on the grid (code - zero) * scale: half to even, e2m1's half towards 0.
+    """The codes, as float32, of the grid points (code - zero_point) * scale nearest to x; half to even, e2m1 half to 0.
 
-    On integer grids gradients pass through the rounding, not where it clips; those of scale are LSQ's (arXiv
-    1902.08153): the rounding error within the grid, its end outside.
+    On integer grids the gradient of x is 1 inside the grid and 0 where codes are clipped; that of the scale is LSQ's
+    (arXiv 1902.08153): the rounding error inside, the end of the grid outside.
     """
     if spec.codes == "int":
-        codes = ste_round(x / scale + zero_point)
-        codes = jnp.where(codes > spec.qmax, spec.qmax, codes)  # jnp.clip halves gradients at the ends of its range
+        codes = ste_round(x * (1 / scale) + zero_point)  # as XLA compiles a division by a broadcast scale
+        codes = jnp.where(codes > spec.qmax, spec.qmax, codes)  # jnp.clip halves gradients at its limits
         return jnp.where(codes < spec.qmin, spec.qmin, codes)
     if spec.bits == 8:
-        return to_e4m3(x / scale)
+        return to_e4m3(x * (1 / scale))
     magnitudes = jnp.array(E2M1)
     middles = (magnitudes[1:] + magnitudes[:-1]) / 2
-    found = magnitudes[jnp.searchsorted(middles, jnp.abs(x / scale), method="compare_all")]
+    found = magnitudes[jnp.searchsorted(middles, jnp.abs(x * (1 / scale)), method="compare_all")]
     return jnp.where(x < 0, -found, found) + 0.0  # no negative zero
 
 
 def storage_dtype(spec: QuantSpec):
-    """The dtype of a QTensor's values."""
+    """The dtype of a QTensor's qvalue."""
     return jnp.float8_e4m3fn if spec.codes == "float" else jnp.int8 if spec.symmetric else jnp.uint8
 
 
 def quantize(w: Array, spec: QuantSpec) -> QTensor:
-    """`w` [*reduce, out] rounded to the nearest point of its grid."""
+    """`w` [*reduce, out] rounded to nearest on the grid that spans it."""
     grouped = by_group(w.astype(jnp.float32), spec)
     scale, zero_point = fit_scale_zero_point(grouped, spec)
     qvalue = from_groups(round_to_grid(grouped, scale, zero_point, spec), w.shape).astype(storage_dtype(spec))
@@ -115,9 +124,9 @@ def quantize(w: Array, spec: QuantSpec) -> QTensor:
 
 
 def dequantize(q: QTensor) -> Array:
-    """f32 [*reduce, out]: the array that `q` stands for; a numpy array where its fields are."""
+    """float32 [*reduce, out]: (qvalue - zero_point) * scale; a numpy array if the fields are numpy arrays."""
     codes = q.qvalue.reshape(-1, q.qvalue.shape[-1]).astype(jnp.float32)
-    # one row of scales for each row of codes; a single row serves them all
+    # one row of scales for each row of codes; a single row is broadcast
     rows = lambda x: x if len(x) == 1 else x.repeat(q.spec.group_size, axis=0)[: len(codes)]
     centred = codes if q.zero_point is None else codes - rows(q.zero_point)
     return (centred * rows(q.scale)).reshape(q.qvalue.shape)

@@ -1,9 +1,12 @@
-"""What enters a layer, folded into sums of fixed size call by call, so that calibration takes any number of images.
+"""Statistics of a layer's inputs, accumulated call by call in arrays of fixed size.
 
-Letters: n tokens of one call, K inputs, T sampled tokens. Each fold is (state so far or None, x [n, K] and real [n]) ->
-state; tokens that are not real, such as the padding of windows, do not count; None: all are. States start from zeros.
+Calibration takes any number of images, since the memory for statistics does not grow with them.
+
+Letters: n tokens of one call, K inputs of a layer, T sampled tokens. Each fold is a function (state or None, (x [n, K],
+mask bool [n] or None)) -> state. Tokens outside the mask, such as the padding of windows, are not counted.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -12,12 +15,39 @@ import numpy as np
 
 Array = jax.Array
 TokensAndMask = tuple[Array, Array | None]
-TOKENS = 512
+TOKENS = 512  # T, the size of the sample
 FIRST_DRAWS = np.random.default_rng(0).integers(2**32, size=(2, TOKENS), dtype=np.uint32)
 
 
+class Stats(NamedTuple):
+    """Statistics of the inputs x [tokens, K] of one layer. Fields that no transform needs are None.
+
+    The tokens of a Conv are the patches under its kernel; those of a grouped Conv are the patches of all groups.
+    """
+
+    mean: Array  # [K]
+    low: Array  # [K] minimum of all tokens and 0
+    high: Array  # [K] maximum of all tokens and 0
+    gram: Array | None = None  # [K, K]: x^T x / tokens
+    tokens: Array | None = None  # [T, K]: a uniform sample of all tokens
+    count: Array | None = None  # []: number of tokens
+
+    def scaled(self, factor: Array) -> "Stats":
+        """The statistics of x * factor, for factors [K] > 0."""
+        gram = None if self.gram is None else self.gram * factor[:, None] * factor
+        tokens = None if self.tokens is None else self.tokens * factor
+        return Stats(self.mean * factor, self.low * factor, self.high * factor, gram, tokens, self.count)
+
+    def rotated(self, rotate: Callable[[Array], Array]) -> "Stats":
+        """The statistics of rotate(x), a linear function of rows [..., K]. The range is that of the sampled tokens."""
+        gram = None if self.gram is None else rotate(rotate(self.gram).T).T
+        tokens = None if self.tokens is None else rotate(self.tokens)
+        low, high = (self.low, self.high) if tokens is None else (tokens.min(0), tokens.max(0))
+        return Stats(rotate(self.mean), low, high, gram, tokens, self.count)
+
+
 class Range(NamedTuple):
-    """count: tokens seen; total, low, high: [K], low and high of all tokens and 0."""
+    """The state of `fold_range`: count [], and total, low, high [K]; low and high include 0."""
 
     count: Array
     total: Array
@@ -26,10 +56,10 @@ class Range(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """Each of the T tokens [T, K] is one of the `count` seen so far, any as likely as any other.
+    """The state of `fold_tokens`: each of tokens [T, K] is one of the `count` so far, all with equal probability.
 
-    draws: uint32 [2, T], two linear congruential generators a slot; a better one takes minutes to compile in all the
-    places where layers are called.
+    draws: uint32 [2, T], two linear congruential generators per slot. A better generator takes minutes to compile,
+    since every layer has its own copy.
     """
 
     count: Array
@@ -38,6 +68,7 @@ class Sample(NamedTuple):
 
 
 def fold_range(state: Range | None, tokens_and_mask: TokensAndMask) -> Range:
+    """`state` with the count, sum, minimum and maximum of one more call."""
     x, number = mask_tokens(tokens_and_mask)
     state = state or Range(*jnp.zeros((1,)), *jnp.zeros((3, x.shape[1])))
     low, high = jnp.minimum(state.low, x.min(0)), jnp.maximum(state.high, x.max(0))
@@ -45,13 +76,13 @@ def fold_range(state: Range | None, tokens_and_mask: TokensAndMask) -> Range:
 
 
 def fold_gram(state: Array | None, tokens_and_mask: TokensAndMask) -> Array:
-    """[K, K]: the sum of x^T x."""
+    """[K, K]: the sum of x^T x over all calls."""
     x, _ = mask_tokens(tokens_and_mask)
     return (0 if state is None else state) + x.T @ x
 
 
 def fold_tokens(state: Sample | None, tokens_and_mask: TokensAndMask) -> Sample:
-    """Every slot of the sample goes on by itself: it takes a token of this call with the chance that it should."""
+    """`state` after one more call: each slot takes one of its tokens with probability n / count."""
     x, mask = tokens_and_mask
     state = state or Sample(*jnp.zeros((1,)), jnp.zeros((TOKENS, x.shape[1])), jnp.zeros((2, TOKENS), jnp.uint32))
     draws = jnp.where(state.count == 0, FIRST_DRAWS, state.draws) * jnp.uint32(1664525) + jnp.uint32(1013904223)
@@ -66,7 +97,7 @@ def fold_tokens(state: Sample | None, tokens_and_mask: TokensAndMask) -> Sample:
 
 
 def mask_tokens(tokens_and_mask: TokensAndMask) -> tuple[Array, Array | int]:
-    """x with zeros for the tokens that do not count, and the number of those that do."""
+    """x [n, K] with zeros for the tokens outside the mask, and the number of the tokens inside."""
     x, mask = tokens_and_mask
     return (x, len(x)) if mask is None else (jnp.where(mask[:, None], x, 0), mask.sum())
 

@@ -1,77 +1,115 @@
-"""Quantization as functions of a params tree: what a transform is, what it is told, and how several make one.
+"""Transforms: quantization steps as pure functions of a params tree, which compose as in optax.
 
-Letters: K inputs of an output, the kernel's axes but for the last, flattened; T sampled tokens; N outputs.
+    w4 = QuantSpec(bits=4, group_size=64)
+    transform = chain(smooth(weights=w4), low_rank(weights=w4), gptq(w4))
+    params = transform.apply(params, stats)  # stats: {layer: Stats} of calibration, with all of transform.needs
+
+A layer is named as its torch module, such as "image_encoder.trunk.blocks.0.attn.qkv".
 """
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from functools import reduce, singledispatch
 from typing import NamedTuple
 
 import jax
 
 from sam2jq.errors import UserError
-from sam2jq.tree import flatten, layer_name, unflatten
+from sam2jq.quant.leaves import unwrap
+from sam2jq.quant.stats import Stats
+from sam2jq.tree import flatten, kernels, layer_name, unflatten
 
 Array = jax.Array
-
-
-class Stats(NamedTuple):
-    """What the inputs x [tokens, K] of a layer were like; fields that nothing needed are None.
-
-    The tokens of a Conv are the patches under its kernel, those of a grouped one of all groups together.
-    """
-
-    mean: Array  # [K]
-    low: Array  # [K]
-    high: Array  # [K]
-    gram: Array | None = None  # [K, K]: x^T x / tokens
-    tokens: Array | None = None  # [T, K], drawn evenly from all
-    count: Array | None = None  # [], tokens seen
-
-    def scaled(self, factor: Array) -> "Stats":
-        """The statistics of x * factor, for factors [K] > 0."""
-        both = None if self.gram is None else self.gram * factor[:, None] * factor
-        tokens = None if self.tokens is None else self.tokens * factor
-        return Stats(self.mean * factor, self.low * factor, self.high * factor, both, tokens, self.count)
-
-    def rotated(self, apply_hadamard: Callable[[Array], Array]) -> "Stats":
-        """The statistics of turn(x), a linear function of rows [..., K]; its range is that of the tokens."""
-        both = None if self.gram is None else apply_hadamard(apply_hadamard(self.gram).T).T
-        tokens = None if self.tokens is None else apply_hadamard(self.tokens)
-        low, high = (self.low, self.high) if tokens is None else (tokens.min(0), tokens.max(0))
-        return Stats(apply_hadamard(self.mean), low, high, both, tokens, self.count)
+LeafFn = Callable[[object, Stats | None], object]  # (kernel, statistics of its inputs) -> kernel or weight leaf
 
 
 class Transform(NamedTuple):
-    """apply(params, {layer: Stats}) -> params; needs: which of "gram" and "tokens" the Stats must hold beside the
-    range, and "range" where that is all."""
+    """A pure function of a params tree and the statistics of its layers' inputs.
+
+    apply(params, {layer: Stats}) returns new params; it never changes its arguments. `needs` says which statistics it
+    reads: "range" (always collected with the others), "gram", "tokens". `description` is for logs.
+    """
 
     needs: frozenset[str]
     apply: Callable[[dict, Mapping[str, Stats]], dict]
+    description: str = ""
 
 
-LeafFn = Callable[[object, Stats | None], object]  # of one kernel: w, what enters it -> a leaf
+class NamedChain(NamedTuple):
+    """Transforms with their names, applied left to right. It has `needs` and `apply`, so it is used as a Transform."""
+
+    stages: tuple[tuple[str, Transform], ...]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The statistics that any of the stages needs."""
+        return frozenset().union(*(transform.needs for _, transform in self.stages))
+
+    @property
+    def description(self) -> str:
+        """The names of the stages."""
+        return ", ".join(name for name, _ in self.stages)
+
+    def apply(self, params: dict, stats: Mapping[str, Stats]) -> dict:
+        """`params` after all stages."""
+        return chain(*(transform for _, transform in self.stages)).apply(params, stats)
+
+    def steps(self, params: dict, stats: Mapping[str, Stats]) -> Iterator[tuple[str, dict]]:
+        """Yields (name, params after the stage) for each stage."""
+        for name, transform in self.stages:
+            params = transform.apply(params, stats)
+            yield name, params
 
 
-@singledispatch
-def map_base_weight(w, stats: Stats | None, fn: LeafFn):
-    """`w` with its innermost part p replaced by change(p, what enters p); a leaf around it stays as it is."""
-    return fn(w, stats)
+def chain(*transforms: Transform | NamedChain) -> Transform:
+    """A Transform that applies `transforms` left to right."""
+
+    def apply(params: dict, stats: Mapping[str, Stats]) -> dict:
+        return reduce(lambda params, transform: transform.apply(params, stats), transforms, params)
+
+    needs = frozenset().union(*(transform.needs for transform in transforms))
+    return Transform(needs, apply, ", ".join(transform.description for transform in transforms))
 
 
-def each_layer(fn: Callable, specs: Mapping[str, object], needs: frozenset[str] = frozenset()) -> Transform:
-    """The transform that makes change(w, stats, spec) of the kernel of every layer in `specs`.
+def named_chain(*stages: tuple[str, Transform]) -> NamedChain:
+    """A NamedChain of (name, transform) pairs, applied left to right.
 
-    Without needs it works without statistics too, and stats may be None.
+    Raises UserError if two stages have one name.
+    """
+    names = [name for name, _ in stages]
+    if len(set(names)) < len(names):
+        raise UserError(f"stages of a chain need different names, got {', '.join(names)}")
+    return NamedChain(stages)
+
+
+def each_layer(
+    fn: Callable,
+    specs: object,
+    needs: frozenset[str] | set[str] = frozenset(),
+    *,
+    match: str = ".*",
+    dense_only: bool = False,
+    description: str = "",
+) -> Transform:
+    """A Transform that replaces the kernel of every chosen layer by fn(kernel, stats, spec).
+
+    specs: {layer: spec} for exactly these layers, or one spec for all layers whose name matches the regular expression
+    `match` (with `dense_only` those with a kernel [in, out]). Without `needs`, `stats` may be None. Inside a weight
+    leaf, fn gets the innermost kernel and the statistics of that kernel's own inputs.
+
+    `apply` raises UserError if no layer matches, if statistics are missing, or with the layer's name what fn raises.
     """
 
     def apply(params: dict, stats: Mapping[str, Stats]) -> dict:
         flat = flatten(params)
-        paths = {layer_name(path): path for path in flat if path.endswith("/kernel")}
-        missing = [layer for layer in specs if needs and layer not in stats]
+        paths = {layer_name(path): path for path in kernels(flat)}
+        chosen = specs
+        if not isinstance(specs, Mapping):
+            chosen = dict.fromkeys(match_layers(params, match, dense_only), specs)
+        missing = [layer for layer in chosen if needs and layer not in stats]
         if missing:
-            raise UserError(f"no statistics of {', '.join(missing)}: calibration never reached them")
-        for layer, spec in specs.items():
+            raise UserError(f"calibration has no statistics of {', '.join(missing[:10])}: these layers never ran")
+        for layer, spec in chosen.items():
             leaf_fn = lambda w, stats, spec=spec: fn(w, stats, spec)
             try:
                 flat[paths[layer]] = map_base_weight(flat[paths[layer]], stats.get(layer), leaf_fn)
@@ -79,13 +117,34 @@ def each_layer(fn: Callable, specs: Mapping[str, object], needs: frozenset[str] 
                 raise UserError(f"layer {layer}: {error}") from error
         return unflatten(flat)
 
-    return Transform(frozenset(needs), apply)
+    return Transform(frozenset(needs), apply, description)
 
 
-def chain(*transforms: Transform) -> Transform:
-    """Applies `transforms` from left to right."""
+def match_layers(params: dict, match: str, dense_only: bool = False) -> list[str]:
+    """The layers of `params` whose name matches the regular expression `match`, with `dense_only` the Dense ones.
 
-    def apply(params: dict, stats: Mapping[str, Stats]) -> dict:
-        return reduce(lambda params, transform: transform.apply(params, stats), transforms, params)
+    Raises UserError if there is none.
+    """
+    layers = {layer_name(path): leaf for path, leaf in kernels(flatten(params)).items()}
+    is_dense = lambda leaf: jax.tree.leaves(unwrap(leaf)[0])[0].ndim == 2
+    found = [k for k, leaf in layers.items() if re.fullmatch(match, k) and (is_dense(leaf) or not dense_only)]
+    if not found:
+        raise UserError(f"match {match!r} fits no layer; layers are named like {', '.join(list(layers)[:3])}")
+    return found
 
-    return Transform(frozenset().union(*(t.needs for t in transforms)), apply)
+
+def pair_specs(weights: object, inputs: object) -> object:
+    """(weights, inputs), or where `weights` is a mapping {layer: (weight spec, input spec or None)}."""
+    if not isinstance(weights, Mapping):
+        return weights, inputs
+    input_of = inputs.get if isinstance(inputs, Mapping) else lambda layer: inputs
+    return {layer: (spec, input_of(layer)) for layer, spec in weights.items()}
+
+
+@singledispatch
+def map_base_weight(w, stats: Stats | None, fn: LeafFn):
+    """`w` with its innermost kernel k replaced by fn(k, statistics of k's inputs); leaves around k stay as they are.
+
+    Each weight leaf registers how the statistics change on the way through it.
+    """
+    return fn(w, stats)

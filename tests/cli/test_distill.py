@@ -17,12 +17,12 @@ from sam2jq.distillation import trainer as cdpq
 from sam2jq.distillation.init_student import check_pair, start
 from sam2jq.models.sam2 import init_params
 from sam2jq.quant.algorithms.activations import ActQuantized
-from sam2jq.quant.algorithms.fake_quant import base_weight, fake_quant_layers, trainable_mask
+from sam2jq.quant.algorithms.fake_quant import fake_quant_layers, trainable_mask
 from sam2jq.quant.error import relative_error
-from sam2jq.quant.leaves import materialize_params
+from sam2jq.quant.leaves import base_weight, materialize_params
 from sam2jq.quant.qtensor import dequantize, quantize
 from sam2jq.quant.spec import QuantSpec
-from sam2jq.quant.transform import Stats
+from sam2jq.quant.stats import Stats
 from sam2jq.training.step import init_state, make_train_step
 from sam2jq.tree import flatten, kernels, layer_name, unflatten
 

@@ -10,7 +10,8 @@ from sam2jq import init_params
 from sam2jq.distillation.targets import PARTS, affinity, distillation_loss, make_targets, mask_distance, moment_losses
 from sam2jq.models.sam2 import SAM2, Variant
 from sam2jq.ptq.recipe import layers
-from sam2jq.quant.algorithms.fake_quant import base_weight, fake_quant_layers, init_fake_quant
+from sam2jq.quant.algorithms.fake_quant import fake_quant_layers, init_fake_quant
+from sam2jq.quant.leaves import base_weight
 from sam2jq.quant.spec import QuantSpec
 from sam2jq.tree import flatten, kernels, layer_name
 

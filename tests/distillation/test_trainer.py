@@ -20,7 +20,8 @@ from sam2jq.distillation import trainer as cdpq
 from sam2jq.distillation.history import history
 from sam2jq.distillation.targets import PARTS
 from sam2jq.quant.algorithms.activations import materialize_weights
-from sam2jq.quant.algorithms.fake_quant import base_weight, bits_of, init_fake_quant, to_quantized_params
+from sam2jq.quant.algorithms.fake_quant import bits_of, init_fake_quant, to_quantized_params
+from sam2jq.quant.leaves import base_weight
 from sam2jq.quant.spec import QuantSpec
 from sam2jq.report.curves import plot_history
 from sam2jq.training.distributed import initialize_distributed

@@ -2,9 +2,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam2jq import QuantSpec, round_weights
+from sam2jq import QuantSpec
 from sam2jq.eval.fidelity import figures_of, layer_figures, part
-from sam2jq.quant.transform import Stats
+from sam2jq.quant.algorithms.rtn import round_weights
+from sam2jq.quant.stats import Stats
 
 TREE = {
     "image_encoder": {"trunk": {"blocks.1": {"attn": {"qkv": {"kernel": jnp.eye(4)}}},

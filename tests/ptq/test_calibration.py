@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from sam2jq import build
-from sam2jq.ptq.calibration import KEEP, accumulate, collect, fingerprint
+from sam2jq.ptq.calibration import collect
+from sam2jq.ptq.stats_cache import SAVE_EVERY, accumulate
+from sam2jq.tree import fingerprint
 
 
 def clips(count: int):
@@ -28,18 +30,18 @@ ZEROS = {"gram": jnp.zeros((3, 3)), "count": jnp.zeros((), jnp.int32)}
 
 
 def test_a_killed_calibration_goes_on_where_it_was_to_the_same_bits(tmp_path):
-    count, kept = KEEP + 3, tmp_path / "sums.npz"
+    count, kept = SAVE_EVERY + 3, tmp_path / "sums.npz"
     whole = accumulate(fold, ZEROS, clips(count)[0], None)
 
     def killed(n: int):
         for i, clip in enumerate(clips(count)[0](n), n):
-            if i == KEEP + 1:
+            if i == SAVE_EVERY + 1:
                 raise KeyboardInterrupt
             yield clip
 
     with pytest.raises(KeyboardInterrupt):
         accumulate(fold, ZEROS, killed, kept)
-    for expected in ([*range(KEEP, count)], []):  # what was left; and nothing, once all is there
+    for expected in ([*range(SAVE_EVERY, count)], []):  # what was left; and nothing, once all is there
         after, asked = clips(count)
         resumed = accumulate(fold, ZEROS, after, kept)
         assert asked == expected
@@ -65,7 +67,7 @@ def test_memory_holds_the_next_clip_and_no_more():
 
 
 def test_without_clips_there_is_nothing_to_calibrate_on():
-    with pytest.raises(ValueError, match="no clip was given"):
+    with pytest.raises(ValueError, match="calibration got no clip or image"):
         collect(build("nano"), {}, clips(0)[0], [])
 
 

@@ -111,5 +111,5 @@ def test_the_bits_of_a_package_are_replayed(thorough):
     chosen = load(thorough / "config.yaml", []).quant.ipts.bits
     assert len(set(chosen.values())) > 1
     assert replay(load(None, [*flags, "--quant.ipts.dtype", "sint8"]).quant).ipts.bits == chosen
-    with pytest.raises(ValueError, match="quant.bits_from: the package tells all bits"):
+    with pytest.raises(ValueError, match="quant.bits_from: the package sets all bits"):
         load(None, [*flags, "--quant.wgts.target_bits", "3"])

@@ -12,23 +12,29 @@ from sam2jq.config.loader import load
 from sam2jq.config.quant import (
     CalibConfig,
     InputsConfig,
-    LowRankConfig,
     OutputsConfig,
     QuantConfig,
-    RotationConfig,
     WeightsConfig,
 )
 from sam2jq.models.sam2 import TRUNK_LINEAR
+from sam2jq.ptq.bit_targets import choose_unsigned
 from sam2jq.ptq.pipeline import fold_rotations, in_order
-from sam2jq.ptq.recipe import activation_specs, build_transforms, choose_unsigned, layers, round_weights, weight_specs
+from sam2jq.ptq.recipe import activation_specs, build_transforms, layers, rounding, weight_specs
 from sam2jq.quant.algorithms.activations import OutQuantized
-from sam2jq.quant.algorithms.rotate import Rotated
+from sam2jq.quant.algorithms.gptq import GptqConfig
+from sam2jq.quant.algorithms.lowrank import LowRankConfig
+from sam2jq.quant.algorithms.rotate import Rotated, RotationConfig
+from sam2jq.quant.algorithms.rtn import round_weights
 from sam2jq.quant.qtensor import QTensor, dequantize, quantize
 from sam2jq.quant.spec import QuantSpec
-from sam2jq.quant.transform import Stats
+from sam2jq.quant.stats import Stats
 from sam2jq.tree import flatten, kernels, layer_name, unflatten
 
 LAYERS = ["t.blocks.1.attn", "t.blocks.1.mlp", "t.blocks.10.attn", "neck.conv"]
+
+
+def stage(chain, name: str):
+    return dict(chain.stages)[name]
 
 
 def specs(**settings) -> dict[str, QuantSpec]:
@@ -71,7 +77,7 @@ def test_a_folded_rotation_changes_no_feature_and_leaves_attn_proj_to_itself():
     for got, expected in zip(*(encode({"params": tree}, image) for tree in (folded, params))):
         np.testing.assert_allclose(got, expected, atol=1e-4)
     shapes = {layer_name(path): leaf.shape for path, leaf in kernels(flatten(params)).items()}
-    turned = flatten(build_transforms(quant, shapes, TRUNK_LINEAR, 0)["rotation"].apply(folded, {}))
+    turned = flatten(stage(build_transforms(quant, shapes, TRUNK_LINEAR, 0), "rotation").apply(folded, {}))
     block = "image_encoder.trunk/blocks.1"
     assert turned[f"{block}/attn/proj/kernel"] is flatten(folded)[f"{block}/attn/proj/kernel"]
     assert isinstance(turned[f"{block}/attn/qkv/kernel"], Rotated)
@@ -115,7 +121,7 @@ def shapes(name: str) -> dict[str, tuple[int, ...]]:
 def test_the_config_that_users_of_the_original_know_has_every_stage(tmp_path):
     (tmp_path / "known.yaml").write_text(KNOWN)
     config = load(str(tmp_path / "known.yaml"), [])
-    names = list(build_transforms(config.quant, shapes("tiny"), TRUNK_LINEAR, config.seed))
+    names = [name for name, _ in build_transforms(config.quant, shapes("tiny"), TRUNK_LINEAR, config.seed).stages]
     assert names == ["rotation", "smooth", "low rank", "weights", "inputs"]
 
 
@@ -123,12 +129,15 @@ def test_the_config_that_users_of_the_original_know_has_every_stage(tmp_path):
 def test_every_config_that_comes_along_can_be_carried_out(path):
     """Its layers have the sizes that its branches and rotations need, and its prefixes name layers."""
     config = load(str(path), ["--model.checkpoint", "random:0", "--quant.calib.path", "photos"])
-    assert "weights" in build_transforms(config.quant, shapes(config.model.name), TRUNK_LINEAR, config.seed)
+    chain = build_transforms(config.quant, shapes(config.model.name), TRUNK_LINEAR, config.seed)
+    assert stage(chain, "weights")
 
 
 def test_a_rank_above_a_layers_size_is_an_error():
     config = QuantConfig(calib=CalibConfig("photos"), wgts=WeightsConfig(low_rank=LowRankConfig(rank=97)))
-    with pytest.raises(ValueError, match=r"rank 97 is over what image_encoder.trunk.blocks.0.attn.* allows, 96"):
+    with pytest.raises(
+        ValueError, match=r"wgts.low_rank: rank 97 is over 96, the most for image_encoder.trunk.blocks.0.attn"
+    ):
         build_transforms(config, shapes("tiny"), TRUNK_LINEAR, 0)
 
 
@@ -138,7 +147,7 @@ def test_one_group_at_a_time_covers_every_layer_once_and_in_the_order_of_the_dat
     assert groups[0] == ["image_encoder.trunk.patch_embed.proj"]
     assert [group[0].split(".")[3] for group in groups[1:13]] == [str(i) for i in range(12)]
     config = QuantConfig(calib=CalibConfig("photos"))
-    rounded = build_transforms(config, shapes("tiny"), TRUNK_LINEAR, 0, groups[3])["weights"]
+    rounded = stage(build_transforms(config, shapes("tiny"), TRUNK_LINEAR, 0, groups[3]), "weights")
     kernel = np.ones((4, 4), np.float32)
     params = unflatten({f"{layer.replace('.', '/')}/kernel": kernel for layer in shapes("tiny")})
     flat = flatten(rounded.apply(params, {}))
@@ -162,8 +171,18 @@ def test_only_layers_with_one_sided_inputs_take_the_unsigned_grid():
 def test_outputs_are_rounded_last_and_of_the_layers_that_are_not_skipped():
     config = QuantConfig(calib=CalibConfig("photos"), opts=OutputsConfig("uint8", skips=["memory_encoder"]))
     steps = build_transforms(config, shapes("nano"), TRUNK_LINEAR, 0)
-    assert list(steps) == ["weights", "outputs"]
+    assert [name for name, _ in steps.stages] == ["weights", "outputs"]
     params = unflatten({f"{layer.replace('.', '/')}/kernel": np.ones((4, 4), np.float32) for layer in shapes("nano")})
-    leaves = kernels(flatten(steps["outputs"].apply(params, {})))
+    leaves = kernels(flatten(stage(steps, "outputs").apply(params, {})))
     rounded = {layer_name(path) for path, leaf in leaves.items() if isinstance(leaf, OutQuantized)}
     assert rounded == {layer for layer in shapes("nano") if not layer.startswith("memory_encoder.")}
+
+
+def test_a_rounding_algorithm_is_chosen_by_its_name():
+    layers = {"a": QuantSpec(4)}
+    assert rounding(WeightsConfig(), layers).needs == frozenset()
+    assert rounding(WeightsConfig(kernel_gptq=GptqConfig()), layers).needs == {"gram"}
+    assert rounding(WeightsConfig(rounding="gptq"), layers).needs == {"gram"}
+    assert rounding(WeightsConfig(rounding="nearest", kernel_gptq=GptqConfig()), layers).needs == frozenset()
+    with pytest.raises(ValueError, match="wgts.rounding 'gptk': allowed are nearest, gptq; did you mean 'gptq'"):
+        rounding(WeightsConfig(rounding="gptk"), layers)

@@ -94,7 +94,7 @@ def test_real_weights_lose_less_with_every_bit(shared, size):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [({"bits": 1}, "2..8, got 1"), ({"bits": 9}, "2..8, got 9"), ({"bits": 4, "group_size": 0}, "at least 1, got 0")]
-    + [({"bits": 4, "group_size": 8, "per_tensor": True}, "no room for a group_size")],
+    + [({"bits": 4, "group_size": 8, "per_tensor": True}, "per_tensor is one scale for all: leave group_size out")],
 )
 def test_an_impossible_spec_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):

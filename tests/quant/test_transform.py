@@ -8,35 +8,31 @@ import numpy as np
 import pytest
 
 from converters.exports.package import pack_leaf, unpack_leaf
-from sam2jq.quant.algorithms.activations import materialize_weights, quantize_inputs
-from sam2jq.quant.algorithms.gptq import GptqSpec, gptq
-from sam2jq.quant.algorithms.lowrank import LowRankSpec, low_rank
-from sam2jq.quant.algorithms.recalibrate import ridge
-from sam2jq.quant.algorithms.rotate import RotationSpec, rotate
-from sam2jq.quant.algorithms.smooth import SmoothSpec, smooth
+from sam2jq.quant.algorithms.activations import materialize_weights, quantize_activations
+from sam2jq.quant.algorithms.gptq import GptqConfig, gptq
+from sam2jq.quant.algorithms.lowrank import LowRankConfig, low_rank
+from sam2jq.quant.algorithms.ridge import ridge
+from sam2jq.quant.algorithms.rotate import rotate
+from sam2jq.quant.algorithms.rtn import rtn
+from sam2jq.quant.algorithms.smooth import SmoothConfig, smooth
 from sam2jq.quant.error import relative_error
 from sam2jq.quant.leaves import materialize, matmul
-from sam2jq.quant.qtensor import QTensor, quantize
+from sam2jq.quant.qtensor import QTensor
 from sam2jq.quant.spec import QuantSpec
-from sam2jq.quant.transform import Stats, Transform, chain, each_layer
+from sam2jq.quant.stats import Stats
+from sam2jq.quant.transform import Transform, chain, named_chain
 
 K, N = 64, 20
 W4 = QuantSpec(4, group_size=32)
-NEAREST = lambda w, _, spec: quantize(w, spec)
-PLAIN = {  # what changes no output before something is rounded
-    "rotate": each_layer(rotate, {"a": RotationSpec(random=True, seed=3)}),
-    "smooth": each_layer(smooth, {"a": SmoothSpec(strategy="GridSearch", num_grids=5, weights=W4)}),
-    "low rank": each_layer(low_rank, {"a": LowRankSpec(rank=4, weights=W4)}),
+PLAIN = {  # these change no output before something is rounded
+    "rotate": rotate(random=True, seed=3),
+    "smooth": smooth(W4, config=SmoothConfig(strategy="GridSearch", num_grids=5)),
+    "low rank": low_rank(W4, config=LowRankConfig(rank=4)),
 }
-ROUNDED = {
-    "rtn": each_layer(NEAREST, {"a": W4}),
-    "gptq": each_layer(gptq, {"a": GptqSpec(W4, block_size=32)}),
-}
+ROUNDED = {"rtn": rtn(W4), "gptq": gptq(W4, GptqConfig(block_size=32))}
 INPUTS = {
-    "inputs": each_layer(quantize_inputs, {"a": QuantSpec(8)}),
-    "static inputs": each_layer(
-        lambda w, s, spec: quantize_inputs(w, s, spec, static=True), {"a": QuantSpec(8, False, per_tensor=True)}
-    ),
+    "inputs": quantize_activations(QuantSpec(8)),
+    "static inputs": quantize_activations(QuantSpec(8, False, per_tensor=True), static=True),
 }
 ORDER = PLAIN | ROUNDED | INPUTS
 PAIRS = [(a, b) for a, b in combinations(ORDER, 2) if {a, b} not in ({"rtn", "gptq"}, set(INPUTS))]
@@ -102,7 +98,7 @@ def test_a_package_keeps_a_pair_to_the_bit(params, stats, x, pair):
 
 def test_ridge_comes_before_all_others(params, stats, x):
     """It shrinks w, so later transforms start from what it left."""
-    shrunk = each_layer(ridge, {"a": 0.1}, frozenset({"gram"}))
+    shrunk = ridge(0.1)
     leaf = chain(shrunk, PLAIN["rotate"], PLAIN["smooth"]).apply(params, stats)
     wanted = shrunk.apply(params, stats)["a"]["kernel"]
     assert relative_error(wanted, params["a"]["kernel"]) > 0.01
@@ -118,12 +114,38 @@ def test_a_chain_needs_what_its_parts_need_and_applies_them_from_left_to_right()
 
 def test_an_error_names_the_layer(params, stats):
     with pytest.raises(ValueError, match="layer a: rank 99"):
-        each_layer(low_rank, {"a": LowRankSpec(rank=99, weights=W4)}).apply(params, stats)
-    with pytest.raises(ValueError, match="no statistics of a: calibration never reached them"):
-        each_layer(gptq, {"a": GptqSpec(W4)}, frozenset({"gram"})).apply(params, {})
+        low_rank(W4, config=LowRankConfig(rank=99)).apply(params, stats)
+    with pytest.raises(ValueError, match="no statistics of a: these layers never ran"):
+        gptq(W4).apply(params, {})
 
 
 def test_a_leaf_around_stays_when_its_inside_changes(params, stats):
     leaf = made(params, stats, "smooth", "rtn")
     assert isinstance(leaf.inner, QTensor)
     np.testing.assert_array_equal(leaf.scale, made(params, stats, "smooth").scale)
+
+
+def test_a_composed_chain_equals_the_hand_written_steps(params, stats):
+    steps = params
+    for name in ("rotate", "smooth", "low rank", "gptq"):
+        steps = ORDER[name].apply(steps, stats)
+    composed = chain(*(ORDER[name] for name in ("rotate", "smooth", "low rank", "gptq"))).apply(params, stats)
+    jax.tree.map(np.testing.assert_array_equal, composed, steps)
+
+
+def test_a_named_chain_yields_every_stage_and_ends_as_the_chain(params, stats):
+    stages = named_chain(("smoothing", ORDER["smooth"]), ("rounding", ORDER["rtn"]))
+    assert stages.needs == {"gram", "tokens"}
+    steps = dict(stages.steps(params, stats))
+    assert list(steps) == ["smoothing", "rounding"]
+    jax.tree.map(np.testing.assert_array_equal, steps["rounding"], stages.apply(params, stats))
+    with pytest.raises(ValueError, match="different names, got a, a"):
+        named_chain(("a", ORDER["rtn"]), ("a", ORDER["rtn"]))
+
+
+def test_one_spec_takes_the_layers_that_match_and_none_is_an_error(params):
+    both = params | {"b": params["a"]}
+    assert isinstance(rtn(W4, match="a").apply(both, {})["a"]["kernel"], QTensor)
+    assert rtn(W4, match="a").apply(both, {})["b"]["kernel"] is both["b"]["kernel"]
+    with pytest.raises(ValueError, match="match 'c' fits no layer; layers are named like a, b"):
+        rtn(W4, match="c").apply(both, {})

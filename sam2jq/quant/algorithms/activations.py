@@ -1,28 +1,89 @@
-"""Activations rounded on their way into a layer or out of it, and layers computed in integers where weights are too.
+"""Quantized activations: what enters a layer, or leaves it, rounded to its own grid; and layers computed in integers.
 
-Letters: K inputs, N outputs, G groups of them that share a scale.
+Letters: K inputs, N outputs, G groups of channels that share a scale.
 """
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 
-from sam2jq.quant.leaves import apply_kernel, dense, materialize, quantize_output, weight_leaf
+from sam2jq.errors import ConfigError
+from sam2jq.quant.leaves import apply_kernel, dense, materialize, quantize_output, unwrap, weight_leaf
 from sam2jq.quant.qtensor import QTensor, compute_scale_zero_point, round_to_grid
-from sam2jq.quant.spec import QuantSpec
-from sam2jq.quant.transform import Stats, map_base_weight
+from sam2jq.quant.spec import QuantSpec, check_bits, parse_spec
+from sam2jq.quant.stats import Stats
+from sam2jq.quant.transform import Transform, each_layer, map_base_weight, match_layers
+from sam2jq.tree import flatten, kernels, layer_name, unflatten
 
 Array = jax.Array
-NONNEGATIVE_RATIO = 1 / 8
+NONNEGATIVE_RATIO = 1 / 8  # |minimum| / maximum up to which inputs count as nonnegative
+
+
+@dataclass(frozen=True)
+class InputsConfig:
+    """How the inputs of the layers with quantized weights are rounded: the section `quant.ipts`."""
+
+    # sintN or uintN with N in 2..8, fp4, nvfp4, fp8; null leaves activations as they are
+    dtype: str | None = None
+    # [[1, -1]] one scale per token, [[1, g]] per token and g channels, [[-1, -1]] per tensor
+    group_shapes: list[list[int]] = field(default_factory=lambda: [[1, -1]])
+    # the range is fixed by calibration (per tensor); otherwise it is measured in each call
+    static: bool = False
+    # dotted prefixes of layers whose inputs are not rounded
+    skips: list[str] = field(default_factory=list)
+    # use uintN in place of sintN in layers whose inputs are nonnegative, as after ReLU and nearly so after GELU
+    allow_unsigned: bool = False
+    # dotted prefixes of the layers that use uintN; calibration finds them if allow_unsigned is set
+    unsigned: list[str] = field(default_factory=list)
+    # {dotted prefix: bits}; the longest prefix wins
+    bits: dict[str, int] = field(default_factory=dict)
+    # mean bits of an input over all multiplications; each layer gets the width that its output error asks for
+    target_bits: float | None = None
+
+    def __post_init__(self):
+        if self.dtype is not None:
+            parse_spec(self.dtype, self.group_shapes)
+        check_bits(self.bits, self.target_bits)
+        is_integer = "int" in (self.dtype or "")
+        if (self.bits or self.mixed) and not is_integer:
+            raise ConfigError(f"bits and target_bits need an integer dtype, such as uint4, not {self.dtype}")
+        if (self.allow_unsigned or self.unsigned) and not is_integer:
+            raise ConfigError(f"allow_unsigned: dtype {self.dtype} has no unsigned form; sint8 and other sintN have")
+        if self.static and self.group_shapes != [[-1, -1]]:
+            raise ConfigError(
+                f"static: a range fixed by calibration is per tensor: set group_shapes to [[-1, -1]], "
+                f"not {self.group_shapes}"
+            )
+
+    @property
+    def mixed(self) -> bool:
+        """Whether bits are chosen layer by layer for a target."""
+        return self.target_bits is not None
+
+
+@dataclass(frozen=True)
+class OutputsConfig(InputsConfig):
+    """How the outputs of these layers, bias added, are rounded: the section `quant.opts`.
+
+    The fields are those of `quant.ipts`. Calibration collects no outputs, so their range is measured in each call.
+    """
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.static or self.allow_unsigned or self.mixed:
+            raise ConfigError("static, allow_unsigned and target_bits need calibration, which collects inputs only")
 
 
 @weight_leaf(static=["spec", "integer"])
 class ActQuantized:
-    """y = contract(inner, rounded x). spec's groups run along the channels of a token: one scale a token without.
+    """A kernel whose input is rounded: y = apply_kernel(inner, rounded x).
 
-    scale, zero: [], of all inputs, when they were fixed by calibration; None when each call measures its own.
-    integer: matmul multiplies codes in int32 (equal to rounding error); else it multiplies what the codes stand for.
+    spec: its groups run along the channels of a token; without groups a token has one scale. scale, zero_point: [] of
+    the range fixed by calibration, or None if each call measures its own. integer: multiply int8 codes and sum them in
+    int32, instead of the dequantized numbers; the results agree to rounding error.
     """
 
     inner: object
@@ -34,16 +95,44 @@ class ActQuantized:
 
 @weight_leaf(static=["spec"])
 class OutQuantized:
-    """What leaves the layer is rounded by spec, each call measuring its range; the outermost of leaves."""
+    """A kernel whose layer's output is rounded by `spec`, with the range of each call; the outermost leaf."""
 
     inner: object
     spec: QuantSpec
 
 
+def quantize_activations(
+    inputs: QuantSpec | Mapping[str, QuantSpec], *, static: bool = False, integer: bool = False, match: str = ".*"
+) -> Transform:
+    """A Transform that rounds the inputs of layers by `inputs`, one spec or {layer: spec}; see `each_layer`.
+
+    static: one grid per layer that spans all calibration inputs; otherwise each call measures its range.
+    """
+    fn = lambda w, stats, spec: quantize_inputs(w, stats, spec, static=static, integer=integer)
+    return each_layer(fn, inputs, {"tokens"} if static else set(), match=match, description="round inputs")
+
+
+def quantize_outputs(outputs: QuantSpec | Mapping[str, QuantSpec], *, match: str = ".*") -> Transform:
+    """A Transform that rounds the outputs of layers by `outputs`, one spec or {layer: spec}, outside all other leaves.
+
+    Raises UserError in `apply` if no layer matches.
+    """
+
+    def apply(params: dict, stats: Mapping[str, Stats]) -> dict:
+        specs = outputs
+        if not isinstance(outputs, Mapping):
+            specs = dict.fromkeys(match_layers(params, match), outputs)
+        flat = flatten(params)
+        chosen = {path: leaf for path, leaf in kernels(flat).items() if layer_name(path) in specs}
+        return unflatten(flat | {path: OutQuantized(leaf, specs[layer_name(path)]) for path, leaf in chosen.items()})
+
+    return Transform(frozenset(), apply, "round outputs")
+
+
 def quantize_inputs(
     w, stats: Stats | None, spec: QuantSpec, *, static: bool = False, integer: bool = False
 ) -> ActQuantized:
-    """`w` with its inputs rounded by `spec`; `static`: on the one grid that spans all inputs in `stats`."""
+    """The kernel or leaf `w` with inputs rounded by `spec`; `static`: on the grid of stats.low..stats.high."""
     scale = zero_point = None
     if static:
         scale, zero_point = compute_scale_zero_point(stats.low.min(), stats.high.max(), spec)
@@ -51,14 +140,14 @@ def quantize_inputs(
 
 
 def is_nonnegative(stats: Stats) -> bool:
-    """Whether inputs lie between 0 and their largest, or hardly below: GELU never comes under -0.17."""
+    """Whether the inputs are nonnegative up to NONNEGATIVE_RATIO of their maximum; GELU's minimum is -0.17."""
     return bool(-stats.low.min() <= NONNEGATIVE_RATIO * stats.high.max())
 
 
 def quantize_tokens(x: Array, spec: QuantSpec, scale: Array | None = None, zero_point: Array | None = None):
-    """Codes [..., G, K / G] of x [..., K], float32, with their scale and zero [..., G, 1] or as given.
+    """The codes [..., G, K / G] of x [..., K], as float32, and their scale and zero point, [..., G, 1] or as given.
 
-    A last group that the channels do not fill is filled with zeros.
+    An incomplete last group is padded with zeros.
     """
     size = spec.group_size or x.shape[-1]
     x = jnp.pad(x.astype(jnp.float32), [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % size)])
@@ -72,7 +161,7 @@ def quantize_tokens(x: Array, spec: QuantSpec, scale: Array | None = None, zero_
 
 
 def fake_quantize(x: Array, spec: QuantSpec, scale: Array | None = None, zero_point: Array | None = None) -> Array:
-    """x [..., K] rounded to the nearest points of its grids."""
+    """x [..., K] rounded to the nearest points of its grid, in the dtype of x."""
     codes, scale, zero_point = quantize_tokens(x, spec, scale, zero_point)
     return ((codes - zero_point) * scale).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]].astype(x.dtype)
 
@@ -116,37 +205,27 @@ def _(w: OutQuantized, stats, fn):
 
 @jax.jit
 def materialize_weights(params: dict) -> dict:
-    """`params` with weights as the float32 arrays they stand for: whole leaves where no activations are rounded, else
-    what stands inside the leaves around them.
+    """`params` with weights as float32 arrays: leaves that round activations stay, with the array inside.
 
-    It computes the same to rounding error, and faster where a model runs more than once, in programs that most
-    quantized models share with plain ones; layers that multiply integers stay as they are.
+    The model computes the same up to rounding error. It is faster where a model runs more than once, and most quantized
+    models then share one compiled program with plain ones. Layers that multiply integer codes stay as they are.
     """
 
     def leaf(node):
-        if on_integers(node):
+        _, around = unwrap(node)
+        if any(getattr(outer, "integer", False) for outer in around.values()):
             return node
-        return (
-            map_base_weight(node, None, lambda w, _: materialize(w)) if rounds_activations(node) else materialize(node)
-        )
+        if ActQuantized in around or OutQuantized in around:
+            return map_base_weight(node, None, lambda w, _: materialize(w))
+        return materialize(node)
 
     return jax.tree.map(leaf, params, is_leaf=lambda node: not isinstance(node, dict))
 
 
-def rounds_activations(node) -> bool:
-    """Whether a kernel's leaf rounds what enters or leaves it."""
-    return isinstance(node, ActQuantized | OutQuantized) or (hasattr(node, "inner") and rounds_activations(node.inner))
-
-
-def on_integers(node) -> bool:
-    """Whether a kernel's leaf multiplies codes, not what they stand for."""
-    return getattr(node, "integer", False) or (hasattr(node, "inner") and on_integers(node.inner))
-
-
 def integer_matmul(w: ActQuantized, x: Array) -> Array:
-    """f32 [..., N]: products of int8 codes, added in int32 as far as a pair of scales reaches, then scaled.
+    """float32 [..., N]: x @ w by products of int8 codes, summed in int32 over each block with one pair of scales.
 
-    With codes c and zeros z the sum over a block is c_x . c_w - z_x sum(c_w) - z_w sum(c_x) + size z_x z_w.
+    For codes c and zero points z the sum over a block is c_x . c_w - z_x sum(c_w) - z_w sum(c_x) + size z_x z_w.
     """
     weight, spec = w.inner, w.inner.spec
     width, outputs = weight.qvalue.shape
@@ -154,32 +233,32 @@ def integer_matmul(w: ActQuantized, x: Array) -> Array:
     size = math.gcd(w.spec.group_size or width, spec.group_size or width)
     blocks = -(-width // size)
 
-    reach = lambda of: blocks if of.group_size is None else of.group_size // size  # blocks that share a scale
+    reach = lambda of: blocks if of.group_size is None else of.group_size // size  # number of blocks that share a scale
 
     def per_block(qvalue: Array) -> Array:  # [..., G, 1] -> [..., blocks, 1]
         qvalue = jnp.broadcast_to(qvalue, (*x.shape[:-1], codes.shape[-2], 1))
         return qvalue.repeat(reach(w.spec), axis=-2)[..., :blocks, :]
 
     scale, zero_point = per_block(scale), per_block(zero_point)
-    middle = 0 if w.spec.symmetric else 2 ** (w.spec.bits - 1)  # brings 0..255 into int8
-    codes = codes.reshape(*x.shape[:-1], -1)[..., : blocks * size] - middle
+    offset = 0 if w.spec.symmetric else 2 ** (w.spec.bits - 1)  # shifts 0..255 into int8
+    codes = codes.reshape(*x.shape[:-1], -1)[..., : blocks * size] - offset
     codes = jnp.pad(codes, [(0, 0)] * (x.ndim - 1) + [(0, blocks * size - codes.shape[-1])])
     codes, zero_point = (
         codes.reshape(*x.shape[:-1], blocks, size).astype(jnp.int8),
-        (zero_point - middle).astype(jnp.int32),
+        (zero_point - offset).astype(jnp.int32),
     )
 
     rows = lambda of: jnp.broadcast_to(of, (len(of), outputs)).repeat(reach(spec), axis=0)[:blocks]
     weight_scale = rows(weight.scale)
-    centre = 0 if spec.symmetric else 2 ** (spec.bits - 1)
-    kernel = weight.qvalue.astype(jnp.int32) - centre
-    weight_zero = -centre if weight.zero_point is None else weight.zero_point.astype(jnp.int32) - centre
+    weight_offset = 0 if spec.symmetric else 2 ** (spec.bits - 1)
+    kernel = weight.qvalue.astype(jnp.int32) - weight_offset
+    weight_zero = -weight_offset if weight.zero_point is None else weight.zero_point.astype(jnp.int32) - weight_offset
     weight_zero = rows(jnp.broadcast_to(weight_zero, (len(weight.scale), 1 if spec.per_tensor else outputs)))
-    real = jnp.pad(jnp.ones(width, jnp.int8), (0, blocks * size - width)).reshape(blocks, size)
+    is_channel = jnp.pad(jnp.ones(width, jnp.int8), (0, blocks * size - width)).reshape(blocks, size)
     kernel = jnp.pad(kernel, ((0, blocks * size - width), (0, 0))).reshape(blocks, size, outputs).astype(jnp.int8)
 
-    add = lambda text, *parts: jnp.einsum(text, *parts, preferred_element_type=jnp.int32)
-    sums = add("...gk,gkn->...gn", codes, kernel) - zero_point * add("gkn->gn", kernel.astype(jnp.int32))
-    sums -= weight_zero * add("...gk,gk->...g", codes, real)[..., None]
-    sums += zero_point * weight_zero * real.astype(jnp.int32).sum(-1)[:, None]
+    int_sum = lambda text, *parts: jnp.einsum(text, *parts, preferred_element_type=jnp.int32)
+    sums = int_sum("...gk,gkn->...gn", codes, kernel) - zero_point * int_sum("gkn->gn", kernel.astype(jnp.int32))
+    sums -= weight_zero * int_sum("...gk,gk->...g", codes, is_channel)[..., None]
+    sums += zero_point * weight_zero * is_channel.astype(jnp.int32).sum(-1)[:, None]
     return jnp.einsum("...gn,...gn->...n", sums.astype(jnp.float32), scale * weight_scale)

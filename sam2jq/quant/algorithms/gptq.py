@@ -1,20 +1,20 @@
-"""GPTQ: one input is rounded after the other, and each makes up for the errors of those before it (arXiv 2210.17323).
+"""GPTQ: inputs are rounded one after the other, and each compensates the errors of those before (arXiv 2210.17323).
 
-Letters: K inputs, N outputs, G groups, B inputs in a block; w [K, N] the weight, w_hat what it is rounded to,
-e = w - w_hat; h [K, K] the Gram matrix of the inputs. The outputs' square error is tr(e^T h e): make it small.
+Letters: K inputs, N outputs, G groups, B inputs in a block; w [K, N] the weight, w_hat the rounded weight,
+e = w - w_hat; h [K, K] the Gram matrix of the inputs. GPTQ makes the squared error of the outputs, tr(e^T h e), small.
 
 First pass. With the factors h = u diag(d) u^T, u unit upper triangular, that error is the sum over k of
 d_k (e_k + sum_{j<k} u_jk e_j)^2. Once the inputs before k are rounded, the k-th term is least when
 w_k + sum_{j<k} u_jk e_j is rounded in place of w_k. The paper computes the same numbers from the inverse of h
-(why they are the same: arXiv 2307.13304, theorem 6).
+(arXiv 2307.13304, theorem 6, proves that they are equal).
 
-Sweeps. The first pass never looks back, so others follow that give each input its best code while all others keep
-theirs: w_k + sum_{j!=k} h_jk e_j / h_kk, rounded. No such step raises the error, nor does it need damping.
+Sweeps. The first pass never revises a code. Sweeps of coordinate descent follow: each input takes its best code while
+all others keep theirs, which is w_k + sum_{j!=k} h_jk e_j / h_kk, rounded. No step raises the error or needs damping.
 
-Last, an output that still errs more than after plain rounding, as happens with 2 bits, takes the codes of the latter.
+Finally, an output with a larger error than after rounding to nearest, as happens with 2 bits, takes the codes of that.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sam2jq.errors import UserError
+from sam2jq.errors import ConfigError, UserError
 from sam2jq.quant.error import output_error
 from sam2jq.quant.qtensor import (
     QTensor,
@@ -34,61 +34,67 @@ from sam2jq.quant.qtensor import (
     storage_dtype,
 )
 from sam2jq.quant.spec import QuantSpec
-from sam2jq.quant.transform import Stats
+from sam2jq.quant.stats import Stats
+from sam2jq.quant.transform import Transform, each_layer
 
 Array = jax.Array
-RATIOS = tuple(1 - i / 100 for i in range(61))  # of a group's range; with 2 bits the best go down to about half
-matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)  # accelerators multiply f32 in fewer bits if they may
+RATIOS = tuple(1 - i / 100 for i in range(61))  # tried shares of a group's range; at 2 bits the best are about 0.5
+matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)  # accelerators would use fewer bits
 
 
 @dataclass(frozen=True)
-class GptqSpec:
-    """damp_percentage: of the Gram matrix' mean diagonal, added to it; block_size: inputs that are rounded before the
-    rest is corrected; num_inv_tries: factorizations with growing damping before giving up; sweeps: passes of
-    coordinate descent; search_range: groups may clip a few weights where that makes the others more exact.
-    """
+class GptqConfig:
+    """How GPTQ runs: the section `quant.wgts.kernel_gptq`."""
 
-    weights: QuantSpec
-    damp_percentage: float = 0.01
-    block_size: int = 128
-    num_inv_tries: int = 200
-    sweeps: int = 2
-    search_range: bool = False
+    damp_percentage: float = 0.01  # damping, as a share of the mean diagonal of the Gram matrix
+    block_size: int = 128  # inputs that are rounded before the other inputs are updated
+    num_inv_tries: int = 200  # Cholesky factorizations, with growing damping, before giving up
+    search_range: bool = False  # search a smaller range per group that clips the largest weights
+    sweeps: int = 2  # passes of coordinate descent after the first pass
 
     def __post_init__(self):
         if not self.damp_percentage > 0:
-            raise UserError(f"damp_percentage must be over 0, got {self.damp_percentage}")
+            raise ConfigError(f"damp_percentage must be over 0, got {self.damp_percentage}")
         for name, least in {"block_size": 1, "num_inv_tries": 1, "sweeps": 0}.items():
             if getattr(self, name) < least:
-                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
+                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
 
-def gptq(w: Array, stats: Stats, spec: GptqSpec) -> QTensor:
-    """`w` [*reduce, out] rounded so that outputs change little for inputs like those in `stats`, which needs gram.
+def gptq(
+    weights: QuantSpec | Mapping[str, QuantSpec], config: GptqConfig = GptqConfig(), *, match: str = ".*"
+) -> Transform:
+    """A Transform that rounds kernels with GPTQ by `weights`, one spec or {layer: spec}; `match`: see `each_layer`."""
+    fn = lambda w, stats, spec: gptq_kernel(w, stats, spec, config)
+    return each_layer(fn, weights, {"gram"}, match=match, description="GPTQ")
 
-    Grids are those of plain rounding, but for `search_range`. Inputs that were always 0 are rounded plainly: a
-    ReLU that was silent then may wake up.
-    ValueError: numbers that are not finite, or a Gram matrix that no damping makes positive definite.
+
+def gptq_kernel(w: Array, stats: Stats, spec: QuantSpec, config: GptqConfig = GptqConfig()) -> QTensor:
+    """`w` [*reduce, out] rounded with a small output error for inputs with the Gram matrix stats.gram.
+
+    Scales and zero points are those of rounding to nearest, unless config.search_range. Inputs that were 0 throughout
+    calibration are rounded to nearest, since they may be nonzero later (ReLU).
+
+    Raises UserError if numbers are not finite, or if no damping makes the Gram matrix positive definite.
     """
     for name, array in {"weight": w, "Gram matrix": stats.gram}.items():
         if not np.isfinite(array).all():
             raise UserError(f"the {name} holds NaN or infinity: look at the checkpoint and the calibration images")
     if not np.diagonal(stats.gram).any():
-        raise UserError("inputs were 0 throughout calibration: skip the layer, or calibrate on other images")
-    order, h, u, d = ldl_factor(stats.gram, spec.damp_percentage, spec.num_inv_tries)
+        raise UserError("all inputs were 0 in calibration: skip the layer, or calibrate on other images")
+    order, h, u, d = ldl_factor(stats.gram, config.damp_percentage, config.num_inv_tries)
     if not np.isfinite(d).all():
         raise UserError(
-            f"the Gram matrix is not positive definite after {spec.num_inv_tries} tries: "
-            f"raise damp_percentage, now {spec.damp_percentage}, or num_inv_tries"
+            f"the Gram matrix is not positive definite after {config.num_inv_tries} tries: "
+            f"raise damp_percentage, now {config.damp_percentage}, or num_inv_tries"
         )
-    return gptq_round(w, order, h, u, d, spec)
+    return gptq_round(w, order, h, u, d, spec, config)
 
 
 @jax.jit
 def ldl_factor(gram: Array, damp_percentage: float, tries: int) -> tuple[Array, Array, Array, Array]:
-    """order [K], strongest inputs first, h in that order, and the factors u and d [K] of h + damping; NaN if all fail.
+    """order [K] by falling diagonal, h [K, K] in that order, and the factors u [K, K], d [K] of h + damping.
 
-    The weakest come last since errors are made up for by what comes later, and the last ones' by nothing.
+    All are NaN if every try fails. The weakest inputs come last, since no later input can compensate their errors.
     """
     order = jnp.argsort(jnp.diag(gram), descending=True, stable=True)
     h = gram[order][:, order]
@@ -101,48 +107,54 @@ def ldl_factor(gram: Array, damp_percentage: float, tries: int) -> tuple[Array, 
 
     failed = lambda state: (state[0] < tries) & jnp.isnan(state[1]).any()
     _, lower = lax.while_loop(failed, attempt, (0, jnp.full_like(h, jnp.nan)))
-    upper = lower[::-1, ::-1]  # h = upper upper^T: turned round, a lower factor is an upper one
+    upper = lower[::-1, ::-1]  # h = upper upper^T, as both axes were reversed
     return order, h, upper / jnp.diag(upper), jnp.diag(upper) ** 2
 
 
-@partial(jax.jit, static_argnames="spec")
-def gptq_round(w: Array, order: Array, h: Array, u: Array, d: Array, spec: GptqSpec) -> QTensor:
-    """`w` [*reduce, out] rounded in `order`: the first pass and the sweeps differ in what pulls at an input."""
-    grid, inputs, back = spec.weights, len(order), jnp.argsort(order)
-    power = jnp.diag(h)  # 0 for dead inputs
-    flat = w.astype(jnp.float32).reshape(inputs, -1)
-    scale, zero_point = (
-        search_grid(flat, d[back], grid) if spec.search_range else fit_scale_zero_point(by_group(flat, grid), grid)
-    )
-    scale, zero_point = scale[:, 0], zero_point[:, 0]  # [G, N]
-    inverse = 1 / scale  # XLA makes the same of the division in `quantize`, so ties fall to the same side
+@partial(jax.jit, static_argnames=("spec", "config"))
+def gptq_round(
+    w: Array, order: Array, h: Array, u: Array, d: Array, spec: QuantSpec, config: GptqConfig = GptqConfig()
+) -> QTensor:
+    """`w` [*reduce, out] rounded in `order` by the first pass and the sweeps; arguments as `ldl_factor` returns them.
 
-    size = min(spec.block_size, inputs)
-    fill = lambda x, axes: jnp.pad(x, [(0, -inputs % size)] * axes + [(0, 0)] * (x.ndim - axes))  # the last block
-    rows, group = fill(flat[order], 1), fill(order // (grid.group_size or inputs), 1)
+    The first pass and the sweeps differ only in the matrix `pull` by which other inputs' errors change an input.
+    """
+    inputs, back = len(order), jnp.argsort(order)
+    power = jnp.diag(h)  # 0 for inputs that are always 0
+    flat = w.astype(jnp.float32).reshape(inputs, -1)
+    if config.search_range:
+        scale, zero_point = search_grid(flat, d[back], spec)
+    else:
+        scale, zero_point = fit_scale_zero_point(by_group(flat, spec), spec)
+    scale, zero_point = scale[:, 0], zero_point[:, 0]  # [G, N]
+    inverse = 1 / scale  # the same reciprocal as in `round_to_grid`, so that ties round to the same side
+
+    size = min(config.block_size, inputs)
+    complete = lambda x, axes: jnp.pad(x, [(0, -inputs % size)] * axes + [(0, 0)] * (x.ndim - axes))  # the last block
+    rows, group = complete(flat[order], 1), complete(order // (spec.group_size or inputs), 1)
 
     def at_input(x: Array, k: Array) -> tuple[Array, Array]:
-        """The codes of x [N] on the grids of input k, and what they stand for."""
+        """The codes of x [N] on the grids of input k, and the dequantized numbers."""
         zeros = zero_point[group[k]]
-        codes = round_to_grid(x * inverse[group[k]], 1, zeros, grid)
+        codes = round_to_grid(x * inverse[group[k]], 1, zeros, spec)
         return codes, (codes - zeros) * scale[group[k]]
 
     def one_pass(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         pull = jnp.where(i == 0, u, h / jnp.where(power > 0, power, 1)) * (1 - jnp.eye(inputs))
-        return sweep(rows, state[0], fill(pull, 2), at_input, size)
+        return sweep(rows, state[0], complete(pull, 2), at_input, size)
 
-    e, codes = lax.fori_loop(0, 1 + spec.sweeps, one_pass, (jnp.zeros_like(rows), jnp.zeros_like(rows)))
+    e, codes = lax.fori_loop(0, 1 + config.sweeps, one_pass, (jnp.zeros_like(rows), jnp.zeros_like(rows)))
     plain, w_hat = at_input(rows, jnp.arange(len(rows)))
-    lost = lambda e: output_error(e[:inputs], h)
-    codes = jnp.where(lost(e) <= lost(rows - w_hat), codes, plain)
-    qvalue = codes[back].reshape(w.shape).astype(storage_dtype(grid))
-    return QTensor(qvalue, scale, None if grid.symmetric else zero_point, grid)
+    error = lambda e: output_error(e[:inputs], h)
+    codes = jnp.where(error(e) <= error(rows - w_hat), codes, plain)
+    qvalue = codes[back].reshape(w.shape).astype(storage_dtype(spec))
+    return QTensor(qvalue, scale, None if spec.symmetric else zero_point, spec)
 
 
-def sweep(w: Array, e: Array, pull: Array, round_to_grid: Callable, size: int) -> tuple[Array, Array]:
-    """e and the codes [K, N] after each input k in turn was rounded at w_k + sum_j pull_jk e_j.
+def sweep(w: Array, e: Array, pull: Array, round_input: Callable, size: int) -> tuple[Array, Array]:
+    """e and the codes, [K, N] each, after every input k in turn was rounded at w_k + sum_j pull_jk e_j.
 
-    What the errors of all other blocks add to a block of `size` inputs is one product, done when its turn comes.
+    For each block of `size` inputs, the errors of all other blocks are added by one matrix product.
     """
 
     def block(e: Array, first: Array) -> tuple[Array, Array]:
@@ -153,7 +165,7 @@ def sweep(w: Array, e: Array, pull: Array, round_to_grid: Callable, size: int) -
 
         def row(mine: Array, case: tuple) -> tuple[Array, Array]:
             k, w_k, goal_k, pull_k = case
-            codes, w_hat = round_to_grid(goal_k + matmul(pull_k, mine), first + k)
+            codes, w_hat = round_input(goal_k + matmul(pull_k, mine), first + k)
             return mine.at[k].set(w_k - w_hat), codes
 
         mine, codes = lax.scan(row, cut(e), (jnp.arange(size), cut(w), goal, cut(columns).T))
@@ -164,10 +176,10 @@ def sweep(w: Array, e: Array, pull: Array, round_to_grid: Callable, size: int) -
 
 
 def search_grid(w: Array, cost: Array, spec: QuantSpec) -> tuple[Array, Array]:
-    """Scale and zero [G, 1, N] of the shrunken range of each group whose rounding has the least sum_k cost_k e_k^2.
+    """The scale and zero point [G, 1, N] of the share of each group's range that has the least sum_k cost_k e_k^2.
 
-    The cost is d [K]: what an error of input k still costs after the inputs that follow made up for it. The diagonal
-    of h leaves that out, and finds worse grids than the unshrunken ones where inputs are alike in strength.
+    The cost is d [K]: the output error of an error in input k after the later inputs compensated it. The diagonal of h
+    ignores the compensation, and finds worse grids than the full range where inputs have similar strength.
     """
     grouped, costs = by_group(w, spec), by_group(jnp.broadcast_to(cost[:, None], w.shape), spec)
     low, high = grouped.min(axis=1, keepdims=True), grouped.max(axis=1, keepdims=True)
@@ -178,5 +190,5 @@ def search_grid(w: Array, cost: Array, spec: QuantSpec) -> tuple[Array, Array]:
         return (costs * jnp.square(left)).sum(axis=1, keepdims=True)
 
     ratios = jnp.array(RATIOS)
-    best = ratios[jnp.argmin(lax.map(error, ratios), axis=0)]  # one ratio at a time: together they fill the memory
+    best = ratios[jnp.argmin(lax.map(error, ratios), axis=0)]  # one ratio at a time, to save memory
     return compute_scale_zero_point(best * low, best * high, spec)

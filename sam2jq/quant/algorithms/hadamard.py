@@ -1,6 +1,6 @@
-"""Hadamard matrices h [n, n], with entries +-1 and h h^T = n I, and products with them that never form them.
+"""Hadamard matrices h [n, n], with entries +1 and -1 and h h^T = n I, and fast products with them.
 
-All are symmetric, so that x -> x h / sqrt(n) undoes itself, and all are Kronecker products of small ones.
+All are symmetric, so x -> x h / sqrt(n) is its own inverse, and all are Kronecker products of small ones.
 """
 
 import math
@@ -15,8 +15,8 @@ from sam2jq.errors import UserError
 
 Array = jax.Array
 TWO = np.array([[1, 1], [1, -1]], np.int8)
-# TWO x TWO would gather what is common to four channels in one of them, after a GELU the largest outlier there is. The
-# columns of this one have equal sums, which spreads it.
+# TWO x TWO sums four channels into one, which after a GELU is a large outlier. The columns of FOUR have equal sums, so
+# the mean spreads over all channels.
 FOUR = 1 - 2 * np.eye(4, dtype=np.int8)
 
 
@@ -30,19 +30,19 @@ def hadamard(n: int) -> np.ndarray:
 
 @jax.jit
 def fast_hadamard(x: Array) -> Array:
-    """x h / sqrt(n) of x [..., n] for h = a (x) b, in n (a + b) products a row instead of n^2; its own inverse."""
+    """x h / sqrt(n) for x [..., n] and h = a (x) b, n (a + b) multiplications per row, not n^2; its own inverse."""
     a, b = (factor.astype(np.float32) for factor in factors(x.shape[-1]))
     y = x.astype(jnp.float32).reshape(*x.shape[:-1], len(a), len(b)) / math.sqrt(x.shape[-1])
-    y = jnp.matmul(y, b, precision=lax.Precision.HIGHEST)  # accelerators multiply f32 in fewer bits if they may
+    y = jnp.matmul(y, b, precision=lax.Precision.HIGHEST)  # accelerators would use fewer bits
     y = jnp.einsum("...ij,ik->...kj", y, a, precision=lax.Precision.HIGHEST)
     return y.reshape(x.shape).astype(x.dtype)
 
 
 @cache
 def factors(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """int8 [a, a] and [b, b] of about one size, whose Kronecker product is h.
+    """int8 [a, a] and [b, b] of similar size, whose Kronecker product is h.
 
-    ValueError: there is none of size n.
+    Raises UserError if there is no Hadamard matrix of size n.
     """
     powers = [k for k in reversed(range(n.bit_length())) if n % 2**k == 0]
     core, power = next(((core, k) for k in powers if (core := paley(n >> k)) is not None), (None, 0))
@@ -57,7 +57,7 @@ def factors(n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def paley(m: int) -> np.ndarray | None:
-    """int8 [m, m]: a symmetric Hadamard matrix by one of Paley's constructions over a prime p; None if neither has it.
+    """int8 [m, m]: a symmetric Hadamard matrix by one of Paley's constructions over a prime p; None if there is none.
 
     chi(i) is 1 for squares modulo p, -1 for other numbers, 0 for 0. The first, p = m - 1 = 3 mod 4, is made of
     chi(i - j); its columns in another order, chi(i + j), and a sign for each row make it symmetric. The second, p =

@@ -1,28 +1,48 @@
-"""Rotation: a layer's inputs mixed by an orthogonal matrix, so that outliers spread over all, and its weight likewise.
+"""Rotation: a layer's inputs are multiplied by an orthogonal matrix, which spreads outliers, and its weight likewise.
 
-As in QuIP# (arXiv 2402.04396) and QuaRot (arXiv 2404.00456) it is R = diag(signs) H / sqrt(n), H a Hadamard matrix of
-size n: x R takes few products (hadamard.py), and x W = (x R) (R^T W).
+As in QuIP# (arXiv 2402.04396) and QuaRot (arXiv 2404.00456) the matrix is R = diag(signs) H / sqrt(n) with a Hadamard
+matrix H of size n. The product x R is cheap (hadamard.py), and x W = (x R) (R^T W).
 
-Letters: K inputs, N outputs; C inputs of attention, D its width.
+Letters: K inputs, N outputs; for attention C inputs and width D.
 """
 
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam2jq.errors import UserError
+from sam2jq.errors import ConfigError, UserError, one_of
 from sam2jq.quant.algorithms.hadamard import fast_hadamard
 from sam2jq.quant.leaves import apply_kernel, materialize, weight_leaf
-from sam2jq.quant.transform import Stats, map_base_weight
+from sam2jq.quant.transform import Transform, each_layer, map_base_weight, match_layers
 
 Array = jax.Array
 
 
+@dataclass(frozen=True)
+class RotationConfig:
+    """How inputs are rotated: the section `quant.rotation`."""
+
+    # [hadamard] rotates the inputs of qkv, attn.proj and both MLP layers of the trunk; [] rotates nothing
+    transforms: list[str] = field(default_factory=list)
+    # multiply the inputs by random signs first, drawn from the run's seed
+    random: bool = False
+    # rotate the input of attn.proj head by head, folded into the weights that make the values: no cost at run time
+    fold_heads: bool = False
+
+    def __post_init__(self):
+        for name in self.transforms:
+            one_of("transforms", name, ("hadamard",))
+        if self.fold_heads and not self.transforms:
+            raise ConfigError("fold_heads: set transforms to [hadamard] too")
+
+
 @weight_leaf()
 class Rotated:
-    """x @ w == (x R) @ inner; signs: f32 [K] of +-1, None where all are 1."""
+    """A rotated kernel: x @ w == (x R) @ inner; signs: float32 [K] of +1 and -1, None if all are 1."""
 
     inner: object
     signs: Array | None
@@ -30,8 +50,8 @@ class Rotated:
 
 @materialize.register
 def _(w: Rotated) -> Array:
-    unmixed = fast_hadamard(materialize(w.inner).T).T  # H is symmetric
-    return unmixed if w.signs is None else unmixed * w.signs[:, None]
+    unrotated = fast_hadamard(materialize(w.inner).T).T  # H is symmetric
+    return unrotated if w.signs is None else unrotated * w.signs[:, None]
 
 
 @apply_kernel.register
@@ -45,30 +65,40 @@ def _(w: Rotated, stats, fn):
     return Rotated(map_base_weight(w.inner, rotated, fn), w.signs)
 
 
-@dataclass(frozen=True)
-class RotationSpec:
-    """random: signs are drawn, from `seed`; layers whose signs are to differ need seeds that do."""
+def rotate(*, random: bool = False, seed: int = 0, layers: Iterable[str] | None = None, match: str = ".*") -> Transform:
+    """A Transform that rotates the inputs of Dense layers by Hadamard matrices; it needs no statistics.
 
-    random: bool = False
-    seed: int = 0
+    random: with signs drawn from `seed` and the layer's name, else all signs are 1. layers: exactly these layers, else
+    all Dense layers whose name matches `match`. `apply` raises UserError for an input size without a Hadamard matrix.
+    """
 
-    def __post_init__(self):
-        if not 0 <= self.seed < 2**32:  # jax keeps no more bits of it
-            raise UserError(f"seed must be in 0..2^32 - 1, got {self.seed}")
+    def apply(params: dict, stats: dict) -> dict:
+        chosen = match_layers(params, match, dense_only=True) if layers is None else layers
+        seeds = {layer: layer_seed(seed, layer) if random else None for layer in chosen}
+        return each_layer(lambda w, _, seed: rotate_kernel(w, seed), seeds).apply(params, stats)
+
+    return Transform(frozenset(), apply, "Hadamard" + ", random signs" * random)
 
 
-def rotate(w: Array, stats: Stats | None, spec: RotationSpec) -> Rotated:
-    """`w` [K, N] with its inputs rotated; needs no statistics.
+def rotate_kernel(w: Array, seed: int | None = None) -> Rotated:
+    """`w` [K, N] with its inputs rotated; `seed` of the signs, None for no signs.
 
-    ValueError: not the kernel of a Dense, rounded already, not finite, or no Hadamard matrix has size K.
+    Raises UserError if `w` is not the kernel of a Dense, is rounded already or is not finite, or if there is no
+    Hadamard matrix of size K.
     """
     check_kernel(w)
-    signs = draw_signs(spec, len(w))
+    signs = None if seed is None else draw_signs(seed, len(w))
     return Rotated(apply_hadamard(w.astype(jnp.float32).T, signs).T, signs)
 
 
-def draw_signs(spec: RotationSpec, inputs: int) -> Array | None:
-    return jax.random.rademacher(jax.random.key(spec.seed), (inputs,), jnp.float32) if spec.random else None
+def layer_seed(seed: int, layer: str) -> int:
+    """The seed of a layer's own signs."""
+    return (seed + zlib.crc32(layer.encode())) % 2**32
+
+
+def draw_signs(seed: int, inputs: int) -> Array:
+    """float32 [inputs] of random +1 and -1."""
+    return jax.random.rademacher(jax.random.key(seed), (inputs,), jnp.float32)
 
 
 def apply_hadamard(x: Array, signs: Array | None) -> Array:
@@ -79,10 +109,10 @@ def apply_hadamard(x: Array, signs: Array | None) -> Array:
 def fold_heads(
     qkv: Array, bias: Array, proj: Array, *, heads: int, signs: Array | None = None
 ) -> tuple[Array, Array, Array]:
-    """qkv [C, 3D], bias [3D] and proj [D, N] of an attention whose heads hand (their output) R to proj.
+    """qkv [C, 3D], bias [3D] and proj [D, N] of the same attention, whose heads give their output times R to proj.
 
-    The values, the last third of qkv, are made in rotated form; what is a mean of values over keys then is too. So
-    attention computes the same as before, at no cost. signs: [D / heads], for all heads the same, or [D].
+    The values, the last third of qkv, are made in rotated form, and so are their weighted means over keys. Attention
+    computes the same as before, at no cost. signs: [D / heads], the same for all heads, or [D].
     """
     for w in (qkv, bias[None], proj):
         check_kernel(w)
@@ -97,7 +127,7 @@ def fold_heads(
 
 
 def check_kernel(w: object) -> None:
-    """ValueError unless `w` is an array [inputs, outputs] of finite numbers."""
+    """Raises UserError unless `w` is an array [inputs, outputs] of finite numbers."""
     plain = isinstance(w, jax.Array | np.ndarray)
     if not plain or w.ndim != 2:
         got = f"shape {list(w.shape)}" if plain else f"a {type(w).__name__}"

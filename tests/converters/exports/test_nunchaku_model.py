@@ -27,7 +27,7 @@ from sam2jq import QuantSpec, build, init_params, quantize
 from sam2jq.models.sam2 import TRUNK_LINEAR
 from sam2jq.quant.algorithms.activations import fake_quantize
 from sam2jq.quant.algorithms.lowrank import LowRank
-from sam2jq.quant.algorithms.rotate import RotationSpec, rotate
+from sam2jq.quant.algorithms.rotate import rotate_kernel
 from sam2jq.quant.algorithms.smooth import Smoothed
 from sam2jq.quant.error import relative_error
 from sam2jq.quant.leaves import materialize, unwrap
@@ -150,7 +150,7 @@ def test_weights_on_another_grid_are_rounded_onto_the_files(quantized):
 def test_a_rotated_model_is_refused(tmp_path, nano):
     path = "image_encoder.trunk/blocks.0/attn/qkv/kernel"
     flat = flatten(nano)
-    rotated = unflatten(flat | {path: rotate(flat[path], None, RotationSpec())})
+    rotated = unflatten(flat | {path: rotate_kernel(flat[path])})
     with pytest.raises(ValueError, match="kernels do not rotate"):
         save_nunchaku(tmp_path, rotated, ABOUT, "original")
     with pytest.raises(ValueError, match="no linear of the trunk"):

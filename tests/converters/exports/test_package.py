@@ -7,8 +7,9 @@ import torch
 
 from converters.exports.package import load_package, pack_bits, save_package, unpack_bits
 from converters.exports.vanilla import build_original, save_vanilla
-from sam2jq import QuantSpec, build, dequantize, init_params, layers, round_weights
+from sam2jq import QuantSpec, build, dequantize, init_params, layers
 from sam2jq.predictors.image import encode_images
+from sam2jq.quant.algorithms.rtn import round_weights
 from sam2jq.quant.error import relative_error
 from sam2jq.quant.leaves import materialize_params
 from sam2jq.tree import flatten

@@ -17,7 +17,8 @@ from sam2jq.quant.algorithms.activations import (
 from sam2jq.quant.leaves import materialize, matmul
 from sam2jq.quant.qtensor import QTensor, quantize
 from sam2jq.quant.spec import QuantSpec
-from sam2jq.quant.transform import Stats, map_base_weight
+from sam2jq.quant.stats import Stats
+from sam2jq.quant.transform import map_base_weight
 
 TOKENS, WIDTH, OUTPUTS = 50, 96, 7
 GROUPS = [None, 16, 40, 64]  # 40 and 64 leave a ragged last group

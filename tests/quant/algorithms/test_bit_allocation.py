@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 
 from sam2jq.config.quant import CalibConfig, InputsConfig, QuantConfig, WeightsConfig
-from sam2jq.ptq.recipe import activation_specs, choose_bits, choose_input_bits, multiplications
+from sam2jq.ptq.bit_targets import choose_bits, choose_input_bits, multiplications
+from sam2jq.ptq.recipe import activation_specs
 from sam2jq.quant.algorithms.activations import fake_quantize
 from sam2jq.quant.algorithms.bit_allocation import WIDTHS, assign_bits, error_by_width, input_error_by_width
 from sam2jq.quant.qtensor import dequantize, quantize
 from sam2jq.quant.spec import QuantSpec
-from sam2jq.quant.transform import Stats
+from sam2jq.quant.stats import Stats
 
 
 def problem(seed: int, layers: int = 5):
@@ -43,7 +44,7 @@ def test_it_is_never_worse_than_one_width_for_all(bits):
 
 def test_a_budget_below_two_bits_is_out_of_reach():
     errors, sizes = problem(0)
-    with pytest.raises(ValueError, match=r"out of reach: 2.00 on average are the least"):
+    with pytest.raises(ValueError, match=r"out of reach: the least is 2.00 bits on average"):
         assign_bits(errors, sizes, 1.9 * sum(sizes.values()))
 
 

@@ -1,26 +1,38 @@
 from dataclasses import replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam2jq.quant.algorithms.gptq import RATIOS, GptqSpec, gptq, search_grid
+from sam2jq.quant.algorithms.gptq import RATIOS, GptqConfig, gptq, gptq_kernel, search_grid
 from sam2jq.quant.error import output_error
 from sam2jq.quant.qtensor import QTensor, by_group, compute_scale_zero_point, dequantize, fit_scale_zero_point, quantize
 from sam2jq.quant.spec import QuantSpec
-from sam2jq.quant.transform import Stats, each_layer
+from sam2jq.quant.stats import Stats
 
 K, N = 80, 12  # 80 is no multiple of 32: the last group and the last block are ragged
-CHANNEL = GptqSpec(QuantSpec(4), block_size=32)
-GROUPS = GptqSpec(QuantSpec(4, symmetric=False, group_size=32), block_size=32)
-COARSE = GptqSpec(QuantSpec(2, group_size=32), block_size=32)
-UNSWEPT, SEARCHED = replace(GROUPS, sweeps=0), replace(CHANNEL, search_range=True)
+
+
+class Case(NamedTuple):
+    """The last arguments of `gptq_kernel`."""
+
+    weights: QuantSpec
+    config: GptqConfig = GptqConfig(block_size=32)
+
+    def with_config(self, **changes) -> "Case":
+        return self._replace(config=replace(self.config, **changes))
+
+
+CHANNEL = Case(QuantSpec(4))
+GROUPS = Case(QuantSpec(4, symmetric=False, group_size=32))
+COARSE = Case(QuantSpec(2, group_size=32))
+UNSWEPT, SEARCHED = GROUPS.with_config(sweeps=0), CHANNEL.with_config(search_range=True)
 SPECS = [CHANNEL, GROUPS, COARSE] + [
-    GptqSpec(grid, block_size=32)
-    for grid in (QuantSpec(3, symmetric=False, per_tensor=True), QuantSpec(8, group_size=32))
+    Case(grid) for grid in (QuantSpec(3, symmetric=False, per_tensor=True), QuantSpec(8, group_size=32))
 ]
-round_nearest = jax.jit(quantize, static_argnums=1)  # op by op the one scale of a tensor is divided in another way
+round_nearest = jax.jit(quantize, static_argnums=1)
 every_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.weights.dtype}-{spec.weights.group}")
 
 
@@ -52,7 +64,7 @@ def error(q: QTensor | np.ndarray, w: np.ndarray, x: np.ndarray) -> float:
 @every_spec
 def test_outputs_err_less_than_after_rounding_to_nearest(spec):
     w, x = weights(K, N), inputs()
-    q, nearest = gptq(w, told(x), spec), round_nearest(w, spec.weights)
+    q, nearest = gptq_kernel(w, told(x), *spec), round_nearest(w, spec.weights)
     np.testing.assert_array_equal(q.scale, nearest.scale)
     assert q.qvalue.dtype == nearest.qvalue.dtype
     assert q.qvalue.min() >= spec.weights.qmin
@@ -63,26 +75,26 @@ def test_outputs_err_less_than_after_rounding_to_nearest(spec):
 @every_spec
 def test_with_an_identity_gram_it_is_rounding_to_nearest_to_the_bit(spec):
     w = np.round(weights(K, N) * 16) / 16  # so that some lie half way between two points
-    got, nearest = gptq(w, with_gram(np.eye(K)), spec), round_nearest(w, spec.weights)
+    got, nearest = gptq_kernel(w, with_gram(np.eye(K)), *spec), round_nearest(w, spec.weights)
     jax.tree.map(np.testing.assert_array_equal, got, nearest)
 
 
 @pytest.mark.parametrize("tokens", [80, 200])
 def test_no_output_errs_more_than_after_rounding_even_where_inputs_hardly_correlate(tokens):
     w, stats = weights(K, N) ** 3, told(np.random.default_rng(1).standard_normal((tokens, K)).astype(np.float32))
-    got, nearest = gptq(w, stats, COARSE), round_nearest(w, COARSE.weights)
+    got, nearest = gptq_kernel(w, stats, *COARSE), round_nearest(w, COARSE.weights)
     lost = lambda q: output_error(dequantize(q) - w, stats.gram)
     assert (lost(got) <= lost(nearest) * (1 + 1e-5)).all()  # sums of K numbers in float32
 
 
-def by_the_paper(w: np.ndarray, gram: np.ndarray, spec: GptqSpec) -> np.ndarray:
+def by_the_paper(w: np.ndarray, gram: np.ndarray, spec: Case) -> np.ndarray:
     """w_hat [K, N] by algorithm 1 of arXiv 2210.17323, over the inverse of the Gram matrix, in float64."""
     w, gram, grid = w.astype(np.float64), gram.astype(np.float64), spec.weights
     scale, zero = (
         np.asarray(x, np.float64)[:, 0] for x in fit_scale_zero_point(by_group(w.astype(np.float32), grid), grid)
     )
     order = np.argsort(-np.diag(gram), kind="stable")
-    damped = gram + spec.damp_percentage * np.diag(gram).mean() * np.eye(len(gram))
+    damped = gram + spec.config.damp_percentage * np.diag(gram).mean() * np.eye(len(gram))
     u = np.linalg.cholesky(np.linalg.inv(damped[np.ix_(order, order)])).T
     left, rounded = w[order], np.zeros_like(w)
     for i, k in enumerate(order):
@@ -95,19 +107,23 @@ def by_the_paper(w: np.ndarray, gram: np.ndarray, spec: GptqSpec) -> np.ndarray:
 def test_without_sweeps_it_finds_the_codes_of_the_paper():
     w, stats = weights(K, N), told(inputs())
     expected = by_the_paper(w, np.asarray(stats.gram), UNSWEPT)
-    same = np.isclose(dequantize(gptq(w, stats, UNSWEPT)), expected, atol=1e-4)
+    same = np.isclose(dequantize(gptq_kernel(w, stats, *UNSWEPT)), expected, atol=1e-4)
     assert same.mean() > 0.99  # a weight half way between two points may fall to either side and take others along
 
 
 def test_the_size_of_blocks_does_not_matter():
     w, stats = weights(K, N), told(inputs())
-    whole = gptq(w, stats, replace(CHANNEL, block_size=128))
-    assert (gptq(w, stats, CHANNEL).qvalue == whole.qvalue).mean() > 0.99  # sums in another order, ties as above
+    whole = gptq_kernel(w, stats, *CHANNEL.with_config(block_size=128))
+    assert (
+        gptq_kernel(w, stats, *CHANNEL).qvalue == whole.qvalue
+    ).mean() > 0.99  # sums in another order, ties as above
 
 
 def test_no_sweep_makes_an_output_worse_and_in_the_end_no_single_code_could_be_better():
     w, stats, grid = weights(K, N), told(inputs()), GROUPS.weights
-    unswept, swept, settled = (gptq(w, stats, spec) for spec in (UNSWEPT, GROUPS, replace(GROUPS, sweeps=50)))
+    unswept, swept, settled = (
+        gptq_kernel(w, stats, *spec) for spec in (UNSWEPT, GROUPS, GROUPS.with_config(sweeps=50))
+    )
     errors = [output_error(dequantize(q) - w, stats.gram) for q in (unswept, swept, settled)]
     assert (errors[1] <= errors[0] * (1 + 1e-5)).all()  # as far as sums of K numbers in float32 can tell
     assert (errors[2] <= errors[1] * (1 + 1e-5)).all()
@@ -122,13 +138,15 @@ def test_no_sweep_makes_an_output_worse_and_in_the_end_no_single_code_could_be_b
 
 def test_the_order_in_which_inputs_come_does_not_matter():
     w, x, order = weights(K, N), inputs(), np.random.default_rng(2).permutation(K)
-    straight, mixed = gptq(w, told(x), CHANNEL), gptq(w[order], told(x[:, order]), CHANNEL)
+    straight, mixed = gptq_kernel(w, told(x), *CHANNEL), gptq_kernel(w[order], told(x[:, order]), *CHANNEL)
     assert (straight.qvalue[order] == mixed.qvalue).mean() > 0.99  # ties as above
 
 
 def test_the_size_of_inputs_does_not_matter():
     w, x = weights(K, N), inputs()
-    np.testing.assert_array_equal(gptq(w, told(x), GROUPS).qvalue, gptq(w, told(x / 256), GROUPS).qvalue)
+    np.testing.assert_array_equal(
+        gptq_kernel(w, told(x), *GROUPS).qvalue, gptq_kernel(w, told(x / 256), *GROUPS).qvalue
+    )
 
 
 @pytest.mark.parametrize("spec", [CHANNEL, GROUPS], ids=["channel", "groups"])
@@ -136,7 +154,7 @@ def test_inputs_that_never_come_are_rounded_plainly(spec):
     w, x, dead = weights(K, N), inputs(), np.array([0, 7, 79])
     x[:, dead] = 0
     plain = round_nearest(w, spec.weights)
-    q = gptq(w, told(x), spec)
+    q = gptq_kernel(w, told(x), *spec)
     np.testing.assert_array_equal(dequantize(q)[dead], dequantize(plain)[dead])
     assert error(q, w, x) < 0.8 * error(plain, w, x)
 
@@ -145,27 +163,29 @@ def test_inputs_that_never_come_are_rounded_plainly(spec):
 def test_fewer_tokens_than_inputs_are_enough(tokens):
     w, x = weights(K, N), inputs()
     seen = x[:tokens]
-    assert error(gptq(w, told(seen), CHANNEL), w, seen) < 0.2 * error(round_nearest(w, CHANNEL.weights), w, seen)
-    assert error(gptq(w, told(seen), CHANNEL), w, x) < 2 * error(round_nearest(w, CHANNEL.weights), w, x)
+    assert error(gptq_kernel(w, told(seen), *CHANNEL), w, seen) < 0.2 * error(
+        round_nearest(w, CHANNEL.weights), w, seen
+    )
+    assert error(gptq_kernel(w, told(seen), *CHANNEL), w, x) < 2 * error(round_nearest(w, CHANNEL.weights), w, x)
 
 
 def test_damping_grows_until_the_gram_matrix_can_be_factorized():
     gram = np.diag(np.linspace(2, 0.1, K))
     gram[:2, :2] = [[2, 2.1], [2.1, 2]]  # an eigenvalue of -0.1; the damping starts at 0.01
-    q = gptq(weights(K, N), with_gram(gram), CHANNEL)
+    q = gptq_kernel(weights(K, N), with_gram(gram), *CHANNEL)
     assert np.isfinite(dequantize(q)).all()
     with pytest.raises(ValueError, match="not positive definite after 3 tries: raise damp_percentage, now 0.01"):
-        gptq(weights(K, N), with_gram(gram), replace(CHANNEL, num_inv_tries=3))
+        gptq_kernel(weights(K, N), with_gram(gram), *CHANNEL.with_config(num_inv_tries=3))
 
 
 @pytest.mark.parametrize(
     ("weight", "gram", "message"),
     [(1, np.nan, "Gram matrix holds NaN"), (np.nan, 1, "weight holds NaN"), (np.inf, 1, "weight holds NaN")]
-    + [(1, 0, "inputs were 0 throughout calibration: skip the layer")],
+    + [(1, 0, "all inputs were 0 in calibration: skip the layer")],
 )
 def test_numbers_that_mean_nothing_are_refused(weight, gram, message):
     with pytest.raises(ValueError, match=message):
-        gptq(weight * weights(K, N), with_gram(gram * np.eye(K)), CHANNEL)
+        gptq_kernel(weight * weights(K, N), with_gram(gram * np.eye(K)), *CHANNEL)
 
 
 @pytest.mark.parametrize(
@@ -175,21 +195,24 @@ def test_numbers_that_mean_nothing_are_refused(weight, gram, message):
 )
 def test_an_impossible_spec_is_refused(setting, message):
     with pytest.raises(ValueError, match=message):
-        GptqSpec(QuantSpec(4), **setting)
+        GptqConfig(**setting)
 
 
 def test_a_convolution_is_rounded_as_the_matrix_of_its_patches():
     w, stats = weights(4, 4, 5, N), told(inputs())
-    got, flat = gptq(w, stats, GROUPS), gptq(w.reshape(K, N), stats, GROUPS)
+    got, flat = gptq_kernel(w, stats, *GROUPS), gptq_kernel(w.reshape(K, N), stats, *GROUPS)
     assert got.qvalue.shape == w.shape
     np.testing.assert_array_equal(dequantize(got), dequantize(flat).reshape(w.shape))
 
 
 def test_as_a_transform_it_changes_the_layers_named():
     params, stats = {"a": {"kernel": weights(K, N)}, "b": {"kernel": weights(K, N)}}, told(inputs())
-    transform = each_layer(gptq, {"a": CHANNEL}, frozenset({"gram"}))
+    transform = gptq({"a": CHANNEL.weights}, CHANNEL.config)
+    assert transform.needs == {"gram"}
     changed = transform.apply(params, {"a": stats})
-    np.testing.assert_array_equal(changed["a"]["kernel"].qvalue, gptq(params["a"]["kernel"], stats, CHANNEL).qvalue)
+    np.testing.assert_array_equal(
+        changed["a"]["kernel"].qvalue, gptq_kernel(params["a"]["kernel"], stats, *CHANNEL).qvalue
+    )
     assert changed["b"]["kernel"] is params["b"]["kernel"]
 
 
@@ -213,7 +236,7 @@ def test_no_range_errs_more_than_the_whole_one_or_any_that_was_not_chosen():
 def test_where_few_inputs_are_strong_a_searched_range_helps():
     w, x = weights(K, N), inputs()
     x[:, :3] *= 30
-    assert error(gptq(w, told(x), SEARCHED), w, x) < 0.9 * error(gptq(w, told(x), CHANNEL), w, x)
+    assert error(gptq_kernel(w, told(x), *SEARCHED), w, x) < 0.9 * error(gptq_kernel(w, told(x), *CHANNEL), w, x)
 
 
 @pytest.mark.parametrize("kind", ["", ".outlier"])
@@ -222,7 +245,7 @@ def test_real_inputs_err_no_more_than_with_the_reference_library(shared, kind, n
     folder = shared / "golden" / "ptq"
     case, peer = (np.load(folder / f"blocks.0.attn.qkv{kind}.{part}.npz") for part in ("inputs", "peer"))
     w, x = case["w"].T, np.concatenate([case["x0"], case["x1"]])
-    q = gptq(w, told(x), GptqSpec(QuantSpec(4, symmetric=symmetric, group_size=int(case["group"]))))
+    q = gptq_kernel(w, told(x), QuantSpec(4, symmetric=symmetric, group_size=int(case["group"])))
     reference = peer[f"{name}.what"].T
     assert error(q, w, x) <= error(reference, w, x)
     assert error(q, w, case["xe"]) <= error(reference, w, case["xe"])  # images that neither has seen

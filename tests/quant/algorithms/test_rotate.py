@@ -3,17 +3,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam2jq.quant.algorithms.activations import ActQuantized, fake_quantize, quantize_inputs
+from sam2jq.quant.algorithms.activations import ActQuantized, fake_quantize, quantize_activations, quantize_inputs
 from sam2jq.quant.algorithms.hadamard import fast_hadamard, hadamard
-from sam2jq.quant.algorithms.rotate import Rotated, RotationSpec, fold_heads, rotate
+from sam2jq.quant.algorithms.rotate import Rotated, fold_heads, rotate, rotate_kernel
+from sam2jq.quant.algorithms.rtn import rtn
 from sam2jq.quant.error import relative_error
 from sam2jq.quant.leaves import materialize, matmul
 from sam2jq.quant.qtensor import QTensor, dequantize, quantize
 from sam2jq.quant.spec import QuantSpec
-from sam2jq.quant.transform import Stats, chain, each_layer, map_base_weight
+from sam2jq.quant.stats import Stats
+from sam2jq.quant.transform import chain, each_layer, map_base_weight
 
 WIDTH, OUTPUTS = 96, 10
-PLAIN, RANDOM = RotationSpec(), RotationSpec(random=True, seed=7)
+PLAIN, RANDOM = None, 7  # seeds of the signs
 both = pytest.mark.parametrize("spec", [PLAIN, RANDOM], ids=["plain", "random"])
 
 
@@ -42,7 +44,7 @@ def w():
 def test_a_rotated_layer_computes_and_stands_for_the_same(width, spec):
     """To 1e-5, in float32; compiled, as layers are."""
     w, x = normal(0, width, OUTPUTS), normal(1, 2, 9, width)
-    layer = rotate(w, None, spec)
+    layer = rotate_kernel(w, spec)
     assert relative_error(layer.inner, w) > 0.5
     assert relative_error(jax.jit(matmul)(layer, x), x @ w) <= 1e-5
     assert relative_error(materialize(layer), w) <= 1e-5
@@ -50,7 +52,7 @@ def test_a_rotated_layer_computes_and_stands_for_the_same(width, spec):
 
 @both
 def test_the_inner_weight_is_the_rotation_transposed_times_the_weight(w, spec):
-    layer = rotate(w, None, spec)
+    layer = rotate_kernel(w, spec)
     assert relative_error(layer.inner, matrix(layer).T @ np.asarray(w, np.float64)) <= 1e-6
 
 
@@ -60,7 +62,7 @@ def test_the_inner_part_is_told_of_rotated_inputs(x, w, spec):
     tokens = x.reshape(-1, WIDTH)
     gram = lambda tokens: tokens.T @ tokens / len(tokens)
     stats = Stats(tokens.mean(0), tokens.min(0), tokens.max(0), gram(tokens), tokens, jnp.float32(7))
-    layer, told = rotate(w, None, spec), []
+    layer, told = rotate_kernel(w, spec), []
     map_base_weight(layer, stats, lambda w, stats: told.append(stats) or w)
     rotated = np.asarray(tokens, np.float64) @ matrix(layer)
     expected = Stats(rotated.mean(0), rotated.min(0), rotated.max(0), gram(rotated), rotated, np.float32(7))
@@ -69,17 +71,16 @@ def test_the_inner_part_is_told_of_rotated_inputs(x, w, spec):
 
 
 def test_without_statistics_the_inner_part_is_told_nothing(w):
-    assert map_base_weight(rotate(w, None, RANDOM), None, lambda w, stats: stats).inner is None
+    assert map_base_weight(rotate_kernel(w, RANDOM), None, lambda w, stats: stats).inner is None
 
 
 @both
 def test_rounding_inside_a_rotation_is_the_hand_written_product(x, w, spec):
     inputs, weights = QuantSpec(4), QuantSpec(4, False, 32)
-    steps = each_layer(rotate, {"a": spec}), each_layer(quantize_inputs, {"a": inputs})
-    rounding = each_layer(lambda w, stats, spec: quantize(w, spec), {"a": weights})
-    layer = chain(*steps, rounding).apply({"a": {"kernel": w}}, {})["a"]["kernel"]
+    rotation = each_layer(lambda w, stats, seed: rotate_kernel(w, seed), {"a": spec})
+    layer = chain(rotation, quantize_activations(inputs), rtn(weights)).apply({"a": {"kernel": w}}, {})["a"]["kernel"]
     assert [type(part) for part in (layer, layer.inner, layer.inner.inner)] == [Rotated, ActQuantized, QTensor]
-    plain = rotate(w, None, spec)
+    plain = rotate_kernel(w, spec)
     rotated = fast_hadamard(x if spec is PLAIN else x * plain.signs)
     by_hand = fake_quantize(rotated, inputs) @ dequantize(quantize(plain.inner, weights))
     assert relative_error(matmul(layer, x), by_hand) <= 1e-6
@@ -90,28 +91,28 @@ def test_rounding_inside_a_rotation_is_the_hand_written_product(x, w, spec):
 
 @both
 def test_a_rotation_inside_other_leaves_changes_nothing(x, w, spec):
-    outside = map_base_weight(quantize_inputs(w, None, QuantSpec(8)), None, lambda w, stats: rotate(w, stats, spec))
+    outside = map_base_weight(quantize_inputs(w, None, QuantSpec(8)), None, lambda w, stats: rotate_kernel(w, spec))
     assert isinstance(outside, ActQuantized)
     assert relative_error(matmul(outside, x), fake_quantize(x, QuantSpec(8)) @ w) <= 1e-5
-    twice = map_base_weight(rotate(w, None, RANDOM), None, lambda w, stats: rotate(w, stats, spec))
+    twice = map_base_weight(rotate_kernel(w, RANDOM), None, lambda w, stats: rotate_kernel(w, spec))
     assert isinstance(twice.inner, Rotated)
     assert relative_error(matmul(twice, x), x @ w) <= 1e-5
 
 
 @both
 def test_activations_keep_their_dtype(x, w, spec):
-    y = matmul(rotate(w, None, spec), x.astype(jnp.bfloat16))
+    y = matmul(rotate_kernel(w, spec), x.astype(jnp.bfloat16))
     assert y.dtype == jnp.bfloat16
     assert relative_error(y, x @ w) <= 0.02  # 8 bits of mantissa, rounded four times
 
 
 def test_random_signs_come_from_the_seed_and_differ_with_it(w):
-    signs = [rotate(w, None, RotationSpec(True, seed)).signs for seed in (0, 0, 1, 2**32 - 1)]
+    signs = [rotate_kernel(w, seed).signs for seed in (0, 0, 1, 2**32 - 1)]
     assert set(np.unique(signs)) == {-1.0, 1.0}
     np.testing.assert_array_equal(signs[0], signs[1])
     for other in signs[2:]:
         assert 0.2 < np.mean(signs[0] != other) < 0.8
-    assert rotate(w, None, PLAIN).signs is None
+    assert rotate_kernel(w, PLAIN).signs is None
 
 
 @both
@@ -121,7 +122,7 @@ def test_rotation_spares_4_bit_inputs_their_outlier_channels(width, spec):
     w = normal(1, width, OUTPUTS)
     x = normal(0, 200, width) * jnp.ones(width).at[jnp.array([3, 17, 50, 77])].set(25)
     error = lambda w: relative_error(matmul(quantize_inputs(w, None, QuantSpec(4)), x), matmul(w, x))
-    rotated = rotate(w, None, spec)
+    rotated = rotate_kernel(w, spec)
     rotated = Rotated(quantize_inputs(rotated.inner, None, QuantSpec(4)), rotated.signs)
     assert relative_error(matmul(rotated, x), x @ w) < 0.6 * error(w)
 
@@ -130,7 +131,7 @@ def test_rotation_spares_4_bit_inputs_their_outlier_channels(width, spec):
 def test_rotation_spares_4_bit_inputs_what_a_gelu_lets_through(spec):
     """Outputs of a GELU are positive, and large in a few channels: Sylvester's matrix makes their mean an outlier."""
     x = jax.nn.gelu(normal(0, 200, 1536) + 0.7 * normal(1, 1536) - 0.5)
-    signs = rotate(x.T, None, spec).signs
+    signs = rotate_kernel(x.T, spec).signs
     error = lambda x: relative_error(fake_quantize(x, QuantSpec(4)), x)
     assert error(fast_hadamard(x if signs is None else x * signs)) < 0.75 * error(x)
 
@@ -202,10 +203,12 @@ def test_layers_of_other_widths_are_refused(layers):
 )
 def test_what_cannot_be_rotated_is_refused_by_name(w, message):
     with pytest.raises(ValueError, match=f"layer a: .*{message}"):
-        each_layer(rotate, {"a": PLAIN}).apply({"a": {"kernel": w}}, {})
+        rotate(layers=["a"]).apply({"a": {"kernel": w}}, {})
 
 
-@pytest.mark.parametrize("seed", [-1, 2**32])
-def test_a_seed_that_would_be_cut_is_refused(seed):
-    with pytest.raises(ValueError, match=f"got {seed}"):
-        RotationSpec(random=True, seed=seed)
+def test_each_layer_gets_signs_of_its_own_from_one_seed(w):
+    params = {"a": {"kernel": w}, "b": {"kernel": w}}
+    first, again = (rotate(random=True, seed=1).apply(params, {}) for _ in range(2))
+    signs = lambda params, name: np.asarray(params[name]["kernel"].signs)
+    np.testing.assert_array_equal(signs(first, "a"), signs(again, "a"))
+    assert 0.2 < np.mean(signs(first, "a") != signs(first, "b")) < 0.8

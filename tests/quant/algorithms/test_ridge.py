@@ -2,11 +2,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam2jq.quant.algorithms.recalibrate import bias_shift, ridge
-from sam2jq.quant.leaves import matmul
-from sam2jq.quant.qtensor import quantize
-from sam2jq.quant.spec import QuantSpec
-from sam2jq.quant.transform import Stats, each_layer
+from sam2jq.quant.algorithms.ridge import ridge, ridge_kernel
+from sam2jq.quant.stats import Stats
 
 K, N, RANK = 24, 7, 16
 W = np.random.default_rng(0).standard_normal((K, N)).astype(np.float32)
@@ -27,16 +24,18 @@ def test_a_ridge_solves_its_normal_equations(lam):
     stats = told(inputs(K))
     gram = np.asarray(stats.gram, np.float64)
     expected = np.linalg.solve(gram + lam * np.diag(gram).mean() * np.eye(K), gram @ W)
-    np.testing.assert_allclose(ridge(W, stats, lam), expected, atol=1e-4)  # condition 1e4 * eps of float32, at most
+    np.testing.assert_allclose(
+        ridge_kernel(W, stats, lam), expected, atol=1e-4
+    )  # condition 1e4 * eps of float32, at most
 
 
 def test_no_ridge_changes_nothing():
-    np.testing.assert_array_equal(ridge(W, told(inputs(K)), 0.0), W)
+    np.testing.assert_array_equal(ridge_kernel(W, told(inputs(K)), 0.0), W)
 
 
 def test_a_slight_ridge_keeps_the_outputs_and_drops_what_no_input_excites():
     x = inputs(RANK)
-    shrunk = np.asarray(ridge(W, told(x), 1e-3))
+    shrunk = np.asarray(ridge_kernel(W, told(x), 1e-3))
     assert np.linalg.norm(x @ (shrunk - W)) < 1e-2 * np.linalg.norm(x @ W)
     unseen = np.linalg.svd(x)[2][RANK:]  # [K - RANK, K], directions in which no input lies
     assert np.linalg.norm(unseen @ W) > 1
@@ -47,33 +46,18 @@ def test_a_slight_ridge_keeps_the_outputs_and_drops_what_no_input_excites():
 def test_the_ridge_of_a_convolution_is_that_of_its_matrix():
     stats = told(inputs(K))
     kernel = W.reshape(2, 2, 6, N)
-    np.testing.assert_array_equal(ridge(kernel, stats, 0.1), ridge(W, stats, 0.1).reshape(kernel.shape))
-    changed = each_layer(ridge, {"a": 0.1}, frozenset({"gram"})).apply({"a": {"kernel": kernel}}, {"a": stats})
-    np.testing.assert_array_equal(changed["a"]["kernel"], ridge(kernel, stats, 0.1))
+    np.testing.assert_array_equal(ridge_kernel(kernel, stats, 0.1), ridge_kernel(W, stats, 0.1).reshape(kernel.shape))
+    changed = ridge(0.1, layers=["a"]).apply({"a": {"kernel": kernel}}, {"a": stats})
+    np.testing.assert_array_equal(changed["a"]["kernel"], ridge_kernel(kernel, stats, 0.1))
 
 
 @pytest.mark.parametrize("lam", [-0.1, np.nan])
 def test_a_negative_ridge_is_refused(lam):
     with pytest.raises(ValueError, match="must not be negative, got"):
-        ridge(W, told(inputs(K)), lam)
+        ridge_kernel(W, told(inputs(K)), lam)
 
 
 @pytest.mark.parametrize("gram", [np.zeros((K, K)), np.full((K, K), np.nan)], ids=["zero", "nan"])
 def test_a_gram_matrix_that_cannot_be_solved_is_refused(gram):
     with pytest.raises(ValueError, match="singular: then raise the ridge, now 0.1"):
-        ridge(W, told(inputs(K))._replace(gram=jnp.asarray(gram, jnp.float32)), 0.1)
-
-
-@pytest.mark.parametrize("spec", [QuantSpec(2), QuantSpec(4, symmetric=False, group_size=8)], ids=str)
-def test_with_the_shift_in_the_bias_outputs_keep_their_mean(spec):
-    x, q = inputs(K), quantize(W, spec)
-    wrong = (matmul(q, x) - x @ W).mean(0)
-    shift = bias_shift(W, q, told(x))
-    assert abs(wrong).max() > 0.1
-    np.testing.assert_allclose(wrong + shift, np.zeros(N), atol=1e-5 * abs(x @ W).max())
-
-
-def test_the_shift_of_a_convolution_is_that_of_its_matrix():
-    stats, q = told(inputs(K)), quantize(W, QuantSpec(3))
-    kernel = W.reshape(2, 2, 6, N)
-    np.testing.assert_array_equal(bias_shift(kernel, quantize(kernel, QuantSpec(3)), stats), bias_shift(W, q, stats))
+        ridge_kernel(W, told(inputs(K))._replace(gram=jnp.asarray(gram, jnp.float32)), 0.1)
