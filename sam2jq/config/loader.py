@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import itertools
+import json
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -25,8 +26,13 @@ def keys(schema: type, prefix: str = "") -> list[str]:
         else:
             has_factory = field.default_factory is not dataclasses.MISSING
             default = field.default_factory() if has_factory else field.default
-            lines += [f"--{prefix}{field.name} {default!r}", f"      {comment(schema, field.name)}"]
+            lines += [f"--{prefix}{field.name} {as_yaml(default)}", f"      {comment(schema, field.name)}"]
     return lines
+
+
+def as_yaml(value: object) -> str:
+    """A default as it is written in YAML and after a flag, on one line."""
+    return (value or "''") if isinstance(value, str) else json.dumps(value)
 
 
 def comment(schema: type, name: str) -> str:

@@ -131,6 +131,15 @@ DISTILL = ["--teacher.name", "nano", "--student.name", "nano", "--data.train", "
         (["--quant.ipts", "{dtype: sint8, allow_unsigned: true}"], "target_bits need calibration"),
         (["--quant.ipts", "{dtype: uint8, target_bits: 5}"], "target_bits need calibration"),
         (["--data.val", ""], "data.val is not set"),
+        (["--teacher", "{name: tiny}"], "^teacher.checkpoint is not set"),
+        (["--student", "{name: tiny}"], "^student.checkpoint is not set"),
+        (["--teacher.dtype", "float8"], "^teacher.dtype 'float8'"),
+        (
+            ["--ptq", "{calib: {path: /data/quant.v2}, bits_from: x, wgts: {bits: {a: 4}}}"],
+            "^ptq.bits_from: the package",
+        ),
+        (["--ptq", "{calib: {path: /data/quant.v2}, smooth: {proj: {alpha: 2}}}"], "^ptq.smooth.proj.alpha 2.0, beta"),
+        (["--distill.settle_epochs", "2"], "unknown key distill.settle_epochs: it is called cooldown_epochs now"),
         (["--distill.confidence_method", "varience"], "did you mean 'variance'"),
         (["--distill.layers", "0"], "distill.layers: .* reads the losses of layers"),
         (["--distill.objects", "5"], "at most half of the 8 prompts"),
@@ -149,3 +158,15 @@ def test_a_student_starts_at_the_bits_of_its_dtype_or_at_initial_bits():
     load = lambda *flags: loader.load(None, [*DISTILL, *flags], DistillConfig).quant.starts_at
     assert load("--quant.wgts.dtype", "sint6") == 6
     assert load("--quant.wgts.dtype", "sint6", "--quant.initial_bits", "5") == 5
+
+
+@pytest.mark.parametrize("schema", [Config, DistillConfig, EvaluateConfig])
+def test_help_has_every_setting_with_its_default_and_a_comment(schema):
+    lines = loader.keys(schema)
+    flags, comments = lines[::2], lines[1::2]
+    assert all(line.startswith("--") for line in flags)
+    assert all(line.startswith("      ") and line.strip() for line in comments)
+    if schema is Config:
+        at = flags.index("--quant.wgts.kernel_gptq.damp_percentage 0.01")
+        assert comments[at].strip() == "damping, as a share of the mean diagonal of the Gram matrix"
+        assert any(flag.startswith("--quant.opts.dtype") for flag in flags)

@@ -110,3 +110,15 @@ def test_layers_compute_with_what_a_leaf_stands_for():
     np.testing.assert_array_equal(ops.matmul(q, x), ops.matmul(dequantize(q), x))
     params = {"a": {"kernel": q, "bias": x}}
     np.testing.assert_array_equal(ops.materialize_params(params)["a"]["kernel"], dequantize(q))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [QuantSpec(4), QuantSpec(4, group_size=64), QuantSpec(3, False, 32), QuantSpec(2, per_tensor=True)]
+    + [QuantSpec(4, group_size=32, scales="bfloat16"), QuantSpec(8, codes="float")],
+    ids=lambda spec: f"{spec.dtype}-{spec.group}",
+)
+def test_eager_and_jitted_calls_give_the_same_bits(spec):
+    w = jnp.asarray(np.random.default_rng(0).standard_normal((128, 128)), jnp.float32)
+    eager, jitted = quantize(w, spec), jax.jit(quantize, static_argnums=1)(w, spec)
+    jax.tree.map(np.testing.assert_array_equal, eager, jitted)

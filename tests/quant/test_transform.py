@@ -83,7 +83,7 @@ def test_a_pair_computes_what_it_stands_for(params, stats, x, pair):
     "around", [(), *[(name,) for name in PLAIN], *combinations(PLAIN, 2), tuple(PLAIN)], ids="+".join
 )
 def test_gptq_errs_less_than_rounding_to_nearest_inside_anything(params, stats, x, around):
-    """By more than a tenth: what it is told passes through all that stands around it."""
+    """By more than a tenth: its statistics pass through all leaves around it."""
     error = lambda name: relative_error(matmul(made(params, stats, *around, name), x), x @ params["a"]["kernel"])
     assert error("gptq") < 0.9 * error("rtn")
 

@@ -19,7 +19,7 @@ def inputs(rank: int) -> np.ndarray:
     return ((rng.standard_normal((400, rank)) + 1) @ rng.standard_normal((rank, K))).astype(np.float32)
 
 
-def told(x: np.ndarray) -> Stats:
+def stats_of(x: np.ndarray) -> Stats:
     return Stats(jnp.asarray(x.mean(0)), jnp.asarray(x.min(0)), jnp.asarray(x.max(0)), jnp.asarray(x.T @ x / len(x)))
 
 
@@ -27,13 +27,13 @@ def told(x: np.ndarray) -> Stats:
 def test_with_the_shift_in_the_bias_outputs_keep_their_mean(spec):
     x, q = inputs(K), quantize(W, spec)
     wrong = (matmul(q, x) - x @ W).mean(0)
-    shift = bias_shift(W, q, told(x))
+    shift = bias_shift(W, q, stats_of(x))
     assert abs(wrong).max() > 0.1
     np.testing.assert_allclose(wrong + shift, np.zeros(N), atol=1e-5 * abs(x @ W).max())
 
 
 def test_the_shift_of_a_convolution_is_that_of_its_matrix():
-    stats, q = told(inputs(K)), quantize(W, QuantSpec(3))
+    stats, q = stats_of(inputs(K)), quantize(W, QuantSpec(3))
     kernel = W.reshape(2, 2, 6, N)
     np.testing.assert_array_equal(bias_shift(kernel, quantize(kernel, QuantSpec(3)), stats), bias_shift(W, q, stats))
 
@@ -43,7 +43,7 @@ def test_as_a_transform_it_corrects_the_layers_that_were_rounded():
     params = {name: {"kernel": jnp.asarray(W), "bias": bias} for name in ("a", "b")}
     transform = bias_correction(rtn({"a": QuantSpec(2)}))
     assert transform.needs == {"range"}
-    changed = transform.apply(params, {"a": told(x)})
+    changed = transform.apply(params, {"a": stats_of(x)})
     outputs = matmul(changed["a"]["kernel"], x) + changed["a"]["bias"]
     np.testing.assert_allclose(outputs.mean(0), (x @ W).mean(0), atol=1e-5 * abs(x @ W).max())
     np.testing.assert_array_equal(changed["b"]["bias"], bias)

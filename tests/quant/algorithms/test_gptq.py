@@ -47,7 +47,7 @@ def inputs(tokens: int = 400, width: int = K) -> np.ndarray:
     return (mixed + rng.standard_normal(width)).astype(np.float32)
 
 
-def told(x: np.ndarray) -> Stats:
+def stats_of(x: np.ndarray) -> Stats:
     return with_gram(x.T @ x / len(x))
 
 
@@ -64,7 +64,7 @@ def error(q: QTensor | np.ndarray, w: np.ndarray, x: np.ndarray) -> float:
 @every_spec
 def test_outputs_err_less_than_after_rounding_to_nearest(spec):
     w, x = weights(K, N), inputs()
-    q, nearest = gptq_kernel(w, told(x), *spec), round_nearest(w, spec.weights)
+    q, nearest = gptq_kernel(w, stats_of(x), *spec), round_nearest(w, spec.weights)
     np.testing.assert_array_equal(q.scale, nearest.scale)
     assert q.qvalue.dtype == nearest.qvalue.dtype
     assert q.qvalue.min() >= spec.weights.qmin
@@ -81,7 +81,7 @@ def test_with_an_identity_gram_it_is_rounding_to_nearest_to_the_bit(spec):
 
 @pytest.mark.parametrize("tokens", [80, 200])
 def test_no_output_errs_more_than_after_rounding_even_where_inputs_hardly_correlate(tokens):
-    w, stats = weights(K, N) ** 3, told(np.random.default_rng(1).standard_normal((tokens, K)).astype(np.float32))
+    w, stats = weights(K, N) ** 3, stats_of(np.random.default_rng(1).standard_normal((tokens, K)).astype(np.float32))
     got, nearest = gptq_kernel(w, stats, *COARSE), round_nearest(w, COARSE.weights)
     lost = lambda q: output_error(dequantize(q) - w, stats.gram)
     assert (lost(got) <= lost(nearest) * (1 + 1e-5)).all()  # sums of K numbers in float32
@@ -105,14 +105,14 @@ def by_the_paper(w: np.ndarray, gram: np.ndarray, spec: Case) -> np.ndarray:
 
 
 def test_without_sweeps_it_finds_the_codes_of_the_paper():
-    w, stats = weights(K, N), told(inputs())
+    w, stats = weights(K, N), stats_of(inputs())
     expected = by_the_paper(w, np.asarray(stats.gram), UNSWEPT)
     same = np.isclose(dequantize(gptq_kernel(w, stats, *UNSWEPT)), expected, atol=1e-4)
     assert same.mean() > 0.99  # a weight half way between two points may fall to either side and take others along
 
 
 def test_the_size_of_blocks_does_not_matter():
-    w, stats = weights(K, N), told(inputs())
+    w, stats = weights(K, N), stats_of(inputs())
     whole = gptq_kernel(w, stats, *CHANNEL.with_config(block_size=128))
     assert (
         gptq_kernel(w, stats, *CHANNEL).qvalue == whole.qvalue
@@ -120,7 +120,7 @@ def test_the_size_of_blocks_does_not_matter():
 
 
 def test_no_sweep_makes_an_output_worse_and_in_the_end_no_single_code_could_be_better():
-    w, stats, grid = weights(K, N), told(inputs()), GROUPS.weights
+    w, stats, grid = weights(K, N), stats_of(inputs()), GROUPS.weights
     unswept, swept, settled = (
         gptq_kernel(w, stats, *spec) for spec in (UNSWEPT, GROUPS, GROUPS.with_config(sweeps=50))
     )
@@ -138,14 +138,14 @@ def test_no_sweep_makes_an_output_worse_and_in_the_end_no_single_code_could_be_b
 
 def test_the_order_in_which_inputs_come_does_not_matter():
     w, x, order = weights(K, N), inputs(), np.random.default_rng(2).permutation(K)
-    straight, mixed = gptq_kernel(w, told(x), *CHANNEL), gptq_kernel(w[order], told(x[:, order]), *CHANNEL)
+    straight, mixed = gptq_kernel(w, stats_of(x), *CHANNEL), gptq_kernel(w[order], stats_of(x[:, order]), *CHANNEL)
     assert (straight.qvalue[order] == mixed.qvalue).mean() > 0.99  # ties as above
 
 
 def test_the_size_of_inputs_does_not_matter():
     w, x = weights(K, N), inputs()
     np.testing.assert_array_equal(
-        gptq_kernel(w, told(x), *GROUPS).qvalue, gptq_kernel(w, told(x / 256), *GROUPS).qvalue
+        gptq_kernel(w, stats_of(x), *GROUPS).qvalue, gptq_kernel(w, stats_of(x / 256), *GROUPS).qvalue
     )
 
 
@@ -154,7 +154,7 @@ def test_inputs_that_never_come_are_rounded_plainly(spec):
     w, x, dead = weights(K, N), inputs(), np.array([0, 7, 79])
     x[:, dead] = 0
     plain = round_nearest(w, spec.weights)
-    q = gptq_kernel(w, told(x), *spec)
+    q = gptq_kernel(w, stats_of(x), *spec)
     np.testing.assert_array_equal(dequantize(q)[dead], dequantize(plain)[dead])
     assert error(q, w, x) < 0.8 * error(plain, w, x)
 
@@ -163,10 +163,10 @@ def test_inputs_that_never_come_are_rounded_plainly(spec):
 def test_fewer_tokens_than_inputs_are_enough(tokens):
     w, x = weights(K, N), inputs()
     seen = x[:tokens]
-    assert error(gptq_kernel(w, told(seen), *CHANNEL), w, seen) < 0.2 * error(
+    assert error(gptq_kernel(w, stats_of(seen), *CHANNEL), w, seen) < 0.2 * error(
         round_nearest(w, CHANNEL.weights), w, seen
     )
-    assert error(gptq_kernel(w, told(seen), *CHANNEL), w, x) < 2 * error(round_nearest(w, CHANNEL.weights), w, x)
+    assert error(gptq_kernel(w, stats_of(seen), *CHANNEL), w, x) < 2 * error(round_nearest(w, CHANNEL.weights), w, x)
 
 
 def test_damping_grows_until_the_gram_matrix_can_be_factorized():
@@ -199,14 +199,14 @@ def test_an_impossible_spec_is_refused(setting, message):
 
 
 def test_a_convolution_is_rounded_as_the_matrix_of_its_patches():
-    w, stats = weights(4, 4, 5, N), told(inputs())
+    w, stats = weights(4, 4, 5, N), stats_of(inputs())
     got, flat = gptq_kernel(w, stats, *GROUPS), gptq_kernel(w.reshape(K, N), stats, *GROUPS)
     assert got.qvalue.shape == w.shape
     np.testing.assert_array_equal(dequantize(got), dequantize(flat).reshape(w.shape))
 
 
 def test_as_a_transform_it_changes_the_layers_named():
-    params, stats = {"a": {"kernel": weights(K, N)}, "b": {"kernel": weights(K, N)}}, told(inputs())
+    params, stats = {"a": {"kernel": weights(K, N)}, "b": {"kernel": weights(K, N)}}, stats_of(inputs())
     transform = gptq({"a": CHANNEL.weights}, CHANNEL.config)
     assert transform.needs == {"gram"}
     changed = transform.apply(params, {"a": stats})
@@ -236,7 +236,9 @@ def test_no_range_errs_more_than_the_whole_one_or_any_that_was_not_chosen():
 def test_where_few_inputs_are_strong_a_searched_range_helps():
     w, x = weights(K, N), inputs()
     x[:, :3] *= 30
-    assert error(gptq_kernel(w, told(x), *SEARCHED), w, x) < 0.9 * error(gptq_kernel(w, told(x), *CHANNEL), w, x)
+    assert error(gptq_kernel(w, stats_of(x), *SEARCHED), w, x) < 0.9 * error(
+        gptq_kernel(w, stats_of(x), *CHANNEL), w, x
+    )
 
 
 @pytest.mark.parametrize("kind", ["", ".outlier"])
@@ -245,7 +247,7 @@ def test_real_inputs_err_no_more_than_with_the_reference_library(shared, kind, n
     folder = shared / "golden" / "ptq"
     case, peer = (np.load(folder / f"blocks.0.attn.qkv{kind}.{part}.npz") for part in ("inputs", "peer"))
     w, x = case["w"].T, np.concatenate([case["x0"], case["x1"]])
-    q = gptq_kernel(w, told(x), QuantSpec(4, symmetric=symmetric, group_size=int(case["group"])))
+    q = gptq_kernel(w, stats_of(x), QuantSpec(4, symmetric=symmetric, group_size=int(case["group"])))
     reference = peer[f"{name}.what"].T
     assert error(q, w, x) <= error(reference, w, x)
     assert error(q, w, case["xe"]) <= error(reference, w, case["xe"])  # images that neither has seen

@@ -53,7 +53,7 @@ def tokens(width: int, count: int = 400) -> jax.Array:
     return jnp.array(mixed, jnp.float32)
 
 
-def told(x) -> Stats:
+def stats_of(x) -> Stats:
     return Stats(x.mean(0), x.min(0), x.max(0), x.T @ x / len(x), x)
 
 
@@ -71,7 +71,7 @@ def error(layer: LowRank | None, w, x, spec: Case) -> float:
 def test_before_rounding_the_layer_computes_and_stands_for_the_same(shape, spec):
     """To 1e-5, in float32."""
     w, x = weights(*shape), tokens(shape[0])
-    layer = low_rank_kernel(w, told(x), *spec)
+    layer = low_rank_kernel(w, stats_of(x), *spec)
     assert (layer.down.shape, layer.up.shape) == ((shape[0], spec.config.rank), (spec.config.rank, shape[1]))
     assert jnp.abs(layer.down @ layer.up).max() > 0
     assert relative_error(matmul(layer, x), x @ w) <= 1e-5
@@ -82,13 +82,13 @@ def test_before_rounding_the_layer_computes_and_stands_for_the_same(shape, spec)
 @shapes
 def test_outputs_are_nearer_than_without_a_branch(shape, spec):
     w, x = weights(*shape), tokens(shape[0])
-    assert error(low_rank_kernel(w, told(x), *spec), w, x, spec) < 0.95 * error(None, w, x, spec)
+    assert error(low_rank_kernel(w, stats_of(x), *spec), w, x, spec) < 0.95 * error(None, w, x, spec)
 
 
 def test_a_branch_that_cannot_help_is_nothing():
     """Weights that lie on their grid lose nothing; the branch must not bring in an error."""
     w, x = jnp.tile(jnp.arange(-7.0, 8.0)[:, None], (3, 4)), tokens(45)
-    layer = low_rank_kernel(w, told(x), *case(rank=2, weights=W4, num_iters=3))
+    layer = low_rank_kernel(w, stats_of(x), *case(rank=2, weights=W4, num_iters=3))
     assert error(layer, w, x, case(weights=W4)) <= error(None, w, x, case(weights=W4)) + 1e-6
 
 
@@ -97,7 +97,7 @@ def test_more_rounds_and_more_rank_do_not_hurt():
 
     def at(**changes) -> float:
         spec = SPECS[1]._replace(config=replace(SPECS[1].config, **changes))
-        return error(low_rank_kernel(w, told(x), *spec), w, x, spec)
+        return error(low_rank_kernel(w, stats_of(x), *spec), w, x, spec)
 
     assert at(num_iters=10) <= at(num_iters=5) <= at(num_iters=1)
     assert at(rank=16) < at(rank=8) < at(rank=2)
@@ -108,14 +108,14 @@ def test_the_output_objective_beats_the_weights():
 
     def at(objective: str) -> float:
         spec = case(rank=4, objective=objective)
-        return error(low_rank_kernel(w, told(x), *spec), w, x, spec)
+        return error(low_rank_kernel(w, stats_of(x), *spec), w, x, spec)
 
     assert at("output") < 0.8 * at("weight")
 
 
 def test_a_convolution_has_a_branch_too():
     w, x = weights(3, 3, 4, 12), tokens(36)
-    layer = low_rank_kernel(w, told(x), *case(rank=3, weights=W4))
+    layer = low_rank_kernel(w, stats_of(x), *case(rank=3, weights=W4))
     image = weights(2, 8, 8, 4)
     settings = {"stride": 1, "padding": 1, "groups": 1}
     assert layer.down.shape == (3, 3, 4, 3)
@@ -125,8 +125,10 @@ def test_a_convolution_has_a_branch_too():
 def test_the_inner_part_reads_the_same_inputs():
     w, x = weights(K, N), tokens(K)
     heard = []
-    map_base_weight(low_rank_kernel(w, told(x), *SPECS[0]), told(x), lambda inner, stats: heard.append(stats) or inner)
-    assert jax.tree.all(jax.tree.map(jnp.array_equal, heard[0], told(x)))
+    map_base_weight(
+        low_rank_kernel(w, stats_of(x), *SPECS[0]), stats_of(x), lambda inner, stats: heard.append(stats) or inner
+    )
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, heard[0], stats_of(x)))
 
 
 @pytest.mark.parametrize(
@@ -136,12 +138,12 @@ def test_the_inner_part_reads_the_same_inputs():
         (lambda w, s: (w[:, :3], s), r"rank 4 of a branch is over what 48 inputs and 3 outputs allow: set it to 3"),
         (lambda w, s: (w.at[0, 0].set(jnp.inf), s), "the weight holds NaN or infinity"),
         (lambda w, s: (w, s._replace(gram=None, tokens=None)), "collect tokens in calibration"),
-        (lambda w, s: (w.T, told(tokens(N))._replace(gram=-s.gram[:N, :N])), "not positive semidefinite"),
+        (lambda w, s: (w.T, stats_of(tokens(N))._replace(gram=-s.gram[:N, :N])), "not positive semidefinite"),
     ],
 )
 def test_what_has_no_branch_is_an_error(fn, message):
     with pytest.raises(ValueError, match=message):
-        low_rank_kernel(*fn(weights(K, N), told(tokens(K))), *SPECS[0])
+        low_rank_kernel(*fn(weights(K, N), stats_of(tokens(K))), *SPECS[0])
 
 
 @pytest.mark.parametrize("settings", [{"rank": 0}, {"num_iters": 0}, {"objective": "loss"}])
@@ -158,7 +160,7 @@ def test_captured_layers_err_less_than_the_references_ten_rounds(shared, kind, n
     case, peer = (np.load(folder / f"blocks.0.attn.qkv{kind}.{part}.npz") for part in ("inputs", "peer"))
     w, x, unseen = jnp.array(case["w"].T), jnp.array(np.concatenate([case["x0"], case["x1"]])), jnp.array(case["xe"])
     spec = Case(W4, inputs, LowRankConfig(rank=32, num_iters=10))
-    layer = low_rank_kernel(w, told(x), *spec)
+    layer = low_rank_kernel(w, stats_of(x), *spec)
     assert error(layer, w, x, spec) < 0.7 * peer[f"svd_r32_i10_{name}.errors"].min()
     down, up = (jnp.array(peer[f"svd_r32_i10_{name}.{part}"].T) for part in "AB")
     assert error(layer, w, unseen, spec) < error(LowRank(w - down @ up, down, up), w, unseen, spec)

@@ -62,11 +62,11 @@ def test_the_inner_part_is_told_of_rotated_inputs(x, w, spec):
     tokens = x.reshape(-1, WIDTH)
     gram = lambda tokens: tokens.T @ tokens / len(tokens)
     stats = Stats(tokens.mean(0), tokens.min(0), tokens.max(0), gram(tokens), tokens, jnp.float32(7))
-    layer, told = rotate_kernel(w, spec), []
-    map_base_weight(layer, stats, lambda w, stats: told.append(stats) or w)
+    layer, inner_stats = rotate_kernel(w, spec), []
+    map_base_weight(layer, stats, lambda w, stats: inner_stats.append(stats) or w)
     rotated = np.asarray(tokens, np.float64) @ matrix(layer)
     expected = Stats(rotated.mean(0), rotated.min(0), rotated.max(0), gram(rotated), rotated, np.float32(7))
-    for name, got, right in zip(Stats._fields, told[0], expected):
+    for name, got, right in zip(Stats._fields, inner_stats[0], expected):
         np.testing.assert_allclose(got, right, atol=1e-5 * abs(right).max(), err_msg=name)
 
 

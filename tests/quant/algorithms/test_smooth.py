@@ -52,7 +52,7 @@ def x():
     return jnp.array(rng.standard_normal((300, K)) * np.where(np.arange(K) % 16 == 3, 20, 1), jnp.float32)
 
 
-def told(x) -> Stats:
+def stats_of(x) -> Stats:
     return Stats(x.mean(0), x.min(0), x.max(0), x.T @ x / len(x), x, jnp.float32(len(x)))
 
 
@@ -66,7 +66,7 @@ def error(scale, w, x, weights=W4, inputs=A4) -> float:
 @every_spec
 def test_a_smoothed_layer_computes_and_stands_for_the_same(w, x, spec):
     """To 1e-5, in float32."""
-    layer = smooth_kernel(w, told(x), *spec)
+    layer = smooth_kernel(w, stats_of(x), *spec)
     assert relative_error(matmul(layer, x), x @ w) <= 1e-5
     assert relative_error(materialize(layer), w) <= 1e-5
     assert not np.allclose(layer.scale, 1)
@@ -74,16 +74,16 @@ def test_a_smoothed_layer_computes_and_stands_for_the_same(w, x, spec):
 
 @every_spec
 def test_the_inner_part_is_told_of_smoothed_inputs(w, x, spec):
-    layer = smooth_kernel(w, told(x), *spec)
+    layer = smooth_kernel(w, stats_of(x), *spec)
     heard = []
-    map_base_weight(layer, told(x), lambda inner, stats: heard.append(stats) or inner)
-    for got, wanted in zip(heard[0], told(x / layer.scale)):
+    map_base_weight(layer, stats_of(x), lambda inner, stats: heard.append(stats) or inner)
+    for got, wanted in zip(heard[0], stats_of(x / layer.scale)):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("spec", [s for s in SPECS if s.config.strategy == "GridSearch" and s.inputs])
 def test_a_search_is_never_worse_than_no_smoothing_and_here_far_better(w, x, spec):
-    scale = smooth_kernel(w, told(x), *spec).scale
+    scale = smooth_kernel(w, stats_of(x), *spec).scale
     assert error(scale, w, x, spec.weights) < 0.5 * error(jnp.ones(K), w, x, spec.weights)
 
 
@@ -91,35 +91,35 @@ def test_where_nothing_helps_the_scale_is_one(x):
     """Weights of one power of two and whole inputs: rounding loses nothing, and (0, 0) comes first."""
     w = jnp.full((K, N), 0.5)
     x = jnp.round(jnp.clip(x, -7, 7)).at[:, 0].set(7)
-    np.testing.assert_array_equal(smooth_kernel(w, told(x), *SEARCH).scale, 1)
+    np.testing.assert_array_equal(smooth_kernel(w, stats_of(x), *SEARCH).scale, 1)
 
 
 def test_dead_channels_keep_a_scale_of_one(w, x):
     x = x.at[:, 5].set(0)
-    assert smooth_kernel(w, told(x), *SPECS[0]).scale[5] == 1
+    assert smooth_kernel(w, stats_of(x), *SPECS[0]).scale[5] == 1
 
 
 @pytest.mark.parametrize(
     ("alpha", "beta", "first"), [(0.5, -1, (0.5, 0.5)), (-1, 0.3, (0.7, 0.3)), (0.4, 0.2, (0.4, 0.2))]
 )
 def test_manual_takes_what_it_is_given(w, x, alpha, beta, first):
-    scale = smooth_kernel(w, told(x), config=SmoothConfig(strategy="Manual", alpha=alpha, beta=beta)).scale
+    scale = smooth_kernel(w, stats_of(x), config=SmoothConfig(strategy="Manual", alpha=alpha, beta=beta)).scale
     np.testing.assert_allclose(scale, jnp.abs(x).max(0) ** first[0] / jnp.abs(w).max(1) ** first[1], rtol=1e-5)
 
 
 @every_spec
 def test_the_strength_that_was_chosen_is_found_again(w, x, spec):
-    found = recover_alpha_beta(w, told(x), spec.config, smooth_kernel(w, told(x), *spec).scale)
+    found = recover_alpha_beta(w, stats_of(x), spec.config, smooth_kernel(w, stats_of(x), *spec).scale)
     if spec.config.granularity == "Layer":
         assert found in spec.config.pairs
         again = replace(spec.config, strategy="Manual", alpha=found[0], beta=found[1], spans=spec.config.spans[:1])
         if len(spec.config.spans) == 1:
             np.testing.assert_allclose(
-                smooth_kernel(w, told(x), config=again).scale, smooth_kernel(w, told(x), *spec).scale, rtol=1e-5
+                smooth_kernel(w, stats_of(x), config=again).scale, smooth_kernel(w, stats_of(x), *spec).scale, rtol=1e-5
             )
     else:
         mixed = jnp.where(jnp.arange(K) < 16, 2.0, 0.1)
-        assert recover_alpha_beta(w, told(x), spec.config, mixed) is None
+        assert recover_alpha_beta(w, stats_of(x), spec.config, mixed) is None
 
 
 @pytest.mark.parametrize(
@@ -139,13 +139,13 @@ def test_settings_that_cannot_be_are_errors(settings, message):
 
 def test_a_layer_that_cannot_be_smoothed_is_an_error(w, x):
     with pytest.raises(ValueError, match="a rounded weight"):
-        smooth_kernel(quantize(w, W4), told(x), *SEARCH)
+        smooth_kernel(quantize(w, W4), stats_of(x), *SEARCH)
     with pytest.raises(ValueError, match="neither weights nor inputs"):
-        smooth_kernel(w, told(x), config=GRID)
+        smooth_kernel(w, stats_of(x), config=GRID)
     with pytest.raises(ValueError, match="needs tokens"):
-        smooth_kernel(w, told(x)._replace(tokens=None), *SEARCH)
+        smooth_kernel(w, stats_of(x)._replace(tokens=None), *SEARCH)
     with pytest.raises(ValueError, match="the weight holds NaN"):
-        smooth_kernel(w.at[0, 0].set(jnp.nan), told(x), *SEARCH)
+        smooth_kernel(w.at[0, 0].set(jnp.nan), stats_of(x), *SEARCH)
 
 
 @pytest.mark.parametrize("kind", ["", ".outlier"])
@@ -160,10 +160,10 @@ def test_captured_layers_find_what_the_reference_found(shared, kind, name, input
     np.testing.assert_allclose(spec.config.pairs, peer[f"smooth_{name}.pairs"])
     listed = peer[f"smooth_{name}.errors"]
     search = jax.jit(errors, static_argnames=("weights", "inputs", "size"))
-    found = search(w, x, candidates(w, told(x), spec.config), weights=W4, inputs=inputs, size=len(w))[:, 0]
+    found = search(w, x, candidates(w, stats_of(x), spec.config), weights=W4, inputs=inputs, size=len(w))[:, 0]
     np.testing.assert_allclose(found, listed, rtol=1e-4)
-    scale = smooth_kernel(w, told(x), *spec).scale
-    assert isinstance(smooth_kernel(w, told(x), *spec), Smoothed)
+    scale = smooth_kernel(w, stats_of(x), *spec).scale
+    assert isinstance(smooth_kernel(w, stats_of(x), *spec), Smoothed)
     assert error(scale, w, x, inputs=inputs) <= listed.min() * (1 + 1e-5)
     reference = jnp.array(peer[f"smooth_{name}.scale"])
     assert error(scale, w, case["xe"], inputs=inputs) <= error(reference, w, case["xe"], inputs=inputs) * (1 + 1e-3)
@@ -173,5 +173,5 @@ def test_deepcompressors_name_of_a_span_is_taken(w, x):
     named = SmoothConfig(spans=[["RootMeanSquare", "AbsMax"]])
     assert named.spans == (("RootMeanSquare", "AbsMax"),)
     short = SmoothConfig(spans=[["RMS", "AbsMax"]])
-    scales = [smooth_kernel(w, told(x), config=config).scale for config in (named, short)]
+    scales = [smooth_kernel(w, stats_of(x), config=config).scale for config in (named, short)]
     np.testing.assert_array_equal(*scales)
