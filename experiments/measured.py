@@ -10,7 +10,9 @@ import jax
 
 from converters.checkpoint import ASSETS
 from converters.exports.package import load_package, save_package
-from sam2jq.eval.evaluate import Sample, evaluate_clips, evaluate_images, find_clips, find_samples
+from sam2jq.data.sources import LabeledImage, find_clips, find_samples
+from sam2jq.eval.image_benchmark import evaluate_images
+from sam2jq.eval.vos_benchmark import evaluate_clips
 from sam2jq.models.sam2 import SAM2
 from sam2jq.predictors.video import VideoPredictor
 from sam2jq.quant.algorithms.activations import materialize_weights
@@ -20,7 +22,7 @@ Data = tuple[str, int]  # where it is, and how much of it
 
 
 @cache
-def drawn(data: str, count: int) -> list[Sample]:
+def drawn(data: str, count: int) -> list[LabeledImage]:
     """Samples that are drawn once, for all runs."""
     return [sample._replace(read=cache(sample.read)) for sample in find_samples(data, count)]
 

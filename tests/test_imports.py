@@ -15,11 +15,12 @@ FILES = sorted([*(ROOT / "sam2jq").rglob("*.py"), *(ROOT / "converters").rglob("
 
 
 def package(module: str) -> str | None:
-    """ "sam2jq.models.layers" -> "models"; None for other packages and for `sam2jq/__init__.py` itself."""
+    """ "sam2jq.models.layers" -> "models"; None for other packages, `sam2jq/__init__.py` and `sam2jq/api.py`, which tie
+    the packages together: `from_pretrained` imports the API when it is called."""
     names = module.split(".")
     if names[0] == "converters":
         return "converters"
-    if names[0] != "sam2jq" or len(names) == 1 or names[1] in ("__main__", "__init__"):
+    if names[0] != "sam2jq" or len(names) == 1 or names[1] in ("__main__", "__init__", "api"):
         return None
     return names[1]
 

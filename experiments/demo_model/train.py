@@ -34,7 +34,7 @@ from sam2jq.data.synthetic.scenes import MAX_OBJECTS, build_world, pointable, re
 from sam2jq.models.decoder import Decoded
 from sam2jq.models.sam2 import MEMORIES, POINTERS
 from sam2jq.predictors.image import LOGIT_LIMIT
-from sam2jq.predictors.video import (
+from sam2jq.predictors.memory_bank import (
     FrameInfo,
     FrameOutput,
     MemoryBank,

@@ -28,10 +28,12 @@ from sam2jq.config.run import Config, EvaluateConfig, ModelConfig, SegmentConfig
 from sam2jq.data import read_image
 from sam2jq.data.loader import Item, find_items, read_item
 from sam2jq.data.sav import write_mask
+from sam2jq.data.sources import drawn_video, find_clips, find_samples
 from sam2jq.data.video import open_video
 from sam2jq.errors import UserError, section
-from sam2jq.eval.evaluate import drawn_video, evaluate_clips, evaluate_images, find_clips, find_samples
 from sam2jq.eval.fidelity import STAGE_IMAGES, find_ground_truth, ground_truth_id, layer_figures, measure
+from sam2jq.eval.image_benchmark import evaluate_images
+from sam2jq.eval.vos_benchmark import evaluate_clips
 from sam2jq.files import atomic_write
 from sam2jq.models.sam2 import SAM2, TRUNK_LINEAR, build
 from sam2jq.predictors.image import ImagePredictor

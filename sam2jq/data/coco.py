@@ -1,12 +1,12 @@
 """Instance masks in the COCO layout: ROOT/annotations/instances*.json, images anywhere below ROOT."""
 
 from collections import defaultdict
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from sam2jq.data.images import image_size, images_by_ending, read_json
+from sam2jq.data.images import check_relative_path, image_size, images_by_ending, read_json
 from sam2jq.errors import UserError
 
 FIELDS = {"id", "image_id", "category_id", "segmentation", "bbox"}
@@ -32,7 +32,7 @@ class Instance(NamedTuple):
 
 
 def coco_images(root: str) -> list[CocoImage]:
-    """The images with at least one instance, sorted by path; no mask is decoded yet."""
+    """The images with at least one instance, sorted by path; masks are decoded later, by `read_instances`."""
     files = instance_files(Path(root))
     index = images_by_ending(Path(root))
     images = {}
@@ -55,6 +55,7 @@ def coco_images(root: str) -> list[CocoImage]:
 
 
 def instance_files(root: Path) -> list[Path]:
+    """The annotations/instances*.json of a COCO folder. Raises FileNotFoundError if there is none."""
     folder = root / "annotations"
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; give a COCO folder: annotations/instances*.json and images")
@@ -65,12 +66,14 @@ def instance_files(root: Path) -> list[Path]:
 
 
 def listed_images(file: Path) -> list[CocoImage]:
-    """The images of one json that have an instance; their paths are the names that the json gives."""
+    """The images of one json file with at least one instance; `path` is the "file_name" in the file."""
     content = read_json(file)
     try:
         categories = {category["id"]: category["name"] for category in content["categories"]}
         instances = [annotation for annotation in content["annotations"] if not annotation.get("iscrowd")]
-        images = {entry["id"]: name_and_size(entry) for entry in content["images"]}
+        images = {entry["id"]: name_and_size(file, entry) for entry in content["images"]}
+    except UserError:
+        raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file}: not in COCO's format for instances ({error!r}); download it again") from error
     by_image = defaultdict(list)
@@ -80,11 +83,13 @@ def listed_images(file: Path) -> list[CocoImage]:
     return [CocoImage(*images[id], by_image[id], categories) for id in images if id in by_image]
 
 
-def name_and_size(entry: dict) -> tuple[str, tuple[int, int]]:
-    return str(PurePosixPath(entry["file_name"])), (int(entry["height"]), int(entry["width"]))
+def name_and_size(file: Path, entry: dict) -> tuple[str, tuple[int, int]]:
+    """The path and the (H, W) of an entry of "images". Raises UserError if the path leads out of the folder."""
+    return check_relative_path(entry["file_name"], file), (int(entry["height"]), int(entry["width"]))
 
 
 def check_fields(file: Path, annotation: dict, categories: dict[int, str]) -> None:
+    """Raises UserError if an annotation lacks a field or its category is unknown."""
     if missing := FIELDS - annotation.keys():
         raise UserError(f"{file}: annotation {annotation.get('id')} lacks {', '.join(sorted(missing))}")
     if annotation["category_id"] not in categories:
@@ -92,7 +97,7 @@ def check_fields(file: Path, annotation: dict, categories: dict[int, str]) -> No
 
 
 def read_instances(image: CocoImage) -> list[Instance]:
-    """The instances of an image whose mask has a pixel at least."""
+    """The instances of an image with a non-empty mask. Raises UserError if the image has another size than listed."""
     size = image_size(image.path)
     if size != image.size:
         raise UserError(
@@ -103,6 +108,7 @@ def read_instances(image: CocoImage) -> list[Instance]:
 
 
 def read_instance(image: CocoImage, annotation: dict) -> Instance:
+    """One annotation with its mask decoded."""
     try:
         mask = decode_mask(annotation["segmentation"], image.size)
         x, y, width, height = annotation["bbox"]
@@ -120,14 +126,14 @@ def decode_mask(segmentation, size: tuple[int, int]) -> np.ndarray:
         case {"size": [height, width]} if (height, width) != size:
             raise UserError(f"its mask has {width} x {height} pixels, but the image {size[1]} x {size[0]}")
         case {"size": _, "counts": [*runs]}:
-            return unroll(runs, size)
+            return decode_runs(runs, size)
         case {"size": _, "counts": str(text)}:
-            return unroll(run_lengths(text), size)
+            return decode_runs(run_lengths(text), size)
     raise UserError("its segmentation is neither polygons nor run lengths with a size")
 
 
 def fill_polygons(polygons: list[list[float]], size: tuple[int, int]) -> np.ndarray:
-    """bool [H, W], the union. Polygons of two points enclose nothing, and pycocotools would take them for boxes."""
+    """bool [H, W], the union of the polygons. Those of two points are skipped: pycocotools reads them as boxes."""
     try:
         from pycocotools import mask
     except ModuleNotFoundError as error:
@@ -138,10 +144,10 @@ def fill_polygons(polygons: list[list[float]], size: tuple[int, int]) -> np.ndar
     return mask.decode(mask.merge(mask.frPyObjects(polygons, *size))).astype(bool)
 
 
-def unroll(runs: list[int], size: tuple[int, int]) -> np.ndarray:
-    """bool [H, W] whose columns, one after the other, are `runs` of false, true, false, ...
+def decode_runs(runs: list[int], size: tuple[int, int]) -> np.ndarray:
+    """bool [H, W] from run lengths of false, true, false, ... in column-major order.
 
-    Not with pycocotools: where the runs do not fill the mask it leaves the rest to chance.
+    Not by pycocotools, which leaves the rest uninitialized where the runs do not fill the mask.
     """
     if sum(runs) != size[0] * size[1] or min(runs) < 0:
         raise UserError(f"its run lengths cover {sum(runs)} pixels, but the mask has {size[0] * size[1]}")
@@ -149,9 +155,9 @@ def unroll(runs: list[int], size: tuple[int, int]) -> np.ndarray:
 
 
 def run_lengths(text: str) -> list[int]:
-    """The numbers in COCO's string: 5 bits a character, lowest first, then a sign; a bit tells whether more follow.
+    """The run lengths in COCO's string: 5 bits per character, lowest first, with a continuation bit, then a sign.
 
-    From the fourth on a number is the difference to the one two before.
+    From the fourth on, each number is stored as the difference to the one two before.
     """
     runs, value, shift = [], 0, 0
     for code in text.encode():

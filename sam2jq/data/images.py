@@ -1,8 +1,7 @@
-"""Images on disk: which ones a folder holds, their pixels, and the array SAM 2 is fed."""
+"""Image files: the images in a folder, their pixels, and the array that is SAM 2's input."""
 
 import json
 import os
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -20,63 +19,13 @@ MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # of ImageNet, in RGB order
 STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 
-def find_images(spec: str, num_samples: int | None, seed: int) -> list[str]:
-    """The sorted names of `num_samples` images under `spec`, drawn by `seed` without repeats; all if None or too few.
-
-    `spec` is an image file, `scenes:<seed>` (drawn scenes, no files), or a folder of one of these layouts:
-      SA-V    {sav_train,sav_val,sav_test}/JPEGImages_24fps/<video>/<frame>.jpg, one split, or JPEGImages_24fps:
-              the frames only;
-      COCO    annotations/*.json with "images": [{"file_name"}]: the images named there, wherever below they lie;
-      plain   all images below. SA-1B is such a folder: sa_*.jpg, beside sa_*.json that are not images.
-    Hidden files and folders, links to folders, and sub folders called annotations* (they hold masks) are left out.
-    """
-    if num_samples is not None and num_samples < 1:
-        raise UserError(f"{spec}: num_samples must be at least 1, got {num_samples}; leave it out to take every image")
-    if spec.startswith("scenes:"):
-        return scene_names(spec, num_samples)
-    names = sorted(map(str, list_images(spec)))
-    if num_samples is None or num_samples >= len(names):
-        return names
-    return sorted(random.Random(seed).sample(names, num_samples))
-
-
-def scene_names(spec: str, num_samples: int | None) -> list[str]:
-    """["scenes:7/0000", "scenes:7/0001", ...] for "scenes:7"."""
-    seed = spec.removeprefix("scenes:")
-    if not seed.isdecimal():
-        raise UserError(f"{spec}: the seed must be a whole number that is not negative; write it like scenes:7")
-    if num_samples is None:
-        raise UserError(f"{spec}: drawn scenes have no end; give num_samples")
-    return [f"scenes:{int(seed)}/{index:04d}" for index in range(num_samples)]
-
-
-def list_images(spec: str) -> list[Path]:
-    """The image paths that a file or folder stands for, never none."""
-    root = Path(spec)
-    if not spec or not root.exists():
-        raise FileNotFoundError(f"{spec or 'empty path'}: no such file or folder; give a folder of images or scenes:7")
-    if root.is_file() and not is_image(root.name):
-        raise UserError(f"{spec}: not an image file; allowed: a folder or a file that ends in {' '.join(SUFFIXES)}")
-    if root.is_file():
-        return [root]
-    if folders := frame_folders(root):
-        found = [image for folder in folders for image in images_below(folder)]
-    elif listed := coco_names(root):
-        return images_named(root, listed)
-    else:
-        found = images_below(root)
-    if not found:
-        where = " or ".join(map(str, folders)) or spec
-        raise FileNotFoundError(f"{where}: holds no image; looked for {' '.join(SUFFIXES)} in it and all folders below")
-    return found
-
-
 def is_image(name: str) -> bool:
+    """Whether a file name has an image's ending and is not hidden."""
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
 def images_below(root: Path) -> list[Path]:
-    """Every image below `root` in sorted order, but for hidden ones and those in sub folders called annotations*."""
+    """All images below `root`, sorted, without hidden files and sub folders called annotations*."""
     found = []
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = [name for name in subfolders if not name.lower().startswith((".", "annotations"))]
@@ -85,7 +34,7 @@ def images_below(root: Path) -> list[Path]:
 
 
 def frame_folders(root: Path) -> list[Path]:
-    """The folders with the frames of an SA-V root, split or frame folder; none if `root` is none of these."""
+    """The folders with the frames of an SA-V root, split or frame folder; empty for any other folder."""
     if root.resolve().name == SAV_FRAMES:
         return [root]
     candidates = [root / SAV_FRAMES, *(root / split / SAV_FRAMES for split in SAV_SPLITS)]
@@ -93,21 +42,43 @@ def frame_folders(root: Path) -> list[Path]:
 
 
 def coco_names(root: Path) -> set[str]:
-    """The file names that annotations/*.json list; none if `root` is no COCO folder."""
+    """The file names that annotations/*.json list; empty if `root` is not a COCO folder."""
     return {name for path in root.glob("annotations/[!.]*.json") for name in listed_names(path)}
 
 
 def listed_names(path: Path) -> list[str]:
-    """Every "file_name" in the list "images" of a json file; none where it is about something else, as SA-V's are."""
+    """Every "file_name" in the list "images" of a json file; empty for other content, such as SA-V's."""
     match read_json(path):
         case {"images": [*entries]}:
             names = [entry.get("file_name") for entry in entries if isinstance(entry, dict)]
-            return [str(PurePosixPath(name)) for name in names if isinstance(name, str)]
+            return [check_relative_path(name, path) for name in names if isinstance(name, str)]
         case _:
             return []
 
 
+def check_file_name(name: str, file: Path) -> str:
+    """`name`, which `file` lists, as the name of a file or folder without a path.
+
+    Raises UserError if it is empty, ".." or holds a separator: it could name something outside its folder.
+    """
+    if "/" in check_relative_path(name, file):
+        raise UserError(f"{file}: {name!r} must be the name of one file or folder, without a path")
+    return name
+
+
+def check_relative_path(name: str, file: Path) -> str:
+    """`name`, which `file` lists, as a normalized relative path with forward slashes.
+
+    Raises UserError if it is empty, absolute, or holds ".." or a backslash: it could lead out of its folder.
+    """
+    path = PurePosixPath(name)
+    if not name.strip() or not path.parts or path.is_absolute() or ".." in path.parts or set(name) & set("\\\0"):
+        raise UserError(f"{file}: {name!r} is empty or leads out of its folder; it must be a relative path without ..")
+    return str(path)
+
+
 def read_json(path: Path):
+    """The content of a json file. Raises UserError if it is not valid json."""
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:
@@ -115,7 +86,7 @@ def read_json(path: Path):
 
 
 def images_by_ending(root: Path) -> dict[str, Path]:
-    """{"1.jpg": path, "train/1.jpg": path, ...} of the images below `root`; the first in order where several fit."""
+    """{"1.jpg": path, "train/1.jpg": path, ...} of the images below `root`; the first in order if several match."""
     index = {}
     for path in images_below(root):
         parts = path.relative_to(root).parts
@@ -137,9 +108,9 @@ def images_named(root: Path, names: set[str]) -> list[Path]:
 
 
 def read_image(name: str) -> np.ndarray:
-    """uint8 [H, W, 3] RGB pixels of an image file, or of the drawn scene "scenes:<seed>/<index>".
+    """uint8 [H, W, 3], RGB, of an image file or of the drawn scene "scenes:<seed>/<index>".
 
-    As in SAM 2, an EXIF orientation tag is not applied: the pixels come as they are stored.
+    As in SAM 2, the EXIF orientation tag is not applied. Raises UserError if the file is not readable.
     """
     if name.startswith("scenes:"):
         return draw_scene(scene_seed(name)).image
@@ -155,7 +126,7 @@ def image_size(name: str) -> tuple[int, int]:
 
 @contextmanager
 def open_image(name: str) -> Iterator[Image.Image]:
-    """The PIL image of a file; what PIL cannot read inside the `with` is an error that names the file."""
+    """The PIL image of a file. Raises UserError with the file's name if PIL fails inside the `with` block."""
     try:
         with Image.open(name) as image:
             yield image
@@ -164,10 +135,10 @@ def open_image(name: str) -> Iterator[Image.Image]:
 
 
 def preprocess(image: np.ndarray, size: int) -> np.ndarray:
-    """float32 [size, size, 3] of a uint8 [H, W, 3] image: what SAM2Transforms makes of it, channels last.
+    """float32 [size, size, 3] of a uint8 [H, W, 3] image, as SAM2Transforms computes it, channels last.
 
-    Resized on floats in [0, 1], not on bytes (PIL's resize of mode F is torch's antialiased bilinear one), then
-    normalised by ImageNet's mean and standard deviation.
+    The image is resized as floats in 0..1, not as bytes (PIL's resize of mode F equals torch's antialiased bilinear
+    one), then normalized. Raises UserError for any other shape or dtype.
     """
     shape, dtype = getattr(image, "shape", ()), getattr(image, "dtype", type(image).__name__)
     if dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
@@ -178,11 +149,11 @@ def preprocess(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def preprocess_frame(image: np.ndarray, size: int) -> np.ndarray:
-    """float32 [size, size, 3] of a frame uint8 [H, W, 3] as SAM 2 reads clips: resized on bytes, bicubically."""
+    """float32 [size, size, 3] of a frame uint8 [H, W, 3], as SAM 2 reads clips: resized as bytes, bicubic."""
     resized = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)
     return normalize(np.asarray(resized, np.float32) / 255)
 
 
 def normalize(image):
-    """`image` [..., 3], RGB in 0..1, less ImageNet's mean and over its deviation."""
+    """`image` [..., 3], RGB in 0..1, normalized by ImageNet's mean and standard deviation."""
     return (image - MEAN) / STD

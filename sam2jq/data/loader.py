@@ -1,4 +1,4 @@
-"""Frames and short clips to learn from: which there are, in what order, read ahead of time."""
+"""Frames and short clips for training: which ones, in what order, prefetched by threads."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -6,53 +6,31 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from sam2jq.data.images import SAV_FRAMES, find_images, frame_folders, preprocess, read_image, scene_names
-from sam2jq.data.synthetic.scenes import draw_clip, scene_seed
-from sam2jq.data.video import find_frames
+from sam2jq.data.images import SAV_FRAMES, preprocess
+from sam2jq.data.sources import Item, find_images, read_images, source_of
 from sam2jq.errors import UserError
 
 
-class Item(NamedTuple):
-    """A clip that is read when it is its turn: read() -> uint8 [H, W, 3] of each of `frames`, which are files or drawn
-    scenes."""
-
-    name: str
-    frames: tuple[str, ...]
-    read: Callable[[], list[np.ndarray]]
-
-
-def stills(frames: tuple[str, ...]) -> list[np.ndarray]:
-    return [read_image(frame) for frame in frames]
-
-
-def drawn(name: str, stride: int, frames: int) -> list[np.ndarray]:
-    return list(draw_clip(scene_seed(name), (frames - 1) * stride + 1).frames[::stride])
-
-
 def split_of(root: str, split: str) -> str:
-    """The folder of a split in an SA-V root that has it; `root` itself where it is anything else."""
+    """The folder of a split in an SA-V root that has it, else `root`."""
     inside = Path(root) / split
     return str(inside) if (inside / SAV_FRAMES).is_dir() else root
 
 
 def find_items(spec: str, num_samples: int | None, seed: int, frames: int = 1, stride: int = 1) -> list[Item]:
-    """`num_samples` items of `frames` frames, `stride` apart, under a folder or scenes:<seed>; all when None.
+    """`num_samples` items of `frames` frames, `stride` apart, of a data source; all when None.
 
-    More than one frame takes the videos of an SA-V folder, or a folder of folders of frames.
-    ValueError: fewer are there than asked for.
+    More than one frame needs a source with videos: scenes:<seed>, an SA-V folder, or a folder of folders of frames.
+    Raises UserError if the source holds fewer than `num_samples`.
     """
     if frames == 1:
         names = find_images(spec, num_samples, seed)
-        items = [Item(name, (name,), partial(stills, (name,))) for name in names]
-    elif spec.startswith("scenes:"):
-        names = scene_names(spec, num_samples)
-        items = [Item(name, (name,), partial(drawn, name, stride, frames)) for name in names]
+        items = [Item(name, (name,), partial(read_images, (name,))) for name in names]
     else:
-        items = windows(spec, frames, stride)
+        items = source_of(spec).windows(spec, num_samples, frames, stride)
         if num_samples is not None and num_samples < len(items):
             chosen = np.random.default_rng(seed).choice(len(items), num_samples, replace=False)
             items = [items[i] for i in sorted(chosen)]
@@ -62,55 +40,44 @@ def find_items(spec: str, num_samples: int | None, seed: int, frames: int = 1, s
     return items
 
 
-def windows(spec: str, frames: int, stride: int) -> list[Item]:
-    """Every run of `frames` frames, `stride` apart, of the videos in a folder, none overlapping another."""
-    folders = [video for root in frame_folders(Path(spec)) or [Path(spec)] for video in sorted(root.iterdir())]
-    found = []
-    for video in filter(Path.is_dir, folders):
-        files = find_frames(str(video))
-        length = (frames - 1) * stride + 1
-        for first in range(0, len(files) - length + 1, length):
-            taken = tuple(files[first : first + length : stride])
-            found.append(Item(f"{video.name}/{first}", taken, partial(stills, taken)))
-    return found
-
-
 def read_item(item: Item, size: int) -> np.ndarray:
-    """float32 [T, size, size, 3], preprocessed."""
+    """The preprocessed frames of an item, float32 [T, size, size, 3]."""
     return np.stack([preprocess(image, size) for image in item.read()])
 
 
 def check_disjoint(train: Sequence[Item], val: Sequence[Item], key: str = "data.train") -> None:
-    """ValueError if a frame of what `key` names is held out too."""
-    real = lambda items: {
+    """Raises UserError if training and validation share a frame; key: the config key of the training data."""
+    frames_of = lambda items: {
         name if name.startswith("scenes:") else str(Path(name).resolve()) for item in items for name in item.frames
     }
-    both = real(train) & real(val)
-    if both:
+    shared = frames_of(train) & frames_of(val)
+    if shared:
         raise UserError(
-            f"{key} and data.val share {len(both)} frames, such as {min(both)}: what is trained on says nothing "
-            "as validation; give two splits"
+            f"{key} and data.val share {len(shared)} frames, such as {min(shared)}: validation needs frames "
+            "that are not trained on; give two splits"
         )
 
 
 def order(number: int, batch: int, seed: int, first: int) -> Iterator[np.ndarray]:
-    """Yields the indices [batch] of steps first, first + 1, ...: each epoch all `number` items, shuffled anew; what
-    does not fill a batch is left out."""
+    """Yields the item indices [batch] of steps first, first + 1, ...; each epoch shuffles all `number` items.
+
+    Items that do not fill a last batch are skipped in that epoch. Raises UserError if they fill none.
+    """
     steps = number // batch
     if steps == 0:
         raise UserError(f"{number} items do not fill a batch of {batch}: lower train.batch_size or give more data")
     for step in count(first):
-        epoch, place = divmod(step, steps)
-        mixed = np.random.default_rng((seed, epoch)).permutation(number)
-        yield mixed[place * batch : (place + 1) * batch]
+        epoch, index = divmod(step, steps)
+        shuffled = np.random.default_rng((seed, epoch)).permutation(number)
+        yield shuffled[index * batch : (index + 1) * batch]
 
 
-def prefetched(make: Callable, things: Iterator, workers: int = 2, depth: int = 4) -> Iterator:
-    """Yields make(thing) in order, made by threads `depth` things ahead."""
+def prefetched(make: Callable, inputs: Iterator, workers: int = 2, depth: int = 4) -> Iterator:
+    """Yields make(x) of each of `inputs` in order, computed by threads up to `depth` inputs ahead."""
     with ThreadPoolExecutor(workers) as pool:
         pending = deque()
-        for thing in things:
-            pending.append(pool.submit(partial(make, thing)))
+        for x in inputs:
+            pending.append(pool.submit(partial(make, x)))
             if len(pending) > depth:
                 yield pending.popleft().result()
         while pending:

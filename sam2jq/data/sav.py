@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from sam2jq.data.images import SAV_FRAMES, open_image
+from sam2jq.data.images import SAV_FRAMES, check_file_name, open_image
 from sam2jq.data.video import find_frames
 from sam2jq.errors import UserError
 
@@ -39,35 +39,40 @@ def vos_videos(root: str, split: str) -> list[VosVideo]:
 
 
 def split_folder(root: Path, split: str) -> Path:
-    """root/split, which holds the folders of frames and of masks."""
+    """root/split. Raises FileNotFoundError unless it holds the folders of frames and of masks."""
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; give the SA-V folder that holds {split}")
     missing = [part for part in PARTS if not (root / split / part).is_dir()]
     if missing:
-        whole = [name for name in subfolders(root) if all((root / name / part).is_dir() for part in PARTS)]
+        complete = [name for name in subfolders(root) if all((root / name / part).is_dir() for part in PARTS)]
         raise FileNotFoundError(
             f"{root / split}: has no folder {' and no '.join(missing)}; "
-            f"splits that have both: {', '.join(whole) or 'none'}"
+            f"splits that have both: {', '.join(complete) or 'none'}"
         )
     return root / split
 
 
 def subfolders(folder: Path) -> list[str]:
+    """The sorted names of the folders in a folder, without hidden ones."""
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def listed_videos(folder: Path) -> list[str]:
-    """The names in sav_val/sav_val.txt, or in sav_val.txt beside the split's folder, or else of its frame folders."""
+    """The videos in <split>/<split>.txt, else in <split>.txt beside the split's folder, else all frame folders.
+
+    Raises UserError if there is none, or if a line is not the name of a folder.
+    """
     name = f"{folder.name}.txt"
     path = next(filter(Path.is_file, [folder / name, folder.parent / name]), folder / SAV_FRAMES)
     lines = path.read_text().splitlines() if path.is_file() else subfolders(path)
     names = [line.strip() for line in lines if line.strip()]
     if not names:
         raise UserError(f"{path}: names no video; {SAV_FRAMES} needs a folder of frames for each")
-    return names
+    return [check_file_name(name, path) for name in names]
 
 
 def vos_video(name: str, frames: Path, masks: Path) -> VosVideo:
+    """A video and its mask files. Raises FileNotFoundError if it has no object."""
     index = {Path(frame).stem: index for index, frame in enumerate(find_frames(str(frames)))}
     objects = subfolders(masks)
     if not objects:
@@ -76,7 +81,7 @@ def vos_video(name: str, frames: Path, masks: Path) -> VosVideo:
 
 
 def find_masks(folder: Path, index: dict[str, int]) -> dict[int, str]:
-    """{frame index: mask file} of one object; `index` is that of each frame by its stem."""
+    """{frame index: mask file} of one object; index: {file name without ending: frame index}."""
     files = sorted(folder.glob("[!.]*.png"))
     if not files:
         raise FileNotFoundError(f"{folder}: holds no mask; put masks such as 00000.png there or remove the folder")
@@ -87,7 +92,7 @@ def find_masks(folder: Path, index: dict[str, int]) -> dict[int, str]:
 
 
 def read_mask(path: str, size: tuple[int, int] | None = None) -> np.ndarray:
-    """bool [H, W], true where a mask file is not 0; `size` is the (H, W) that it should have, if known."""
+    """bool [H, W], true where a mask file is not 0. Raises UserError unless it has the given `size` (H, W)."""
     with open_image(path) as image:
         mask = np.array(image) > 0
     if mask.ndim != 2:
@@ -98,9 +103,9 @@ def read_mask(path: str, size: tuple[int, int] | None = None) -> np.ndarray:
 
 
 def write_mask(path: str, mask: np.ndarray) -> None:
-    """Writes bool [H, W] as SAM 2's vos_inference.py writes one object: a png of palette indices 0 and 1.
+    """Writes a mask, bool [H, W], as a png of palette indices 0 and 1, as SAM 2's vos_inference.py does.
 
-    To the eye, and read as SA-V's evaluator does, it is the same file; DAVIS's other 254 colours are left out.
+    SA-V's evaluator and image viewers read it as the same; only DAVIS's other 254 palette colors are left out.
     """
     if mask.dtype != bool or mask.ndim != 2:
         raise UserError(f"{path}: a mask must be bool [H, W], got {mask.dtype} {list(mask.shape)}")

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from sam2jq.data.prompts import boxes, random_points
-from sam2jq.models.layers import OUTPUTS, resize
+from sam2jq.models.capture import OUTPUTS
+from sam2jq.models.layers import resize
 from sam2jq.models.sam2 import SAM2
 from sam2jq.quant.algorithms.activations import materialize_weights
 from sam2jq.training.losses import soft_dice

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam2jq.data import preprocess
+from sam2jq.data.prompts import click_grid
 from sam2jq.errors import UserError
 from sam2jq.eval.metrics import iou
 from sam2jq.models.sam2 import SAM2
@@ -25,13 +26,6 @@ class Compared(NamedTuple):
     masks: tuple[np.ndarray, np.ndarray]  # bool [P, 3, S / 4, S / 4]: full precision, quantized
 
 
-def prompt_grid(side: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """side * side foreground clicks, one a prompt: points [P, 1, 2] in pixels of a size x size image, labels [P, 1]."""
-    centres = (np.arange(side) + 0.5) * size / side
-    points = np.stack(np.meshgrid(centres, centres), -1).reshape(-1, 1, 2).astype(np.float32)
-    return points, np.ones(points.shape[:2], np.int32)
-
-
 def compare(
     model: SAM2, params: dict, quantized: dict, images: Iterable[list[np.ndarray]], side: int, dtype: str = "float32"
 ) -> Iterable[Compared]:
@@ -40,7 +34,7 @@ def compare(
     All three masks of every click are compared, slot by slot: picking the best would compare two different masks
     where their estimated scores change order.
     """
-    points = prompt_grid(side, model.variant.image_size)
+    points = click_grid(side, model.variant.image_size)
     squares = lambda maps: np.array([np.sum(np.square(np.asarray(m, np.float64))) for m in maps])
     for batch in images:
         inputs = jnp.asarray(np.stack([preprocess(image, model.variant.image_size) for image in batch]), dtype)

@@ -8,11 +8,12 @@ from tqdm import tqdm
 
 from sam2jq.config.run import Config
 from sam2jq.data import read_image
+from sam2jq.data.sources import LabeledClip, LabeledImage, find_clips, find_samples
 from sam2jq.errors import UserError
 from sam2jq.eval.agreement import Compared, compare, summarize
-from sam2jq.eval.evaluate import Annotated, Sample, evaluate_clips, find_clips, find_samples
 from sam2jq.eval.gallery import Gallery, add, of_clicks, of_objects, sample_images
-from sam2jq.eval.prompted import mean_ious, object_ious, segment_objects
+from sam2jq.eval.image_benchmark import mean_ious, object_ious, segment_objects
+from sam2jq.eval.vos_benchmark import evaluate_clips
 from sam2jq.models.sam2 import FLOW, SAM2
 from sam2jq.predictors.video import VideoPredictor
 from sam2jq.ptq.pipeline import UNROUNDED, in_order
@@ -26,7 +27,7 @@ STAGE_IMAGES = 4  # that the model is compared on after every stage
 PARTS = ("trunk", "trunk", "neck", "prompts", "decoder", "memory encoder", "memory attention")  # of FLOW
 
 
-def find_ground_truth(config: Config) -> tuple[list[Sample], list[Annotated]]:
+def find_ground_truth(config: Config) -> tuple[list[LabeledImage], list[LabeledClip]]:
     """The images and the clips whose masks are known; none where the config names none."""
     wanted, calib = config.measure, config.quant.calib
     source, number = wanted.images, wanted.num_images
@@ -36,7 +37,7 @@ def find_ground_truth(config: Config) -> tuple[list[Sample], list[Annotated]]:
     return samples, find_clips(wanted.clips, wanted.split, wanted.num_clips) if wanted.clips else []
 
 
-def ground_truth_id(ground_truth: tuple[list[Sample], list[Annotated]]) -> str:
+def ground_truth_id(ground_truth: tuple[list[LabeledImage], list[LabeledClip]]) -> str:
     """What only runs share that are measured on the same images and clips with known masks, wherever these lie."""
     return fingerprint({}, [Path(one.name).name for found in ground_truth for one in found])
 
@@ -46,7 +47,7 @@ def measure(
     variants: Mapping[str, dict],
     params_by_stage: Mapping[str, dict],
     names: list[str],
-    ground_truth: tuple[list[Sample], list[Annotated]],
+    ground_truth: tuple[list[LabeledImage], list[LabeledClip]],
     config: Config,
     on_stage: Callable,
 ) -> tuple[dict, dict[str, dict], Gallery]:
@@ -91,7 +92,7 @@ def against_full(
 
 
 def against_ground_truth(
-    model: SAM2, variants: Mapping[str, dict], last: str, samples: list[Sample], config: Config
+    model: SAM2, variants: Mapping[str, dict], last: str, samples: list[LabeledImage], config: Config
 ) -> tuple[dict, Gallery]:
     """{"miou": {kind: {prompt: mIoU}}, "miou_images", "miou_objects"} of params trees, and masks to show of `last`."""
     drawn, gallery, scores = sample_images(len(samples), config.seed), Gallery(), {kind: [] for kind in variants}
@@ -113,7 +114,7 @@ def against_ground_truth(
     return {"miou": means, "miou_images": len(of_last), "miou_objects": objects}, gallery
 
 
-def against_clips(model: SAM2, variants: Mapping[str, dict], clips: list[Annotated], config: Config) -> dict:
+def against_clips(model: SAM2, variants: Mapping[str, dict], clips: list[LabeledClip], config: Config) -> dict:
     """{"video": {kind: {"j", "f", "j&f"}}, in percent, "video_clips", "video_objects"} of params trees."""
     found = {
         kind: evaluate_clips(

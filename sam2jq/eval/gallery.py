@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sam2jq.eval.agreement import Compared, prompt_grid
+from sam2jq.data.prompts import click_grid
+from sam2jq.eval.agreement import Compared
+from sam2jq.eval.image_benchmark import interior_point
 from sam2jq.eval.metrics import iou
-from sam2jq.eval.prompted import interior_point
 
 WORST, RANDOM = 5, 7
 
@@ -48,7 +49,7 @@ def add(gallery: Gallery, shown: list[Shown], drawn: float | None) -> Gallery:
 
 def of_clicks(image: str, result: Compared) -> list[Shown]:
     """The masks of a grid of clicks, of each click the one that full precision thinks best."""
-    clicks = prompt_grid(round(len(result.best) ** 0.5), 1)[0][:, 0].tolist()
+    clicks = click_grid(round(len(result.best) ** 0.5), 1)[0][:, 0].tolist()
     before, after = result.masks
     return [
         Shown(image, tuple(click), float(result.ious[i, best]), before[i, best], after[i, best])

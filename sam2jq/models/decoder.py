@@ -6,24 +6,25 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sam2jq.models.layers import MLP, Conv, ConvTranspose, Dense, LayerNorm, attention, declare, gelu
+from sam2jq.models.attention import attention
+from sam2jq.models.layers import MLP, Conv, ConvTranspose, Dense, LayerNorm, declare, gelu
 
 Array = jax.Array
-MASKS = 4  # token 0 answers a clear prompt with one mask, tokens 1..3 an ambiguous one with three
-STABILITY = (0.05, 0.98)  # logit offset and least ratio of areas at which the single mask counts as stable
+MASKS = 4  # token 0 is the single mask of an unambiguous prompt, tokens 1..3 the three masks of an ambiguous one
+STABILITY = (0.05, 0.98)  # logit offset, and the minimal ratio of areas of a stable single mask
 
 
 class Decoded(NamedTuple):
-    """Masks of P prompts: M is 3 of an ambiguous prompt, else 1; C the decoder's width."""
+    """Masks of P prompts. Letters: M masks per prompt (3 with multimask, else 1), C the decoder's width."""
 
     masks: Array  # logits [P, M, H, W] at stride 4
-    ious: Array  # [P, M] the model's estimate of each mask's IoU, 0..1
+    ious: Array  # [P, M] estimated IoU of each mask, 0..1
     tokens: Array  # [P, M, C]
-    object_scores: Array  # logits [P, 1]: is the object there at all
+    object_scores: Array  # logits [P, 1]: whether the object is in the image
 
 
 class Attention(nn.Module):
-    """q [B, N, C], k, v [B, M, C'] -> [B, N, C], inside in `features` channels."""
+    """Multi-head attention, q [B, N, C] and k, v [B, M, C'] -> [B, N, C], with `features` channels inside."""
 
     features: int
     heads: int
@@ -37,14 +38,17 @@ class Attention(nn.Module):
 
 
 class TwoWayBlock(nn.Module):
-    """Tokens attend to themselves, then to the image, go through an MLP; then the image attends to the tokens."""
+    """Self-attention of tokens [P, N, C], token-to-image attention, MLP, then image-to-token attention.
+
+    Returns both, the image as [P, H * W, C]. first: the tokens' self-attention runs without position encoding.
+    """
 
     first: bool
 
     @nn.compact
     def __call__(self, tokens: Array, image: Array, token_position: Array, image_position: Array):
         width = tokens.shape[-1]
-        if self.first:  # the tokens are their own position still, and not yet anything to add to
+        if self.first:  # the tokens equal their position encoding here, and there is no residual connection
             tokens = Attention(width, 8, name="self_attn")(tokens, tokens, tokens)
         else:
             q = tokens + token_position
@@ -62,7 +66,7 @@ class TwoWayBlock(nn.Module):
 
 
 class TwoWayTransformer(nn.Module):
-    """tokens [P, N, C], image [P, H * W, C] and its position [H * W, C] -> both, having looked at each other."""
+    """Tokens [P, N, C], image [P, H * W, C] and its position encoding [H * W, C] -> updated tokens and image."""
 
     @nn.compact
     def __call__(self, tokens: Array, image: Array, image_position: Array) -> tuple[Array, Array]:
@@ -76,17 +80,17 @@ class TwoWayTransformer(nn.Module):
 
 
 class MaskDecoder(nn.Module):
-    """Image features and embedded prompts -> masks, their quality, and whether the object is there."""
+    """Image features and prompt embeddings -> `Decoded`: masks, estimated IoUs, tokens and object scores."""
 
     features: int
 
     @nn.compact
     def high_res_features(self, fine: Array, middle: Array) -> tuple[Array, Array]:
-        """Maps at strides 4 and 8, [B, H, W, C] -> C / 8 and C / 4 channels: once an image, not once a prompt."""
+        """Maps at strides 4 and 8, [B, H, W, C], projected to C / 8 and C / 4 channels, once per image."""
         return Conv(self.features // 8, name="conv_s0")(fine), Conv(self.features // 4, name="conv_s1")(middle)
 
     def __call__(self, features, sparse: Array, dense: Array, position: Array, multimask: bool) -> Decoded:
-        """Masks 1..3 with `multimask`, else the stable one of all; arguments as in `decode`."""
+        """Masks 1..3 with `multimask`, else the one of `stable_or_best`; arguments as in `decode`."""
         masks, ious, tokens, scores = self.decode(features, sparse, dense, position)
         if multimask:
             return Decoded(masks[:, 1:], ious[:, 1:], tokens[:, 1:], scores)
@@ -94,8 +98,11 @@ class MaskDecoder(nn.Module):
 
     @nn.compact
     def decode(self, features, sparse: Array, dense: Array, position: Array) -> Decoded:
-        """All four masks. features: maps [1 or P, H, W, C] at strides 4, 8, 16, the finer two from
-        `high_res_features`; sparse [P, N, C]; dense [1 or P, h, w, C]; position [h, w, C]."""
+        """All four masks of P prompts.
+
+        features: maps [1 or P, H, W, C] at strides 4, 8, 16, the finer two from `high_res_features`; sparse:
+        [P, N, C]; dense: [1 or P, h, w, C]; position: [h, w, C], from the prompt encoder.
+        """
         fine, middle, coarse = features
         prompts = len(sparse)
         names = (("obj_score_token", 1), ("iou_token", 1), ("mask_tokens", MASKS))
@@ -111,15 +118,14 @@ class MaskDecoder(nn.Module):
         scores = MLP((self.features, self.features, 1), name="pred_obj_score_head")(tokens[:, 0])
         ious = jax.nn.sigmoid(MLP((256, 256, MASKS), name="iou_prediction_head")(tokens[:, 1]))
         tokens = tokens[:, 2 : 2 + MASKS]
-        return Decoded(
-            self.predict_masks(tokens, image.reshape(prompts, *grid, -1), middle, fine), ious, tokens, scores
-        )
+        masks = self.predict_masks(tokens, image.reshape(prompts, *grid, -1), middle, fine)
+        return Decoded(masks, ious, tokens, scores)
 
     @nn.compact
     def predict_masks(self, tokens: Array, image: Array, middle: Array, fine: Array) -> Array:
-        """Mask logits [P, M, H, W]: a token's mask is where its kernel, [C / 8], meets the upscaled image.
+        """Mask logits [P, M, H, W]: the product of each token's hypernetwork output [C / 8] and the upscaled image.
 
-        tokens [P, M, C]; image [1 or P, h, w, C] and the two finer maps, which it is doubled twice to meet.
+        tokens: [P, M, C]; image: [1 or P, h, w, C], upscaled to the sizes of `middle` and `fine`, which are added.
         """
         x = ConvTranspose(self.features // 4, name="output_upscaling.0")(image) + middle
         x = gelu(LayerNorm(1e-6, name="output_upscaling.1")(x))
@@ -131,12 +137,13 @@ class MaskDecoder(nn.Module):
 
 
 def stable_or_best(masks: Array, ious: Array) -> tuple[Array, Array]:
-    """Mask 0 [P, 1, H, W] and its IoU [P, 1] where it is stable, else the best of masks 1..3 by estimated IoU.
+    """Mask 0 [P, 1, H, W] and its IoU [P, 1] where it is stable, else that of masks 1..3 with the best estimated IoU.
 
-    Stable: its area hardly depends on the threshold (SAM 2, appendix D.1, `dynamic_multimask_via_stability`).
+    A mask is stable if its areas at the thresholds +offset and -offset have a ratio of at least STABILITY[1] (SAM 2,
+    appendix D.1, `dynamic_multimask_via_stability`).
     """
-    offset, least = STABILITY
+    offset, min_ratio = STABILITY
     inner, outer = ((masks[:, 0] > o).sum((-2, -1)) for o in (offset, -offset))
-    stable = jnp.where(outer > 0, inner / jnp.maximum(outer, 1), 1.0) >= least
+    stable = jnp.where(outer > 0, inner / jnp.maximum(outer, 1), 1.0) >= min_ratio
     choice = jnp.where(stable, 0, 1 + ious[:, 1:].argmax(-1))[:, None]
     return jnp.take_along_axis(masks, choice[..., None, None], 1), jnp.take_along_axis(ious, choice, 1)

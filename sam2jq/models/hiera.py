@@ -6,34 +6,24 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sam2jq.models.layers import (
-    MLP,
-    OUTPUTS,
-    Conv,
-    Dense,
-    LayerNorm,
-    attention,
-    chunked_map,
-    cpu_chunk_rows,
-    declare,
-    gelu,
-    is_capturing_any,
-    remat,
-    resize,
-)
+from sam2jq.models.attention import attention
+from sam2jq.models.capture import OUTPUTS, is_capturing_any
+from sam2jq.models.chunking import chunked_map, cpu_chunk_rows
+from sam2jq.models.layers import MLP, Conv, Dense, LayerNorm, declare, gelu, resize
+from sam2jq.models.remat import remat
 
 Array = jax.Array
 EPS = 1e-6
 
 
 def max_pool(x: Array) -> Array:
-    """[B, H, W, C] -> [B, H / 2, W / 2, C]."""
+    """Maximum over 2 x 2 pixels, [B, H, W, C] -> [B, H / 2, W / 2, C]."""
     x = jnp.maximum(x[:, ::2], x[:, 1::2])
     return jnp.maximum(x[:, :, ::2], x[:, :, 1::2])
 
 
 def to_windows(x: Array, size: int) -> Array:
-    """[B, H, W, C] -> [B * windows, size, size, C]; zeros fill windows that reach over the edge."""
+    """[B, H, W, C] -> [B * windows, size, size, C]; zeros pad windows that extend past the edge."""
     batch, height, width, channels = x.shape
     x = jnp.pad(x, ((0, 0), (0, -height % size), (0, -width % size), (0, 0)))
     x = x.reshape(batch, x.shape[1] // size, size, x.shape[2] // size, size, channels)
@@ -49,9 +39,10 @@ def from_windows(windows: Array, height: int, width: int) -> Array:
 
 
 class Attention(nn.Module):
-    """Multi-head attention over all tokens of each map; `pool` halves the queries' height and width.
+    """Multi-head self-attention within each map, [B, H, W, C] -> [B, H, W, features].
 
-    real: bool [B, H, W, 1], the tokens that calibration is to count; all when None.
+    pool: 2 x 2 max-pooling of the queries, so that the output is [B, H / 2, W / 2, features]. token_mask: bool
+    [B, H, W, 1], the tokens that calibration counts; None counts all.
     """
 
     features: int
@@ -75,9 +66,10 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block; the first of a stage widens to `features` and, after stage 1, pools 2 x 2.
+    """Transformer block, [B, H, W, C] -> [B, H, W, features], or [B, H / 2, W / 2, features] where C differs.
 
-    `window` 0 attends globally. Pooling makes windows of half the size.
+    The first block of stages 2 to 4 widens to `features` and pools 2 x 2, which halves its windows. window: side in
+    tokens, 0 for global attention.
     """
 
     features: int
@@ -103,13 +95,15 @@ class Block(nn.Module):
 
 
 class BlockSpec(NamedTuple):
+    """The fields of one `Block`."""
+
     features: int
     heads: int
     window: int
 
 
 class Hiera(nn.Module):
-    """Image [B, H, W, 3] -> the last map of each stage, at strides 4, 8, 16, 32. remat: blocks are `remat`."""
+    """Images [B, H, W, 3] -> the last map of each stage, at strides 4, 8, 16, 32. remat: rematerialize each block."""
 
     embed_dim: int
     num_heads: int
@@ -120,7 +114,7 @@ class Hiera(nn.Module):
     remat: bool = False
 
     def blocks(self) -> list[BlockSpec]:
-        """Widths, heads and windows block by block; a stage's first block still has the window of the stage before."""
+        """Width, heads and window of each block; the first block of a stage has the previous stage's window."""
         stage_of = [stage for stage, depth in enumerate(self.stages) for _ in range(depth)]
         return [
             BlockSpec(
@@ -146,7 +140,10 @@ class Hiera(nn.Module):
         return maps
 
     def position(self, height: int, width: int) -> Array:
-        """[1, height, width, C]: a bicubic background plus a tiled window (arXiv 2311.05613), in torch's layout."""
+        """Position embedding [1, height, width, C]: a resized background plus a tiled window (arXiv 2311.05613).
+
+        Both parameters have torch's layout, [1, C, side, side].
+        """
         size, window = self.position_size, self.windows[0]
         background = declare(self, "pos_embed", 1, self.embed_dim, size, size)
         tile = declare(self, "pos_embed_window", 1, self.embed_dim, window, window)

@@ -1,17 +1,18 @@
-"""Memory: what SAM 2 keeps of a frame, and how the next frame looks at it (SAM 2, arXiv 2408.00714, section 4)."""
+"""Memory encoder and memory attention (SAM 2, arXiv 2408.00714, section 4)."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sam2jq.models.layers import Conv, Dense, LayerNorm, attention, declare, gelu
+from sam2jq.models.attention import attention
+from sam2jq.models.layers import Conv, Dense, LayerNorm, declare, gelu
 
 Array = jax.Array
 EPS = 1e-6
 
 
 class MaskDownSampler(nn.Module):
-    """[B, H, W, 1] -> [B, H / 16, W / 16, features]."""
+    """Mask [B, H, W, 1] -> [B, H / 16, W / 16, features]."""
 
     features: int
 
@@ -24,7 +25,7 @@ class MaskDownSampler(nn.Module):
 
 
 class ConvNeXtBlock(nn.Module):
-    """[B, H, W, C] -> the same: depthwise 7 x 7, then an MLP per pixel (arXiv 2201.03545)."""
+    """Residual block, [B, H, W, C] -> [B, H, W, C]: depthwise 7 x 7, then an MLP per pixel (arXiv 2201.03545)."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -36,6 +37,8 @@ class ConvNeXtBlock(nn.Module):
 
 
 class Fuser(nn.Module):
+    """Two ConvNeXt blocks, [B, H, W, C] -> [B, H, W, C]."""
+
     @nn.compact
     def __call__(self, x: Array) -> Array:
         for i in range(2):
@@ -44,7 +47,7 @@ class Fuser(nn.Module):
 
 
 class MemoryEncoder(nn.Module):
-    """Frame features [B, h, w, C] and a mask in -10..10 [B, 16h, 16w, 1] -> memory [B, h, w, features]."""
+    """Frame features [B, h, w, C] and a mask [B, 16h, 16w, 1] in -10..10 -> memory [B, h, w, features]."""
 
     features: int
 
@@ -56,53 +59,65 @@ class MemoryEncoder(nn.Module):
 
 
 def apply_rope(x: Array, height: int, width: int) -> Array:
-    """`x` [B, R * height * width, C] with channel pairs turned by their token's place: x in the first half of the
-    channels, y in the second; R maps in a row are turned alike. Real-valued axial RoPE (arXiv 2403.13298)."""
+    """x [B, R * height * width, C] after axial rotary position encoding (arXiv 2403.13298), in real arithmetic.
+
+    Channel pairs in the first half are rotated by the token's column, those in the second half by its row; each of
+    the R maps in a row gets the same rotation.
+    """
     frequency = 10000.0 ** -(jnp.arange(0, x.shape[-1], 4) / x.shape[-1])
-    y, column = jnp.divmod(jnp.arange(height * width), width)
-    angle = jnp.concatenate([column[:, None] * frequency, y[:, None] * frequency], -1)  # [tokens, C / 2]
+    row, column = jnp.divmod(jnp.arange(height * width), width)
+    angle = jnp.concatenate([column[:, None] * frequency, row[:, None] * frequency], -1)  # [tokens, C / 2]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     even, odd = jnp.moveaxis(x.astype(jnp.float32).reshape(len(x), -1, *angle.shape, 2), -1, 0)
-    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
-    return turned.reshape(x.shape).astype(x.dtype)
+    rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
+    return rotated.reshape(x.shape).astype(x.dtype)
 
 
 class RotaryAttention(nn.Module):
-    """One head: q [B, height * width, C], k, v [B, M, C'] -> [B, height * width, C]. The last `unplaced` keys stay
-    unturned; those before are whole maps of the queries' size. seen [B, M]: the keys that are there."""
+    """Single-head attention with RoPE, q [B, height * width, C] and k, v [B, M, C'] -> [B, height * width, C].
+
+    The last `num_k_exclude_rope` keys (object pointers) get no RoPE; those before are maps of the queries' size.
+    key_mask: bool [B, M], False where a key is ignored; None uses all.
+    """
 
     features: int
 
     @nn.compact
     def __call__(
-        self, q: Array, k: Array, v: Array, *, grid: tuple[int, int], unplaced: int = 0, key_mask=None
+        self, q: Array, k: Array, v: Array, *, grid: tuple[int, int], num_k_exclude_rope: int = 0, key_mask=None
     ) -> Array:
         q, k, v = (Dense(self.features, name=f"{n}_proj")(x) for n, x in (("q", q), ("k", k), ("v", v)))
-        placed = k.shape[1] - unplaced
-        k = jnp.concatenate([apply_rope(k[:, :placed], *grid), k[:, placed:]], axis=1)
+        num_k_rope = k.shape[1] - num_k_exclude_rope
+        k = jnp.concatenate([apply_rope(k[:, :num_k_rope], *grid), k[:, num_k_rope:]], axis=1)
         out = attention(*(x[:, :, None] for x in (apply_rope(q, *grid), k, v)), key_mask)
         return Dense(self.features, name="out_proj")(out[:, :, 0])
 
 
 class MemoryAttentionLayer(nn.Module):
-    """The frame attends to itself, then to the memories, then goes through an MLP."""
+    """Self-attention of frame [B, h * w, C], cross-attention to memory [B, M, C'], then an MLP -> [B, h * w, C].
+
+    `settings` are those of `RotaryAttention`.
+    """
 
     hidden: int
 
     @nn.compact
-    def __call__(self, frame: Array, memory: Array, position: Array, **places) -> Array:
+    def __call__(self, frame: Array, memory: Array, position: Array, **settings) -> Array:
         width = frame.shape[-1]
         x = LayerNorm(name="norm1")(frame)
-        frame = frame + RotaryAttention(width, name="self_attn")(x, x, x, grid=places["grid"])
+        frame = frame + RotaryAttention(width, name="self_attn")(x, x, x, grid=settings["grid"])
         x = LayerNorm(name="norm2")(frame)
-        frame = frame + RotaryAttention(width, name="cross_attn_image")(x, memory + position, memory, **places)
+        frame = frame + RotaryAttention(width, name="cross_attn_image")(x, memory + position, memory, **settings)
         x = nn.relu(Dense(self.hidden, name="linear1")(LayerNorm(name="norm3")(frame)))
         return frame + Dense(width, name="linear2")(x)
 
 
 class MemoryAttention(nn.Module):
-    """frame [B, h, w, C] and its position [h, w, C]; memory and its position [B, M, C'], the last `pointers` of the
-    M tokens object pointers, those before whole h x w maps; seen [B, M], the tokens that are there -> [B, h, w, C]."""
+    """Frame [B, h, w, C] conditioned on memory tokens [B, M, C'] -> [B, h, w, C].
+
+    frame_position: [h, w, C]; position: that of the memory tokens, [B, M, C']. The last `pointers` of the M tokens are
+    object pointers, those before are h x w maps. key_mask: bool [B, M], False at empty entries; None uses all.
+    """
 
     layers: int
     hidden: int
@@ -115,5 +130,5 @@ class MemoryAttention(nn.Module):
         x = (frame + 0.1 * frame_position.astype(frame.dtype)).reshape(len(frame), -1, frame.shape[-1])
         for i in range(self.layers):
             layer = MemoryAttentionLayer(self.hidden, name=f"layers.{i}")
-            x = layer(x, memory, position, grid=grid, unplaced=pointers, key_mask=key_mask)
+            x = layer(x, memory, position, grid=grid, num_k_exclude_rope=pointers, key_mask=key_mask)
         return LayerNorm(name="norm")(x).reshape(frame.shape)

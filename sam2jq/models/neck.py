@@ -10,14 +10,14 @@ Array = jax.Array
 
 
 def double(x: Array) -> Array:
-    """[B, H, W, C] -> [B, 2H, 2W, C], each pixel repeated."""
+    """Nearest-neighbor upsampling, [B, H, W, C] -> [B, 2H, 2W, C]."""
     return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
 
 
 class Neck(nn.Module):
     """Stage maps at strides 4, 8, 16, 32 -> maps [B, H, W, features] at strides 4, 8, 16.
 
-    Only stride 16 takes in the coarser map; strides 4 and 8 are lateral, and stride 32 is not handed on.
+    Only stride 16 adds the upsampled coarser map; strides 4 and 8 are lateral alone, and stride 32 is not returned.
     """
 
     features: int

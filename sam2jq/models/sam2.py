@@ -1,8 +1,8 @@
-"""SAM 2 and 2.1 whole: image encoder, prompts to masks, and memory (arXiv 2408.00714)."""
+"""SAM 2 and 2.1: image encoder, prompt encoder, mask decoder and memory (arXiv 2408.00714)."""
 
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -11,21 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam2jq.errors import UserError, suggest
+from sam2jq.errors import UserError
 from sam2jq.models.decoder import Decoded, MaskDecoder
 from sam2jq.models.hiera import Hiera
 from sam2jq.models.layers import MLP, Conv, Dense, declare, resize, sine_position
 from sam2jq.models.memory import MemoryAttention, MemoryEncoder
 from sam2jq.models.neck import Neck
 from sam2jq.models.prompt import PromptEncoder
+from sam2jq.models.variants import VARIANTS, VERSIONS, Variant, variant_name
 from sam2jq.tree import flatten, unflatten
 
 Array = jax.Array
 NO_OBJECT = -1024.0  # the mask logit where the object is not in the frame
-MEMORIES = 7  # places in time that a memory can have: 0 the prompted frame's, 1..6 from six frames ago to the last
+MEMORIES = 7  # temporal positions of a memory: 0 for conditioning frames, 1..6 for six frames ago to the last frame
 POINTERS = 15  # frames before the current one whose object pointers are kept
-VERSIONS = ("2.0", "2.1")
-# the parts of the model in the order in which a frame runs through them
+# the parts of the model in the order of data flow
 FLOW = [
     re.compile(part)
     for part in (
@@ -41,49 +41,20 @@ FLOW = [
 TRUNK_LINEAR = re.compile(r"image_encoder\.trunk\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.layers\.[01])")
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A size of SAM 2. `position_size`: pixels of the learned position background."""
-
-    embed_dim: int
-    num_heads: int
-    stages: tuple[int, ...]
-    global_blocks: tuple[int, ...]
-    windows: tuple[int, ...] = (8, 4, 14, 7)
-    position_size: int = 7
-    features: int = 256
-    memory_features: int = 64
-    memory_layers: int = 4
-    memory_hidden: int = 2048
-    image_size: int = 1024
-
-
-VARIANTS = {
-    "tiny": Variant(96, 1, (1, 2, 7, 2), (5, 7, 9)),
-    "small": Variant(96, 1, (1, 2, 11, 2), (7, 10, 13)),
-    "base-plus": Variant(112, 2, (2, 3, 16, 3), (12, 16, 20), position_size=14),
-    "large": Variant(144, 2, (2, 6, 36, 4), (23, 33, 43), windows=(8, 4, 16, 8)),
-    "nano": Variant(
-        32, 1, (1, 2, 3, 1), (4,), (8, 4, 8, 4), features=64, memory_features=16, memory_layers=2, memory_hidden=256,
-        image_size=256,
-    ),
-}  # fmt: skip
-
-
 class ObjectOutput(NamedTuple):
-    """One object's mask in a frame, B objects."""
+    """The chosen mask of each of B objects in a frame."""
 
     mask: Array  # logits [B, H, W] at stride 4
-    iou: Array  # [B]
+    iou: Array  # [B] the IoU that the model estimates, 0..1
     pointer: Array  # [B, C]
-    object_score: Array  # logits [B, 1]
+    object_score: Array  # logits [B, 1]: whether the object is in the frame
 
 
 class SAM2(nn.Module):
-    """All of SAM 2 as pure functions of a params tree: `model.apply({"params": params}, ..., method="encode_image")`.
+    """SAM 2 as pure functions of a params tree: `model.apply({"params": params}, ..., method="encode_image")`.
 
-    B images or objects, P prompts, S the image's size, C = variant.features, channels last. remat: gradients of the
-    trunk take less memory, and a third more time.
+    Letters: B images or objects, P prompts, S the image's side in pixels, C = variant.features; channels last.
+    remat: the trunk's blocks are rematerialized, which saves memory in training and costs a third more time.
     """
 
     variant: Variant
@@ -102,27 +73,29 @@ class SAM2(nn.Module):
         self.mask_downsample = Conv(1, size=4, stride=4)
         self.maskmem_tpos_enc = declare(self, "maskmem_tpos_enc", MEMORIES, 1, 1, v.memory_features)
         self.no_mem_embed = declare(self, "no_mem_embed", 1, 1, v.features)
-        self.no_mem_pos_enc = declare(self, "no_mem_pos_enc", 1, 1, v.features)  # released, never read
+        self.no_mem_pos_enc = declare(self, "no_mem_pos_enc", 1, 1, v.features)  # in every checkpoint, unused
         self.no_obj_ptr = declare(self, "no_obj_ptr", 1, v.features)
         if self.version == "2.1":
             self.obj_ptr_tpos_proj = Dense(v.memory_features)
             self.no_obj_embed_spatial = declare(self, "no_obj_embed_spatial", 1, v.memory_features)
 
     def encode_image(self, images: Array) -> list[Array]:
-        """Images [B, S, S, 3], preprocessed -> maps [B, S/4, S/4, C/8], [B, S/8, S/8, C/4], [B, S/16, S/16, C]."""
+        """Preprocessed images [B, S, S, 3] -> maps [B, S/4, S/4, C/8], [B, S/8, S/8, C/4], [B, S/16, S/16, C]."""
         fine, middle, coarse = self.neck(self.trunk(images))
         return [*self.sam_mask_decoder.high_res_features(fine, middle), coarse]
 
     def add_no_memory_embed(self, features: list[Array]) -> list[Array]:
-        """`features` as the mask decoder wants those of an image, or of a clip's first prompted frame."""
+        """`features` with the embedding that the decoder expects on an image, or on a frame without memories."""
         return [*features[:-1], features[-1] + self.no_mem_embed.astype(features[-1].dtype)]
 
     def decode_masks(
         self, features: list[Array], points: tuple[Array, Array] | None, masks: Array | None = None, *, multimask: bool
     ) -> Decoded:
-        """Masks of P prompts: points ([P, N, 2] pixels of the S x S image, labels [P, N]), masks [P, S/4, S/4, 1].
+        """Masks of P prompts.
 
-        features: maps of one image, or one each prompt; coarsest from `add_no_memory_embed` or `attend_memory`.
+        features: maps of one image, or one per prompt; the coarsest from `add_no_memory_embed` or `attend_memory`.
+        points: (float [P, N, 2] x and y in pixels of the S x S image, int [P, N] labels). masks: logits
+        [P, S/4, S/4, 1]. multimask: three masks per prompt instead of one.
         """
         sparse, dense, position = self.sam_prompt_encoder(points, masks)
         return self.sam_mask_decoder(features, sparse, dense, position, multimask)
@@ -130,16 +103,16 @@ class SAM2(nn.Module):
     def decode_all_masks(
         self, features: list[Array], points: tuple[Array, Array] | None, masks: Array | None = None
     ) -> Decoded:
-        """All four masks of P prompts, which is what training looks at; arguments as in `decode_masks`."""
+        """All four masks of P prompts, for training; arguments as in `decode_masks`."""
         sparse, dense, position = self.sam_prompt_encoder(points, masks)
         return self.sam_mask_decoder.decode(features, sparse, dense, position)
 
     def decode_object(
         self, features: list[Array], points: tuple[Array, Array] | None, masks: Array | None = None, *, multimask: bool
     ) -> ObjectOutput:
-        """The best mask of each object and its pointer; an object that is not there gets the mask NO_OBJECT.
+        """The best mask of each object and its pointer; the mask is NO_OBJECT where the object is absent.
 
-        Arguments as in `decode_masks`; masks of any size. Without points one empty point stands in.
+        Arguments as in `decode_masks`, but masks may be of any size. Without points, one padding point is used.
         """
         if points is None:
             batch = len(features[-1])
@@ -149,7 +122,7 @@ class SAM2(nn.Module):
         return self.select_best_mask(self.decode_masks(features, points, masks, multimask=multimask))
 
     def select_best_mask(self, decoded: Decoded) -> ObjectOutput:
-        """Of each object's masks the one with the best estimated IoU."""
+        """The mask with the highest estimated IoU of each object."""
         present = decoded.object_scores > 0
         best = decoded.ious.argmax(-1)[:, None]
         pick = lambda x: jnp.take_along_axis(x, best.reshape(best.shape + (1,) * (x.ndim - 2)), 1)[:, 0]
@@ -158,7 +131,7 @@ class SAM2(nn.Module):
         return ObjectOutput(mask, pick(decoded.ious), pointer, decoded.object_scores)
 
     def object_from_mask(self, features: list[Array], masks: Array) -> ObjectOutput:
-        """A given mask [B, S, S, 1] of 0 and 1 as the output of its frame, with a pointer made by the decoder."""
+        """A given mask [B, S, S, 1] of 0 and 1 as its frame's output, with a pointer from the decoder."""
         small = resize(masks * 20.0 - 10.0, (self.variant.image_size // 4,) * 2, antialias=True)
         decoded = self.decode_object(features, None, self.mask_downsample(masks), multimask=False)
         present = jnp.any(masks > 0, axis=(1, 2))
@@ -166,13 +139,13 @@ class SAM2(nn.Module):
         return ObjectOutput(small[..., 0], jnp.ones(len(masks)), pointer, present * 20.0 - 10.0)
 
     def hide_pointer(self, pointer: Array, present: Array) -> Array:
-        """`pointer` [B, C] where the object is present [B, 1], else the one that means it is not."""
+        """`pointer` [B, C] where the object is `present` [B, 1], else the learned no-object pointer."""
         return jnp.where(present, pointer, self.no_obj_ptr.astype(pointer.dtype))
 
     def encode_memory(self, coarse: Array, masks: Array, object_scores: Array, *, binarize: bool = False) -> Array:
-        """What to remember of a frame, [B, h, w, Cm]: its map [B, h, w, C] and mask logits [B, S, S, 1].
+        """The memory [B, h, w, Cm] of a frame, from its map [B, h, w, C] and mask logits [B, S, S, 1].
 
-        binarize: cut the mask at 0 first, as the video predictor does on frames that a user clicked.
+        binarize: threshold the mask at 0 first, as the video predictor does on frames with a user's prompt.
         """
         probability = (masks > 0).astype(masks.dtype) if binarize else jax.nn.sigmoid(masks)
         memory = self.memory_encoder(coarse, probability * 20.0 - 10.0)
@@ -190,15 +163,15 @@ class SAM2(nn.Module):
         pointer_times: Array,
         key_mask: Array | None = None,
     ) -> Array:
-        """`coarse` [B, h, w, C] having looked at what came before it.
+        """`coarse` [B, h, w, C] conditioned on memories and object pointers of other frames.
 
-        memories [B, T, h, w, Cm] at `times` [T]: 0 a prompted frame, 1..6 six frames ago to the last one.
-        pointers [B, P, C] at `pointer_times` [B or 1, P]: frames since (before, in reverse), in units of the longest
-        time that counts. seen: bool [B, T + P], which of both there are; all when None.
+        memories: [B, T, h, w, Cm] with temporal positions `times` [T]: 0 for a conditioning frame, 1..6 for six frames
+        ago to the last one. pointers: [B, P, C] with `pointer_times` [B or 1, P]: frames since then (until then, in
+        reverse) over the maximal such number. key_mask: bool [B, T + P], False at empty entries; None uses all.
         """
         batch, _, height, width, channels = memories.shape
         position = sine_position(height, width, channels) + self.maskmem_tpos_enc[MEMORIES - 1 - times]  # [T, h, w, Cm]
-        split = pointers.shape[-1] // channels  # a pointer is as many tokens as it takes
+        split = pointers.shape[-1] // channels  # a pointer is cut into tokens of the memories' width
         tokens = pointers.reshape(batch, -1, channels)
         token_position = jnp.repeat(self.pointer_position(pointer_times), split, axis=1)
         token_position = jnp.broadcast_to(token_position, tokens.shape)
@@ -212,7 +185,7 @@ class SAM2(nn.Module):
         return self.memory_attention(coarse, frame_position, memory, position, tokens.shape[1], key_mask)
 
     def pointer_position(self, times: Array) -> Array:
-        """[B, P, Cm] of times [B, P]: 2.1 projects a sine of the time, 2.0 leaves pointers without one."""
+        """Position encoding [B, P, Cm] of times [B, P]: in 2.1 a projected sine of the time, in 2.0 zeros."""
         if self.version == "2.0":
             return jnp.zeros((*times.shape, self.variant.memory_features))
         half = self.variant.features // 2
@@ -220,22 +193,26 @@ class SAM2(nn.Module):
         return self.obj_ptr_tpos_proj(jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1))
 
     def __call__(self, images: Array) -> ObjectOutput:
-        """Every part once, on images [B, S, S, 3]: what `init` needs to lay out the params."""
+        """Runs every part once on images [B, S, S, 3], so that `init` creates all params."""
         features = self.add_no_memory_embed(self.encode_image(images))
         size = self.variant.image_size
-        shown = self.object_from_mask(features, jnp.ones((len(images), size, size, 1)))
-        mask = resize(shown.mask[..., None], (size, size))
-        memory = self.encode_memory(features[-1], mask, shown.object_score)[:, None]
-        coarse = self.attend_memory(features[-1], memory, jnp.zeros(1, int), shown.pointer[:, None], jnp.ones((1, 1)))
+        given = self.object_from_mask(features, jnp.ones((len(images), size, size, 1)))
+        mask = resize(given.mask[..., None], (size, size))
+        memory = self.encode_memory(features[-1], mask, given.object_score)[:, None]
+        coarse = self.attend_memory(features[-1], memory, jnp.zeros(1, int), given.pointer[:, None], jnp.ones((1, 1)))
         return self.decode_object([*features[:-1], coarse], None, multimask=True)
 
 
 def trunk_of(v: Variant, **settings) -> Hiera:
+    """The trunk of a size; settings: `remat`, `name`."""
     return Hiera(v.embed_dim, v.num_heads, v.stages, v.global_blocks, v.windows, v.position_size, **settings)
 
 
 def build(name: str, version: str = "2.1", image_size: int | None = None) -> SAM2:
-    """The model of a size in VARIANTS; `image_size` in pixels, a multiple of 32, instead of the one it was made for."""
+    """The model of a size in VARIANTS; image_size: pixels, a multiple of 32, None for the size's own.
+
+    Raises UserError if the name or the version is unknown, or the image size is not a multiple of 32.
+    """
     size = VARIANTS[variant_name(name)]
     if version not in VERSIONS:
         raise UserError(f"unknown version {version!r}; allowed: {', '.join(VERSIONS)}")
@@ -243,14 +220,6 @@ def build(name: str, version: str = "2.1", image_size: int | None = None) -> SAM
     if variant.image_size < 32 or variant.image_size % 32:
         raise UserError(f"image_size must be a multiple of 32 pixels, got {image_size}")
     return SAM2(variant, version)
-
-
-def variant_name(name: str) -> str:
-    """The key of VARIANTS that `name` means; base_plus is base-plus."""
-    key = name.replace("_", "-")
-    if key not in VARIANTS:
-        raise UserError(f"unknown model {name!r}; allowed: {', '.join(VARIANTS)}{suggest(key, VARIANTS)}")
-    return key
 
 
 @cache
@@ -261,14 +230,16 @@ def abstract_params(model: SAM2) -> dict:
 
 
 def init_params(model: SAM2, seed: int) -> dict:
-    """A random params tree, the same to the bit on every machine: numpy draws it, since XLA takes most of a minute
-    to compile hundreds of small random operations."""
+    """A random params tree, bitwise equal on every machine.
+
+    numpy draws it, because XLA takes most of a minute to compile hundreds of small random operations.
+    """
     rng = np.random.default_rng(seed)
     flat = flatten(abstract_params(model))
-    return jax.device_put(unflatten({path: _draw(rng, path, leaf.shape) for path, leaf in flat.items()}))
+    return jax.device_put(unflatten({path: _random_leaf(rng, path, leaf.shape) for path, leaf in flat.items()}))
 
 
-def _draw(rng: np.random.Generator, path: str, shape: tuple[int, ...]) -> np.ndarray:
+def _random_leaf(rng: np.random.Generator, path: str, shape: tuple[int, ...]) -> np.ndarray:
     normal = partial(rng.standard_normal, shape, np.float32)
     match path.rpartition("/")[2]:
         case "kernel":

@@ -18,18 +18,18 @@ LOGIT_LIMIT = 32.0  # low-resolution logits are handed out within +- this
 
 @partial(jax.jit, static_argnames="model")
 def encode_images(model: SAM2, params: dict, images: Array) -> list[Array]:
-    """Preprocessed images [B, S, S, 3] -> the three feature maps that `decode` takes, in the images' dtype."""
+    """Preprocessed images [B, S, S, 3] -> the three feature maps for `decode`, in the images' dtype."""
     features = model.apply({"params": params}, images, method="encode_image")
     return model.apply({"params": params}, features, method="add_no_memory_embed")
 
 
 def decode(model: SAM2, params: dict, features: list[Array], points, masks=None, *, multimask: bool) -> Decoded:
-    """Masks of P prompts on one image's features; see SAM2.decode_masks.
+    """Masks of P prompts on one image's features; see `SAM2.decode_masks`.
 
-    What `encode_images` reads is left out, so that models which differ there only share one program.
+    The image encoder's params are not passed on, so that models which differ only there share one compiled program.
     """
-    read = {name: part for name, part in params.items() if name != "image_encoder"}
-    return _decode(model, read, features, points, masks, multimask=multimask)
+    decoder_params = {name: part for name, part in params.items() if name != "image_encoder"}
+    return _decode(model, decoder_params, features, points, masks, multimask=multimask)
 
 
 @partial(jax.jit, static_argnames=("model", "multimask"))
@@ -40,24 +40,60 @@ def _decode(model: SAM2, params: dict, features: list[Array], points, masks, *, 
 class ImagePredictor:
     """Segments one image at a time.
 
-        predictor = ImagePredictor(model, params)
+        predictor = ImagePredictor(model, params)   # or ImagePredictor.from_pretrained("demo")
         predictor.set_image(image)
         masks, scores, low_res = predictor.predict(point_coords=[[x, y]], point_labels=[1])
 
-    Each new number of points, of prompts, or image size compiles once.
+    The methods, their arguments and their results are those of SAM2ImagePredictor. XLA compiles once per number of
+    points, of prompts, and image size.
     """
 
-    def __init__(self, model: SAM2, params: dict, mask_threshold: float = 0.0, dtype: str = "float32"):
+    def __init__(
+        self,
+        model: SAM2,
+        params: dict,
+        mask_threshold: float = 0.0,
+        max_hole_area: float = 0.0,
+        max_sprinkle_area: float = 0.0,
+        *,
+        dtype: str = "float32",
+    ):
+        """A predictor of `model` with `params`; mask_threshold: of the logits; dtype: of the activations.
+
+        Raises UserError for max_hole_area or max_sprinkle_area other than 0: the original's clean-up of masks is not
+        implemented.
+        """
+        check_default("max_hole_area", max_hole_area, 0)
+        check_default("max_sprinkle_area", max_sprinkle_area, 0)
         self.model, self.params = model, params
-        self.mask_threshold, self.dtype = mask_threshold, dtype
+        self.mask_threshold, self.dtype = mask_threshold, float_dtype(dtype)
         self.reset_predictor()
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_id: str,
+        *,
+        name: str | None = None,
+        version: str | None = None,
+        image_size: int | None = None,
+        **kwargs,
+    ) -> "ImagePredictor":
+        """A predictor of "demo", a package, a checkpoint or a Hub id; arguments as in `sam2jq.load`.
+
+        kwargs: further arguments of the constructor, such as `dtype`.
+        """
+        from sam2jq.api import load  # the API is built on the predictors
+
+        model, params = load(model_id, name=name, version=version, image_size=image_size)
+        return cls(model, params, **kwargs)
+
     def reset_predictor(self) -> None:
-        """Forgets the image."""
+        """Removes the image and its features."""
         self._features, self._orig_hw = None, None
 
     def set_image(self, image) -> None:
-        """Encodes an image, uint8 [H, W, 3] RGB or a PIL image, for the calls of `predict` that follow."""
+        """Encodes an image, uint8 [H, W, 3] RGB or a PIL image, for later calls of `predict`."""
         image = np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
         batch = jnp.asarray(preprocess(image, self.model.variant.image_size)[None], self.dtype)
         self._features = encode_images(self.model, self.params, batch)
@@ -77,13 +113,16 @@ class ImagePredictor:
         return_logits: bool = False,
         normalize_coords: bool = True,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Masks [M, H, W] of the image's size, their estimated IoU [M], and logits [M, S / 4, S / 4]; with a leading
-        axis of P when P > 1 prompts are given. Masks are 0 and 1 in float32, or logits with `return_logits`.
+        """Masks [M, H, W] of the image's size, their estimated IoU [M], and logits [M, S / 4, S / 4], all float32.
 
-        point_coords: [N, 2] or [P, N, 2], x and y in pixels of the image, or in 0..1 without `normalize_coords`.
+        P > 1 prompts add a leading axis P. Masks are 0 and 1, or logits with `return_logits`.
+
+        point_coords: [N, 2] or [P, N, 2], x and y in pixels of the image, or in 0..1 with normalize_coords=False.
         point_labels: [N] or [P, N], 1 foreground, 0 background. box: [4] or [P, 4], x0 y0 x1 y1.
         mask_input: logits [1, S / 4, S / 4] or [P, 1, S / 4, S / 4] of an earlier call.
-        multimask_output: M = 3 masks for an ambiguous prompt, else 1.
+        multimask_output: M = 3 masks per prompt, for ambiguous prompts, else 1.
+
+        Raises UserError if prompts have the wrong shape, RuntimeError if no image is set.
         """
         features = self._require_image()
         size = self._orig_hw if normalize_coords else (1, 1)
@@ -110,34 +149,73 @@ class ImagePredictor:
 
     def _mask_prompt(self, mask_input) -> np.ndarray:
         """[P, S / 4, S / 4, 1]."""
-        mask, side = np.asarray(mask_input, np.float32), self.model.variant.image_size // 4
+        mask, side = as_array("mask_input", mask_input, np.float32), self.model.variant.image_size // 4
         if mask.ndim not in (3, 4) or mask.shape[-3:] != (1, side, side):
             raise UserError(f"mask_input {list(mask.shape)} must be [1, {side}, {side}] or [P, 1, {side}, {side}]")
         return np.moveaxis(mask.reshape(-1, 1, side, side), 1, -1)
 
 
 def point_prompts(coords, labels, box, size: tuple[int, int], image_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Points [P, N, 2] in pixels of the model's image and labels [P, N]; a box is two points before the others.
+    """Points float32 [P, N, 2] in pixels of the model's image and labels int32 [P, N]; a box is the first two points.
 
-    coords [N, 2] or [P, N, 2], labels [N] or [P, N], box [4] or [P, 4], in pixels of an image of (height, width).
+    coords [N, 2] or [P, N, 2], labels [N] or [P, N], box [4] or [P, 4], in pixels of an image of size (height, width).
+    Raises UserError if a shape or a label is wrong, or if only one of coords and labels is given.
     """
     if (coords is None) != (labels is None):
         raise UserError("point_coords and point_labels go together: give both or neither")
     prompts = []
     if box is not None:
-        corners = np.asarray(box, np.float32).reshape(-1, 2, 2)
-        prompts.append((corners, np.tile(np.array([[2, 3]], np.int32), (len(corners), 1))))
+        prompts.append(box_corners(box))
     if coords is not None:
-        coords, labels = np.asarray(coords, np.float32), np.asarray(labels, np.int32)
-        if coords.shape[-1:] != (2,) or coords.shape[:-1] != labels.shape or labels.ndim not in (1, 2):
-            raise UserError(
-                f"point_coords {list(coords.shape)} and point_labels {list(labels.shape)} must be [N, 2] and [N], "
-                "or [P, N, 2] and [P, N]"
-            )
-        if not np.isin(labels, (-1, 0, 1)).all():
-            raise UserError("point_labels must be 1 (foreground), 0 (background) or -1 (padding)")
-        prompts.append((coords.reshape(-1, *coords.shape[-2:]), labels.reshape(-1, labels.shape[-1])))
+        prompts.append(clicks(coords, labels))
     if len({len(coords) for coords, _ in prompts}) > 1:
         raise UserError("box and point_coords must hold the same number of prompts")
     coords, labels = (np.concatenate(part, axis=1) for part in zip(*prompts))
     return coords / np.array(size[::-1], np.float32) * image_size, labels
+
+
+def box_corners(box) -> tuple[np.ndarray, np.ndarray]:
+    """Corners [P, 2, 2] of boxes [4] or [P, 4], and their labels [P, 2], 2 and 3."""
+    box = as_array("box", box, np.float32)
+    if box.ndim not in (1, 2) or box.shape[-1] != 4:
+        raise UserError(f"box {list(box.shape)} must be [4] or [P, 4]: x0 y0 x1 y1")
+    corners = box.reshape(-1, 2, 2)
+    return corners, np.tile(np.array([[2, 3]], np.int32), (len(corners), 1))
+
+
+def clicks(coords, labels) -> tuple[np.ndarray, np.ndarray]:
+    """Points [P, N, 2] and labels [P, N] of coords [N, 2] or [P, N, 2] and labels [N] or [P, N]."""
+    coords, labels = as_array("point_coords", coords, np.float32), as_array("point_labels", labels, np.int32)
+    if coords.shape[-1:] != (2,) or coords.shape[:-1] != labels.shape or labels.ndim not in (1, 2):
+        raise UserError(
+            f"point_coords {list(coords.shape)} and point_labels {list(labels.shape)} must be [N, 2] and [N], "
+            "or [P, N, 2] and [P, N]"
+        )
+    if not np.isin(labels, (-1, 0, 1)).all():
+        raise UserError("point_labels must be 1 (foreground), 0 (background) or -1 (padding)")
+    return coords.reshape(-1, *coords.shape[-2:]), labels.reshape(-1, labels.shape[-1])
+
+
+def as_array(name: str, value, dtype) -> np.ndarray:
+    """`value` as a numpy array. Raises UserError if it is not an array of numbers."""
+    try:
+        return np.asarray(value, dtype)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name} is not an array of numbers: {error}") from error
+
+
+def float_dtype(dtype) -> str:
+    """The name of a floating-point dtype. Raises UserError for any other."""
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError as error:
+        raise UserError(f"unknown dtype {dtype!r}; allowed: float32, bfloat16, float16") from error
+    if name not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"dtype {name} is not supported; allowed: float32, bfloat16, float16")
+    return name
+
+
+def check_default(name: str, value, default) -> None:
+    """Raises UserError unless an option of the original that is not implemented has its default."""
+    if value != default:
+        raise UserError(f"{name}={value!r} is not supported; only its default {default!r} is")

@@ -35,11 +35,9 @@ def calibration_forward(sam: SAM2, frames: Array) -> None:
     size = sam.variant.image_size
     *fine, coarse = sam.encode_image(frames)
     first = sam.add_no_memory_embed([level[:1] for level in (*fine, coarse)])
-    centres = (jnp.arange(CLICKS) + 0.5) * size / CLICKS
-    clicks = jnp.stack(jnp.meshgrid(centres, centres), -1).reshape(-1, 1, 2)
-    clicked = sam.select_best_mask(sam.decode_masks(first, (clicks, jnp.ones((len(clicks), 1), int)), multimask=True))
+    clicked = sam.select_best_mask(sam.decode_masks(first, prompts.click_grid(CLICKS, size), multimask=True))
     boxes = prompts.boxes(clicked.mask > 0) * size / clicked.mask.shape[-1]
-    corners = boxes, jnp.tile(jnp.array([2, 3]), (len(clicks), 1))
+    corners = boxes, jnp.tile(jnp.array([2, 3]), (len(boxes), 1))
     boxed = sam.select_best_mask(sam.decode_masks(first, corners, clicked.mask[..., None], multimask=False))
 
     largest = jnp.argsort(-(clicked.mask > 0).sum((1, 2)), stable=True)[: 2 * TRACKED : 2]

@@ -1,6 +1,7 @@
 import numpy as np
 
-from sam2jq.eval.agreement import Compared, prompt_grid
+from sam2jq.data.prompts import click_grid
+from sam2jq.eval.agreement import Compared
 from sam2jq.eval.gallery import RANDOM, WORST, Gallery, Shown, add, of_clicks, of_objects, sample_images
 
 
@@ -40,7 +41,7 @@ def test_of_a_click_the_mask_is_shown_that_full_precision_thinks_best():
     found = of_clicks("a", Compared(None, None, ious, best, tuple(masks)))
     assert [one.iou for one in found] == [0, 5, 7, 11]
     assert np.array_equal(found[1].before, masks[0, 1, 2])
-    assert np.allclose([one.click for one in found], prompt_grid(2, 1)[0][:, 0])
+    assert np.allclose([one.click for one in found], click_grid(2, 1)[0][:, 0])
 
 
 def test_an_object_is_clicked_inside_and_both_masks_are_compared_with_it():

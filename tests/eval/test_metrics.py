@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
-from sam2jq.eval.agreement import prompt_grid
+from sam2jq.data.prompts import click_grid
 from sam2jq.eval.metrics import (
     VideoScores,
     boundary_iou,
@@ -253,6 +253,6 @@ def test_the_number_of_axes_must_fit():
 
 
 def test_the_prompt_grid_covers_the_image_evenly():
-    points, labels = prompt_grid(2, 8)
+    points, labels = click_grid(2, 8)
     assert points[:, 0].tolist() == [[2, 2], [6, 2], [2, 6], [6, 6]]
     assert (labels == 1).all()

@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from sam2jq.models.attention import QUERY_CHUNK, attention
+from sam2jq.models.capture import OUTPUTS
+from sam2jq.models.chunking import chunked_map
 from sam2jq.models.hiera import Hiera, from_windows, to_windows
-from sam2jq.models.layers import OUTPUTS, QUERY_CHUNK, attention, chunked_map, resize
+from sam2jq.models.layers import resize
 from sam2jq.models.sam2 import build, init_params
 from sam2jq.tree import flatten
 

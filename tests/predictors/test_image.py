@@ -5,6 +5,7 @@ from PIL import Image
 from converters.exports.vanilla import define_torchvision_operators
 from sam2jq import ImagePredictor
 from sam2jq.data import draw_scene
+from sam2jq.errors import UserError
 from tests.conftest import relative, twin
 
 
@@ -54,7 +55,7 @@ def test_masks_equal_the_original_predictor(predictors):
     assert (got != expected).mean() < 1e-4  # pixels whose logit is zero but for rounding
 
 
-def test_a_pil_image_is_as_good_as_an_array(predictors):
+def test_a_pil_image_has_the_embedding_of_its_array(predictors):
     _, ours = predictors
     image = draw_scene(1).image
     one, other = (ImagePredictor(ours.model, ours.params) for _ in range(2))
@@ -80,10 +81,13 @@ def test_bfloat16_activations_stay_close(predictors):
         ({"point_coords": [[1, 2]], "point_labels": [5]}, "point_labels must be 1"),
         ({"mask_input": np.zeros((1, 8, 8))}, r"mask_input \[1, 8, 8\] must be \[1, 64, 64\]"),
         ({"box": np.zeros((3, 4)), **POINT}, "the same number of prompts"),
+        ({"box": [1, 2, 3]}, r"box \[3\] must be \[4\] or \[P, 4\]"),
+        ({"box": "left"}, "box is not an array of numbers"),
+        ({"point_coords": [[1, 2], [3]], "point_labels": [1, 0]}, "point_coords is not an array of numbers"),
     ],
 )
 def test_a_wrong_prompt_is_named(predictors, prompt, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         predictors[1].predict(**prompt)
 
 

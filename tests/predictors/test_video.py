@@ -9,7 +9,10 @@ from PIL import Image
 from converters.exports.vanilla import build_original
 from sam2jq import VideoPredictor
 from sam2jq.data.synthetic.scenes import draw_clip
+from sam2jq.errors import UserError
 from sam2jq.predictors import video as tracking
+from sam2jq.predictors.memory_bank import FrameInfo, condition_on_memory
+from sam2jq.predictors.video_state import memory_bank
 from tests.conftest import twin
 
 FRAMES = 12
@@ -97,7 +100,7 @@ def test_corrections_masks_and_both_directions_match_the_original(pair, clip):
 
 
 @pytest.mark.slow
-def test_corrected_frames_are_kept_as_prompted_ones_when_asked(pair, clip):
+def test_add_all_frames_to_correct_as_cond_matches_the_original(pair, clip):
     original, ours = pair
     original.add_all_frames_to_correct_as_cond = True
     ours = VideoPredictor(ours.model, ours.params, add_all_frames_to_correct_as_cond=True)
@@ -115,8 +118,8 @@ def test_corrected_frames_are_kept_as_prompted_ones_when_asked(pair, clip):
 
 
 def test_a_whole_clip_compiles_one_step(pair):
-    """Memories fill up over the first 15 frames, and nothing is traced again; what goes to the device for frame 17 is
-    as large as what goes there for frame 1."""
+    """The bank fills up over the first 15 frames, and nothing is traced again; the arrays sent to the device for frame
+    17 have the shapes of those for frame 1."""
     _, predictor = pair
     chex.clear_trace_counter()
     once = chex.assert_max_traces(tracking.track_frame.__wrapped__, n=1)
@@ -127,30 +130,30 @@ def test_a_whole_clip_compiles_one_step(pair):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tracking, "track_frame", step)
         assert len(list(predictor.propagate_in_video(state))) == 18
-    shapes = [jax.tree.map(np.shape, predictor._bank(list(state.objects.values()), frame, False)) for frame in (1, 17)]
+    shapes = [jax.tree.map(np.shape, memory_bank(list(state.objects.values()), frame, False)) for frame in (1, 17)]
     assert shapes[0] == shapes[1]
 
 
-def test_empty_places_of_the_bank_change_nothing(pair):
-    """To 1e-5: a bank with room for two frames, both there, as they are in one with room for all that it can hold."""
+def test_empty_entries_of_the_bank_change_nothing(pair):
+    """To 1e-5: a bank of two entries, both filled, against one of all POINTERS entries with the same two filled."""
     _, predictor = pair
     state = predictor.init_state(draw_clip(4, 4).frames)
     predictor.add_new_points_or_box(state, 0, 1, points=[[60, 80]], labels=[1])
     list(predictor.propagate_in_video(state))
-    bank = predictor._bank(list(state.objects.values()), 3, False)
-    short = bank._replace(**{name: getattr(bank, name)[:, :2] for name in bank._fields if name.startswith("recent")})
+    bank = memory_bank(list(state.objects.values()), 3, False)
+    short = bank._replace(**{name: getattr(bank, name)[:, :2] for name in bank._fields if name.startswith("non_cond")})
     coarse = np.random.default_rng(0).standard_normal((1, 16, 16, 64)).astype(np.float32)
-    look = jax.jit(
+    condition = jax.jit(
         lambda bank: predictor.model.apply(
             {"params": predictor.params},
             coarse,
             bank,
-            tracking.FrameInfo(3, 1, 3.0),
-            method=tracking.condition_on_memory,
+            FrameInfo(3, 1, 3.0),
+            method=condition_on_memory,
         )
     )
-    assert bank.recent.sum() == 2
-    np.testing.assert_allclose(look(short), look(bank), atol=1e-5)
+    assert bank.non_cond_valid.sum() == 2
+    np.testing.assert_allclose(condition(short), condition(bank), atol=1e-5)
 
 
 def test_bad_input_is_named(pair):
@@ -159,7 +162,9 @@ def test_bad_input_is_named(pair):
     with pytest.raises(ValueError, match="no prompt on any object"):
         next(predictor.propagate_in_video(state))
     with pytest.raises(ValueError, match="object 5 was never added; the objects are"):
-        predictor.remove_object(state, 5)
+        predictor.remove_object(state, 5, strict=True)
+    with pytest.raises(ValueError, match="object 5 was never added"):
+        predictor.clear_all_prompts_in_frame(state, 0, 5)
     with pytest.raises(ValueError, match=r"object 1: the mask is \[40, 61\], the frames \[40, 60\]"):
         predictor.add_new_mask(state, 0, 1, np.ones((40, 61)))
     with pytest.raises(ValueError, match="frame 2: the clip has frames 0 to 1"):
@@ -170,7 +175,12 @@ def test_bad_input_is_named(pair):
         predictor.add_new_points_or_box(state, 0, 1, points=[[1, 1]])
     with pytest.raises(ValueError, match="clear_old_points=True"):
         predictor.add_new_points_or_box(state, 0, 1, box=[1, 1, 5, 5], clear_old_points=False)
+    with pytest.raises(UserError, match="object 1: 2 prompts for one object"):
+        predictor.add_new_points_or_box(state, 0, 1, box=[[1, 1, 5, 5], [2, 2, 6, 6]])
+    with pytest.raises(UserError, match="mask is not an array of numbers"):
+        predictor.add_new_mask(state, 0, 1, [[1, 2], [3]])
     assert state.objects == {}  # nothing half entered
+    assert predictor.remove_object(state, 5) == ([], [])
     with pytest.raises(ValueError, match=r"a clip must be uint8 \[T, H, W, 3\]"):
         predictor.init_state(np.zeros((0, 40, 60, 3), np.uint8))
     with pytest.raises(FileNotFoundError, match="no such file or folder"):

@@ -109,6 +109,16 @@ def scene_seed(name: str) -> int:
     return (int(seed) << 32) + int(index)
 
 
+def scene_names(spec: str, num_samples: int | None) -> list[str]:
+    """["scenes:7/0000", "scenes:7/0001", ...] for "scenes:7"."""
+    seed = spec.removeprefix("scenes:")
+    if not seed.isdecimal():
+        raise UserError(f"{spec}: the seed must be a whole number that is not negative; write it like scenes:7")
+    if num_samples is None:
+        raise UserError(f"{spec}: drawn scenes have no end; give num_samples")
+    return [f"scenes:{int(seed)}/{index:04d}" for index in range(num_samples)]
+
+
 def pointable(owner):
     """The numbers of the objects that show enough of themselves to be pointed at, from back to front."""
     visible = np.bincount(owner.ravel(), minlength=MAX_OBJECTS + 1)[1:] / owner.size

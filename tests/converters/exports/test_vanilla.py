@@ -9,8 +9,8 @@ from converters.checkpoint import load_checkpoint
 from converters.exports.vanilla import build_original, define_torchvision_operators, save_vanilla
 from sam2jq import ImagePredictor, QuantSpec, VideoPredictor, build, layers
 from sam2jq.data.synthetic.scenes import draw_clip, draw_scene
+from sam2jq.eval.image_benchmark import corners, interior_point
 from sam2jq.eval.metrics import iou
-from sam2jq.eval.prompted import corners, interior_point
 from sam2jq.quant.algorithms.rtn import round_weights
 
 LIMIT = 0.99

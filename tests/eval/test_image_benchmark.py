@@ -2,15 +2,15 @@ import numpy as np
 import pytest
 
 from sam2jq.data.synthetic.scenes import draw_scene
-from sam2jq.eval.prompted import (
+from sam2jq.eval.image_benchmark import (
     PROMPTS,
     corners,
     correction_click,
     enlarge,
     interior_point,
     segment_objects,
-    track_from_masks,
 )
+from sam2jq.eval.vos_benchmark import track_from_masks
 from sam2jq.models.layers import resize
 from tests.conftest import twin
 

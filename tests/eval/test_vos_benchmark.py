@@ -6,9 +6,10 @@ from PIL import Image
 
 from sam2jq.cli.main import main
 from sam2jq.data.sav import read_mask, write_mask
+from sam2jq.data.sources import find_clips, find_samples
 from sam2jq.data.synthetic.scenes import draw_clip
-from sam2jq.eval.evaluate import find_clips, find_samples, track_objects
 from sam2jq.eval.metrics import video_scores
+from sam2jq.eval.vos_benchmark import track_objects
 
 FRAMES, SIDE = 6, 64
 

@@ -1,0 +1,119 @@
+"""Promptable image segmentation: objects of images from boxes and simulated clicks, scored by mIoU.
+
+Letters: I objects of one image, H x W its size, S the model's image side in pixels.
+"""
+
+from collections.abc import Iterable
+
+import jax.numpy as jnp
+import numpy as np
+from scipy.ndimage import distance_transform_edt
+
+from sam2jq.data import preprocess
+from sam2jq.data.sources import LabeledImage
+from sam2jq.errors import UserError
+from sam2jq.eval.metrics import iou
+from sam2jq.models.sam2 import SAM2
+from sam2jq.predictors.image import LOGIT_LIMIT, decode, encode_images
+
+PROMPTS = ("box", "1 click", "3 clicks")
+BATCH = 16  # prompts decoded together; smaller batches are padded, so that the decoder compiles once
+
+
+def evaluate_images(model: SAM2, params: dict, samples: Iterable[LabeledImage], dtype: str = "float32") -> dict:
+    """{"miou": {"box", "1 click", "3 clicks"}: means over all instances in 0..1, "images", "instances": counts}.
+
+    Raises UserError if no image has an object.
+    """
+    pairs = (pair for pair in (sample.read() for sample in samples) if len(pair[1]))
+    ious = [object_ious(segment_objects(model, params, *pair, dtype), pair[1]) for pair in pairs]
+    if not ious:
+        raise UserError("no image has an object to segment: every annotation is a crowd or missing")
+    return {"miou": mean_ious(ious), "images": len(ious), "instances": sum(len(image["box"]) for image in ious)}
+
+
+def segment_objects(
+    model: SAM2, params: dict, image: np.ndarray, masks: np.ndarray, dtype: str = "float32"
+) -> dict[str, np.ndarray]:
+    """{"box", "1 click", "3 clicks": bool [I, H, W]}: predictions for prompts simulated from `masks` [I, H, W].
+
+    The box is the mask's bounding box. The first click is the mask's interior point, and the best of three masks by
+    estimated IoU is taken. Each later click is the interior point of the widest error region, and refines the earlier
+    mask (SAM 2, appendix F.1).
+    """
+    features = encode_images(model, params, jnp.asarray(preprocess(image, model.variant.image_size)[None], dtype))
+    parts = [segment_batch(model, params, features, masks[i : i + BATCH]) for i in range(0, len(masks), BATCH)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in PROMPTS}
+
+
+def segment_batch(model: SAM2, params: dict, features: list, masks: np.ndarray) -> dict[str, np.ndarray]:
+    """As `segment_objects`, for at most BATCH objects."""
+    count, *size = masks.shape
+    scale = model.variant.image_size / np.array(size[::-1], np.float32)
+
+    def predict(points: np.ndarray, labels: np.ndarray, mask_input: np.ndarray | None, multimask: bool):
+        """Mask logits [count, S / 4, S / 4] and bool masks [count, H, W]."""
+        pad = lambda x: np.concatenate([x, np.repeat(x[-1:], BATCH - len(x), axis=0)])
+        if mask_input is not None:
+            mask_input = pad(mask_input.clip(-LOGIT_LIMIT, LOGIT_LIMIT))[..., None]
+        out = decode(model, params, features, (pad(points * scale), pad(labels)), mask_input, multimask=multimask)
+        best = np.asarray(out.ious).argmax(1)
+        logits = np.asarray(out.masks, np.float32)[np.arange(BATCH), best][:count]
+        return logits, enlarge(logits, size) > 0
+
+    results = {}
+    boxes = np.stack([corners(mask) for mask in masks])
+    _, results["box"] = predict(boxes, np.tile(np.array([[2, 3]], np.int32), (count, 1)), None, False)
+    points = np.stack([interior_point(mask)[0] for mask in masks])[:, None].astype(np.float32)
+    labels = np.ones((count, 1), np.int32)
+    logits, predicted = predict(points, labels, None, True)
+    results["1 click"] = predicted
+    for _ in range(2):
+        clicks = [correction_click(*pair) for pair in zip(predicted, masks)]
+        points = np.concatenate([points, np.array([[point] for point, _ in clicks], np.float32)], 1)
+        labels = np.concatenate([labels, np.array([[label] for _, label in clicks], np.int32)], 1)
+        logits, predicted = predict(points, labels, logits, False)
+    return results | {"3 clicks": predicted}
+
+
+def corners(mask: np.ndarray) -> np.ndarray:
+    """The corners [2, 2], x0 y0 and x1 y1, of the bounding box of a mask [H, W]."""
+    y, x = np.nonzero(mask)
+    return np.array([[x.min(), y.min()], [x.max(), y.max()]], np.float32)
+
+
+def interior_point(region: np.ndarray) -> tuple[tuple[int, int], float]:
+    """The pixel x, y of a region [H, W] farthest from its edge, and that distance; the image border is an edge."""
+    distance = distance_transform_edt(np.pad(region, 1))[1:-1, 1:-1]
+    y, x = np.unravel_index(distance.argmax(), region.shape)
+    return (x, y), distance[y, x]
+
+
+def correction_click(predicted: np.ndarray, target: np.ndarray) -> tuple[tuple[int, int], int]:
+    """The next click x, y on a mask [H, W] and its label: 1 in a false negative region, 0 in a false positive one."""
+    (missed, missed_distance), (extra, extra_distance) = (
+        interior_point(region) for region in (target & ~predicted, predicted & ~target)
+    )
+    if missed_distance == extra_distance == 0:  # no error
+        return interior_point(target)[0], 1
+    return (missed, 1) if missed_distance >= extra_distance else (extra, 0)
+
+
+def enlarge(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Bilinear resizing [I, h, w] -> [I, H, W], in numpy: each image size would compile anew in jax."""
+
+    def weights(length: int, new_length: int) -> np.ndarray:
+        position = ((np.arange(new_length) + 0.5) * length / new_length - 0.5).clip(0, length - 1)
+        return np.maximum(1 - np.abs(position[:, None] - np.arange(length)), 0).astype(np.float32)
+
+    return weights(logits.shape[1], size[0]) @ logits @ weights(logits.shape[2], size[1]).T
+
+
+def object_ious(predicted: dict[str, np.ndarray], masks: np.ndarray) -> dict[str, np.ndarray]:
+    """{"box", "1 click", "3 clicks": IoU [I]} of the result of `segment_objects` with `masks` [I, H, W]."""
+    return {name: iou(predicted[name], masks) for name in PROMPTS}
+
+
+def mean_ious(images: list[dict[str, np.ndarray]]) -> dict[str, float]:
+    """{"box", "1 click", "3 clicks": mIoU}: the mean over all objects of all images."""
+    return {name: float(np.concatenate([ious[name] for ious in images]).mean()) for name in PROMPTS}

@@ -1,0 +1,35 @@
+"""Functions applied to a few rows at a time, to bound the memory of their intermediate arrays."""
+
+import sys
+from collections.abc import Callable
+
+import jax
+
+Array = jax.Array
+CPU_CHUNK_SIZE = 2**21  # elements of a chunk's widest array: the fastest of 2**19 to 2**22 on two cores
+
+
+def chunked_map(f: Callable, x: Array, rows: int):
+    """f(x), an array or several, computed for at most `rows` rows of x [N, ...] at a time.
+
+    `f` must treat each row independently. Layers that `f` calls may read parameters but not sow.
+    """
+    if len(x) <= rows:
+        return f(x)
+    rows = largest_divisor(len(x), rows)
+    f = jax.checkpoint(f, prevent_cse=False)  # on a CPU faster than storing the intermediate arrays for the gradient
+    out = jax.lax.map(f, x.reshape(-1, rows, *x.shape[1:]))
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), out)
+
+
+def largest_divisor(length: int, limit: int) -> int:
+    """The largest divisor of `length` up to `limit`: chunks of this size are equal and need no padding."""
+    return next(size for size in range(min(limit, length), 0, -1) if length % size == 0)
+
+
+def cpu_chunk_rows(width: int) -> int:
+    """How many rows of `width` elements fit in a CPU's caches; no limit on an accelerator, which fills its cores.
+
+    Chunks halve the time of Hiera's first MLPs on a CPU, because memory bandwidth limits those, not arithmetic.
+    """
+    return max(1, CPU_CHUNK_SIZE // width) if jax.default_backend() == "cpu" else sys.maxsize

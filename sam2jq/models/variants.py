@@ -1,0 +1,49 @@
+"""The sizes of SAM 2 as a table."""
+
+from dataclasses import dataclass
+
+from sam2jq.errors import UserError, suggest
+
+VERSIONS = ("2.0", "2.1")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A size of SAM 2: the trunk's stages, and the widths of the other parts.
+
+    stages: blocks per stage; global_blocks: indices of the blocks with global attention; windows: window side per
+    stage, in tokens; position_size: side of the learned background position embedding, in tokens; image_size: side of
+    the model's square input, in pixels.
+    """
+
+    embed_dim: int
+    num_heads: int
+    stages: tuple[int, ...]
+    global_blocks: tuple[int, ...]
+    windows: tuple[int, ...] = (8, 4, 14, 7)
+    position_size: int = 7
+    features: int = 256
+    memory_features: int = 64
+    memory_layers: int = 4
+    memory_hidden: int = 2048
+    image_size: int = 1024
+
+
+VARIANTS = {
+    "tiny": Variant(96, 1, (1, 2, 7, 2), (5, 7, 9)),
+    "small": Variant(96, 1, (1, 2, 11, 2), (7, 10, 13)),
+    "base-plus": Variant(112, 2, (2, 3, 16, 3), (12, 16, 20), position_size=14),
+    "large": Variant(144, 2, (2, 6, 36, 4), (23, 33, 43), windows=(8, 4, 16, 8)),
+    "nano": Variant(
+        32, 1, (1, 2, 3, 1), (4,), (8, 4, 8, 4), features=64, memory_features=16, memory_layers=2, memory_hidden=256,
+        image_size=256,
+    ),
+}  # fmt: skip
+
+
+def variant_name(name: str) -> str:
+    """The key of VARIANTS for `name`, in which "_" may stand for "-". Raises UserError if there is none."""
+    key = name.replace("_", "-")
+    if key not in VARIANTS:
+        raise UserError(f"unknown model {name!r}; allowed: {', '.join(VARIANTS)}{suggest(key, VARIANTS)}")
+    return key

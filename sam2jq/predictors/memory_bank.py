@@ -1,0 +1,98 @@
+"""The memory bank of a tracked clip, and a frame's objects conditioned on it (SAM 2, arXiv 2408.00714, section 4).
+
+Letters: B objects, K conditioning frames (those with a prompt), R non-conditioning entries, S the model's image side,
+[h, w] its coarsest map, C and Cm the channels of pointers and memories. All functions are pure and may be traced.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sam2jq.models.decoder import Decoded
+from sam2jq.models.layers import resize
+from sam2jq.models.sam2 import MEMORIES, SAM2, ObjectOutput
+
+Array = jax.Array
+EMPTY = -1  # frame number of an empty entry
+
+
+class FrameOutput(NamedTuple):
+    """The masks of B objects in one frame, and the memory of it."""
+
+    mask: Array  # logits [B, S / 4, S / 4]
+    pointer: Array  # [B, C]
+    object_score: Array  # logits [B, 1]
+    memory: Array | None  # bfloat16 [B, h, w, Cm], as in the original; None until it is encoded
+
+
+class MemoryBank(NamedTuple):
+    """The memories of B objects, in arrays whose shapes do not depend on how many frames were tracked.
+
+    Entry i of the non-conditioning frames was i + 1 frames ago (is i + 1 frames ahead, in reverse). A bank for T
+    frames with one conditioning frame needs only R = T - 2 entries; R = POINTERS is enough for any clip. Memories are
+    kept for the newest R' = min(R, MEMORIES - 1) entries.
+    """
+
+    cond_frames: Array  # int32 [B, K] frame numbers, or EMPTY
+    cond_memory: Array  # [B, K, h, w, Cm]
+    cond_pointer: Array  # [B, K, C]
+    non_cond_valid: Array  # bool [B, R], False at empty entries
+    non_cond_memory: Array  # [B, R', h, w, Cm]
+    non_cond_pointer: Array  # [B, R, C]
+
+
+class FrameInfo(NamedTuple):
+    """frame: its number; direction: 1, or -1 in reverse; max_age: frames after which a pointer is ignored."""
+
+    frame: Array
+    direction: Array
+    max_age: Array
+
+
+def condition_on_memory(sam: SAM2, coarse: Array, bank: MemoryBank, info: FrameInfo) -> Array:
+    """`coarse` [B, h, w, C] of the frame `info` conditioned on the bank; pointers of later frames are ignored."""
+    slots = bank.non_cond_memory.shape[1]
+    times = np.array([0] * bank.cond_frames.shape[1] + list(range(MEMORIES - 1, MEMORIES - 1 - slots, -1)))
+    cond_ages, cond_valid = (info.frame - bank.cond_frames) * info.direction, bank.cond_frames != EMPTY
+    ages = jnp.arange(1, bank.non_cond_valid.shape[1] + 1)
+    pointer_valid = bank.non_cond_valid & (ages <= info.max_age)
+    join = lambda *parts: jnp.concatenate(parts, axis=1)
+    return sam.attend_memory(
+        coarse,
+        join(bank.cond_memory, bank.non_cond_memory).astype(coarse.dtype),
+        times,
+        join(bank.cond_pointer, bank.non_cond_pointer).astype(coarse.dtype),
+        join(cond_ages, jnp.broadcast_to(ages, pointer_valid.shape)) / info.max_age,
+        join(cond_valid, bank.non_cond_valid[:, :slots], cond_valid & (cond_ages >= 0), pointer_valid),
+    )
+
+
+def update_memory_bank(bank: MemoryBank, output: FrameOutput, valid: Array) -> MemoryBank:
+    """The bank one frame later: `output` [B] becomes the newest non-conditioning entry, empty where not `valid` [B]."""
+    shift = lambda old, new: jnp.concatenate([new[:, None].astype(old.dtype), old[:, :-1]], axis=1)
+    return bank._replace(
+        non_cond_valid=shift(bank.non_cond_valid, valid),
+        non_cond_memory=shift(bank.non_cond_memory, output.memory),
+        non_cond_pointer=shift(bank.non_cond_pointer, output.pointer),
+    )
+
+
+def track_objects_in_frame(
+    sam: SAM2, features: list[Array], bank: MemoryBank, info: FrameInfo
+) -> tuple[FrameOutput, Decoded]:
+    """The bank's B objects in a frame with feature maps [1, ...], and all masks of which the best was chosen."""
+    *fine, coarse = features
+    coarse = jnp.broadcast_to(coarse, (len(bank.cond_frames), *coarse.shape[1:]))
+    padding_point = jnp.zeros((len(coarse), 1, 2)), jnp.full((len(coarse), 1), -1)
+    conditioned = [*fine, condition_on_memory(sam, coarse, bank, info)]
+    decoded = sam.decode_masks(conditioned, padding_point, multimask=True)
+    return memorize(sam, coarse, sam.select_best_mask(decoded)), decoded
+
+
+def memorize(sam: SAM2, coarse: Array, output: ObjectOutput | FrameOutput, *, binarize: bool = False) -> FrameOutput:
+    """`output` of B objects with its memory; coarse: the frame's map [B, h, w, C]; see `SAM2.encode_memory`."""
+    mask = resize(output.mask[..., None], (sam.variant.image_size,) * 2).astype(coarse.dtype)
+    memory = sam.encode_memory(coarse, mask, output.object_score, binarize=binarize)
+    return FrameOutput(output.mask, output.pointer, output.object_score, memory.astype(jnp.bfloat16))

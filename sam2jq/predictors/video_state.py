@@ -1,0 +1,95 @@
+"""The state of the objects of one clip, between the calls of the video predictor."""
+
+from dataclasses import dataclass, field
+
+import jax
+import numpy as np
+
+from sam2jq.data.video import Video
+from sam2jq.errors import UserError
+from sam2jq.models.sam2 import MEMORIES, POINTERS
+from sam2jq.predictors.memory_bank import EMPTY, FrameInfo, FrameOutput, MemoryBank
+
+Array = jax.Array
+
+
+@dataclass
+class ObjectState:
+    """Prompts and outputs of one object, by frame number. Outputs are numpy arrays [1, ...] in host memory."""
+
+    prompts: dict[int, tuple | None] = field(default_factory=dict)  # points and labels; None for a mask
+    pending: dict[int, tuple[FrameOutput, bool]] = field(default_factory=dict)  # memory not encoded; is_cond
+    cond: dict[int, FrameOutput] = field(default_factory=dict)
+    non_cond: dict[int, FrameOutput] = field(default_factory=dict)
+    reverse: dict[int, bool] = field(default_factory=dict)  # direction in which each frame was tracked
+
+    def latest(self, frame: int) -> FrameOutput | None:
+        """The newest output of a frame, if any."""
+        pending, _ = self.pending.get(frame, (None, False))
+        return pending or self.cond.get(frame) or self.non_cond.get(frame)
+
+
+@dataclass
+class VideoState:
+    """A clip and its objects. Outputs are in host memory; the device holds one frame's arrays."""
+
+    video: Video
+    objects: dict[int, ObjectState] = field(default_factory=dict)
+    features: tuple[int, list[Array]] | None = None  # number and feature maps of the frame prompted last
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.video)
+
+    @property
+    def obj_ids(self) -> list[int]:
+        return list(self.objects)
+
+    def object(self, obj_id: int) -> ObjectState:
+        """The state of an object. Raises UserError if there is none."""
+        if obj_id not in self.objects:
+            raise UserError(f"object {obj_id} was never added; the objects are {self.obj_ids}")
+        return self.objects[obj_id]
+
+
+def memory_bank(objects: list[ObjectState], frame: int, reverse: bool) -> MemoryBank:
+    """The memories of `objects` for tracking `frame`, as numpy arrays; at least one object has been prompted."""
+    cond_count = max(len(obj.cond) for obj in objects)
+    blank = jax.tree.map(np.zeros_like, next(iter(objects[0].cond.values())))
+    step = 1 if reverse else -1
+    non_cond_frames = [frame + age * step for age in range(1, POINTERS + 1)]
+
+    def rows(outputs: list[dict[int, FrameOutput]], frames: list[list[int]], name: str) -> np.ndarray:
+        leaf = lambda by_frame, frame: getattr(by_frame.get(frame, blank), name)[0]
+        return np.stack([[leaf(by_frame, frame) for frame in row] for by_frame, row in zip(outputs, frames)])
+
+    cond = [obj.cond for obj in objects]
+    cond_frames = [[*outputs, *[EMPTY] * (cond_count - len(outputs))] for outputs in cond]
+    non_cond = [obj.non_cond for obj in objects]
+    return MemoryBank(
+        cond_frames=np.array(cond_frames, np.int32),
+        cond_memory=rows(cond, cond_frames, "memory"),
+        cond_pointer=rows(cond, cond_frames, "pointer"),
+        non_cond_valid=np.array([[frame in outputs for frame in non_cond_frames] for outputs in non_cond]),
+        non_cond_memory=rows(non_cond, [non_cond_frames[: MEMORIES - 1]] * len(objects), "memory"),
+        non_cond_pointer=rows(non_cond, [non_cond_frames] * len(objects), "pointer"),
+    )
+
+
+def stack(outputs: list[FrameOutput]) -> FrameOutput:
+    """Outputs of single objects [1, ...] as one batch [B, ...]."""
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *outputs)
+
+
+def frame_info(state: VideoState, frame: int, reverse: bool) -> FrameInfo:
+    """What the model needs to know about the position of a frame in its clip."""
+    max_age = max(min(POINTERS, state.num_frames - 1), 1)
+    return FrameInfo(np.int32(frame), np.int32(-1 if reverse else 1), np.float32(max_age))
+
+
+def frame_order(first: int, num_frames: int, max_frames: int | None, reverse: bool) -> range:
+    """The frames tracked from `first` on, at most `max_frames` after it; none in reverse from frame 0."""
+    max_frames = num_frames if max_frames is None else max_frames
+    if reverse:
+        return range(first, max(first - max_frames, 0) - 1, -1) if first > 0 else range(0)
+    return range(first, min(first + max_frames, num_frames - 1) + 1)

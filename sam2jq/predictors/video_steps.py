@@ -1,0 +1,92 @@
+"""The compiled steps of the video predictor: one frame encoded, prompted, memorized or tracked.
+
+Letters as in memory_bank.py: B objects, S the model's image side.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from sam2jq.models.layers import resize
+from sam2jq.models.sam2 import SAM2, ObjectOutput
+from sam2jq.predictors.memory_bank import (
+    FrameInfo,
+    FrameOutput,
+    MemoryBank,
+    condition_on_memory,
+    memorize,
+    track_objects_in_frame,
+    update_memory_bank,
+)
+
+Array = jax.Array
+
+
+@partial(jax.jit, static_argnames="model")
+def encode_frame(model: SAM2, params: dict, image: Array) -> list[Array]:
+    """The feature maps of one preprocessed image [1, S, S, 3]."""
+    return model.apply({"params": params}, image, method="encode_image")
+
+
+@partial(jax.jit, static_argnames="model")
+def track_frame(
+    model: SAM2, params: dict, image: Array, bank: MemoryBank, cond: FrameOutput, is_cond: Array, info: FrameInfo
+) -> tuple[FrameOutput, MemoryBank]:
+    """The objects in one frame [1, S, S, 3] of a clip, and the bank for the next frame.
+
+    Where `is_cond` [B], this is a conditioning frame of the object: its output is `cond`, which the bank holds already.
+    """
+    features = model.apply({"params": params}, image, method="encode_image")
+    tracked, _ = model.apply({"params": params}, features, bank, info, method=track_objects_in_frame)
+    select = lambda given, own: jnp.where(is_cond.reshape(-1, *[1] * (own.ndim - 1)), given, own)
+    output = jax.tree.map(select, cond, tracked)
+    return output, update_memory_bank(bank, output, ~is_cond)
+
+
+@partial(jax.jit, static_argnames=("model", "multimask"))
+def prompt_frame(
+    model: SAM2,
+    params: dict,
+    features: list[Array],
+    bank: MemoryBank | None,
+    info: FrameInfo,
+    points,
+    mask_input,
+    *,
+    multimask: bool,
+) -> FrameOutput:
+    """An object from points on a frame, conditioned on `bank` if given; mask_input: earlier logits to refine."""
+
+    def run(sam: SAM2):
+        if bank is None:
+            maps = sam.add_no_memory_embed(features)
+        else:
+            *fine, coarse = features
+            maps = [*fine, condition_on_memory(sam, coarse, bank, info)]
+        return sam.decode_object(maps, points, mask_input, multimask=multimask)
+
+    return without_memory(model.apply({"params": params}, method=run))
+
+
+@partial(jax.jit, static_argnames="model")
+def mask_frame(model: SAM2, params: dict, features: list[Array], mask: Array) -> FrameOutput:
+    """An object from its mask [1, S, S, 1] of 0 and 1."""
+    return without_memory(model.apply({"params": params}, features, mask, method="object_from_mask"))
+
+
+def without_memory(output: ObjectOutput) -> FrameOutput:
+    """`output` as a FrameOutput whose memory is not encoded yet."""
+    return FrameOutput(output.mask, output.pointer, output.object_score, None)
+
+
+@partial(jax.jit, static_argnames="model")
+def memorize_prompted(model: SAM2, params: dict, coarse: Array, output: FrameOutput) -> FrameOutput:
+    """`output` [1, ...] of a prompted frame with its memory, made from the thresholded mask."""
+    return model.apply({"params": params}, coarse, output, method=memorize, binarize=True)
+
+
+@partial(jax.jit, static_argnames="size")
+def resize_masks(masks: Array, size: tuple[int, int]) -> Array:
+    """Mask logits [B, H, W] -> [B, 1, *size]."""
+    return resize(masks[..., None], size)[:, None, ..., 0]
