@@ -30,11 +30,12 @@ from encoder import proc
 from converters.exports.vanilla import build_original
 from converters.names import to_torch
 from sam2jq import build, init_params
-from sam2jq.distillation.targets import relative
+from sam2jq.distillation.losses import relative_square_error
 from sam2jq.quant.algorithms.activations import materialize_weights
 from sam2jq.quant.algorithms.fake_quant import init_fake_quant, stop_gradient_where, trainable_mask
 from sam2jq.quant.spec import QuantSpec
-from sam2jq.training.step import init_state, make_train_step
+from sam2jq.training.state import init_state
+from sam2jq.training.step import make_train_step
 from sam2jq.tree import flatten, kernels, layer_name, unflatten
 
 SIDE, BITS, RATE = 1024, 4, 1e-4
@@ -63,7 +64,7 @@ def jax_step(student_name: str, teacher_name: str, image: np.ndarray, remat: boo
         image, targets, rest = batch  # not constants of the program, whose compilation would hold them several times
         wanted = encode(teacher, targets, image)
         got = encode(model, unflatten(rest | flatten(materialize_weights(stop_gradient_where(params, marks)))), image)
-        return sum(relative(a, b) for a, b in zip(got, wanted)) / 3, {}
+        return sum(relative_square_error(a, b) for a, b in zip(got, wanted)) / 3, {}
 
     stays = jax.tree.map(lambda mark: not mark, marks)
     optimizer = optax.chain(optax.adamw(RATE, weight_decay=0), optax.masked(optax.set_to_zero(), stays))

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from sam2jq import init_params
-from sam2jq.distillation.targets import PARTS, affinity, distillation_loss, make_targets, mask_distance, moment_losses
+from sam2jq.distillation.losses import PARTS, distillation_loss, mask_distance, moment_losses
+from sam2jq.distillation.targets import affinity, make_targets
 from sam2jq.models.sam2 import SAM2, Variant
 from sam2jq.ptq.recipe import layers
 from sam2jq.quant.algorithms.fake_quant import base_weight, fake_quant_layers, init_fake_quant
@@ -74,7 +75,7 @@ def test_every_weight_that_may_learn_gets_a_gradient_from_a_teacher_of_another_s
     small, large = SAM2(SMALL), SAM2(LARGE)
     params = init_params(small, 1)
     student = init_fake_quant(params, dict.fromkeys(layers(params), QuantSpec(4)))
-    ask = partial(make_targets, large, asked=2, followed=1)
+    ask = partial(make_targets, large, num_prompts=2, num_objects=1)
     shapes = jax.eval_shape(ask, init_params(large, 0), jnp.zeros((2, 64, 64, 3)), jax.random.key(0))
     rng = np.random.default_rng(0)  # answers of no model, which spares compiling one
     batch = jax.tree.map(lambda leaf: np.abs(rng.normal(size=(1, *leaf.shape))).astype(leaf.dtype), shapes)

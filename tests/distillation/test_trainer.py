@@ -18,7 +18,7 @@ from sam2jq.config import loader
 from sam2jq.config.distill import DistillConfig, DistributedConfig
 from sam2jq.distillation import trainer as cdpq
 from sam2jq.distillation.history import history
-from sam2jq.distillation.targets import PARTS
+from sam2jq.distillation.losses import PARTS
 from sam2jq.quant.algorithms.activations import materialize_weights
 from sam2jq.quant.algorithms.fake_quant import base_weight, bits_of, init_fake_quant, to_quantized_params
 from sam2jq.quant.spec import QuantSpec
