@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from sam2jq import init_params
+from sam2jq.config.distill import DistillLossConfig
 from sam2jq.distillation.losses import PARTS, distillation_loss, mask_distance, moment_losses
+from sam2jq.distillation.target_cache import Teacher, target_program
 from sam2jq.distillation.targets import affinity, make_targets
 from sam2jq.models.sam2 import SAM2, Variant
 from sam2jq.ptq.recipe import layers
@@ -66,6 +68,20 @@ def test_masks_are_at_no_distance_from_themselves_and_the_gradient_leads_there()
     assert mask_distance(wanted, wanted) == pytest.approx(0, abs=1e-6)
     assert mask_distance(wanted + 1, wanted) > 1e-3
     np.testing.assert_allclose(jax.grad(mask_distance)(wanted, wanted), 0, atol=1e-6)
+
+
+def test_a_teacher_in_bfloat16_gives_slightly_different_targets_in_float32():
+    small, frames = SAM2(SMALL), np.random.default_rng(0).normal(size=(1, 64, 64, 3)).astype(np.float32)
+    config = DistillLossConfig(prompts=2, objects=1)
+    teachers = (Teacher(small, init_params(small, 0), dtype) for dtype in ("float32", "bfloat16"))
+    full, low = (
+        target_program(teacher, config, 0)(teacher.params, frames[None], np.zeros(1, np.uint32)) for teacher in teachers
+    )
+    assert {leaf.dtype for leaf in jax.tree.leaves(low)} == {np.dtype("float32"), np.dtype("int32")}
+    np.testing.assert_array_equal(low.frames, full.frames)
+    for got, expected in zip(low.outputs.features, full.outputs.features):
+        error = jnp.linalg.norm(got - expected) / jnp.linalg.norm(expected)
+        assert 1e-4 < error < 0.05  # bfloat16 has 8 bits of mantissa: 0.4 % a rounding, over tens of layers
 
 
 @pytest.mark.slow  # compiles the gradient of a whole SAM 2
