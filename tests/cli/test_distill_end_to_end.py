@@ -1,6 +1,8 @@
 """`python -m sam2jq distill` on the demo model at 64 pixels, from its flags to its package."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +31,8 @@ FILES = {"config.yaml", "metrics.jsonl", "metrics.json", "package.pt", "vanilla.
 def job(tmp_path_factory):
     """The folder of a finished run."""
     root = tmp_path_factory.mktemp("distill")
+    (root / "cache").mkdir()
+    (root / "cache" / "compiled").symlink_to(Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).absolute())
     flags = FLAGS | {"output.root": root / "out", "cache.root": root / "cache"}
     assert main(["distill", *(part for key, value in flags.items() for part in (f"--{key}", str(value)))]) == 0
     return root / "out" / "distill"

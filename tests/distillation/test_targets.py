@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam2jq import init_params
+from sam2jq import abstract_params, init_params
 from sam2jq.config.distill import DistillLossConfig
 from sam2jq.distillation.losses import PARTS, distillation_loss, mask_distance, moment_losses
 from sam2jq.distillation.target_cache import Teacher, target_program
@@ -70,6 +70,17 @@ def test_masks_are_at_no_distance_from_themselves_and_the_gradient_leads_there()
     np.testing.assert_allclose(jax.grad(mask_distance)(wanted, wanted), 0, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_targets_are_computed_in_the_teacher_s_dtype_and_are_float32(dtype):
+    small = SAM2(SMALL)
+    run = target_program(Teacher(small, {}, dtype), DistillLossConfig(prompts=2, objects=1), 0)
+    args = abstract_params(small), jnp.zeros((1, 1, 64, 64, 3)), jnp.zeros(1, jnp.uint32)
+    traced = run.trace(*args)
+    assert ("bf16[" in str(traced.jaxpr)) == (dtype == "bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(traced.out_info)} == {np.dtype("float32"), np.dtype("int32")}
+
+
+@pytest.mark.slow  # compiles a whole SAM 2 twice
 def test_a_teacher_in_bfloat16_gives_slightly_different_targets_in_float32():
     small, frames = SAM2(SMALL), np.random.default_rng(0).normal(size=(1, 64, 64, 3)).astype(np.float32)
     config = DistillLossConfig(prompts=2, objects=1)
