@@ -57,7 +57,7 @@ LEFT_OUT = {
     ("to 3.5", "to nearest"),
     ("to 3", "to nearest"),
     ("W4A8", "PTQ"),
-}  # the last loses nothing that could be recovered
+}  # the last loses no quality
 ROWS = [(name, kind) for name in STARTS for kind in ("to nearest", "PTQ") if (name, kind) not in LEFT_OUT]
 NANO = ModelConfig("nano")
 FIXED = {"confidence_method": "fixed"}
