@@ -1,13 +1,13 @@
-"""Times one distillation step of the image encoder against the same step in plain torch, in turn, and writes a table.
+"""Times one distillation step of the image encoder, alternating with the same step in plain torch; writes a table.
 
 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python experiments/bench/distill.py [--student tiny] [--teacher small] [--runs 8]
     [--out experiments/bench/distill.md]
 
 1024 x 1024, batch 1, float32, random weights: the teacher's features, the student's under 4-bit weights with straight-
-through gradients (one scale an output channel, fixed to the range of now), the relative square error of the three maps,
-and AdamW on all of the encoder. Each lives in a process of its own, as a user's does, and they run A B C A B C, one at
-a time; their losses are compared step by step. Huge pages are for all of them; without, the step of sam2jq, which takes
-its memory anew each time, waits longer for the system.
+through gradients (one scale an output channel, from the weights' present range), the relative square error of the three
+maps, and AdamW on the whole encoder. Each implementation has its own process. They run in the order A B C A B C, one at
+a time, and their losses are compared step by step. Huge pages are enabled for all of them. Without them, sam2jq's step,
+which allocates its memory anew each time, waits longer for the system.
 """
 
 import argparse
@@ -30,11 +30,12 @@ from encoder import proc
 from converters.exports.vanilla import build_original
 from converters.names import to_torch
 from sam2jq import build, init_params
-from sam2jq.distillation.targets import relative
+from sam2jq.distillation.losses import relative_square_error
 from sam2jq.quant.algorithms.activations import materialize_weights
 from sam2jq.quant.algorithms.fake_quant import init_fake_quant, stop_gradient_where, trainable_mask
 from sam2jq.quant.spec import QuantSpec
-from sam2jq.training.step import init_state, make_train_step
+from sam2jq.training.state import init_state
+from sam2jq.training.step import make_train_step
 from sam2jq.tree import flatten, kernels, layer_name, unflatten
 
 SIDE, BITS, RATE = 1024, 4, 1e-4
@@ -42,14 +43,14 @@ ENCODER = ("image_encoder", "sam_mask_decoder/conv_s")
 
 
 def encoder_of(params: dict) -> tuple[dict, dict]:
-    """The encoder of a whole SAM 2, and the few arrays beside it that the model wants to see."""
+    """The encoder of a whole SAM 2, and the top-level arrays that the model also needs."""
     flat = flatten(params)
     ours = {path: leaf for path, leaf in flat.items() if path.startswith(ENCODER)}
     return unflatten(ours), {path: leaf for path, leaf in flat.items() if "/" not in path}
 
 
 def jax_step(student_name: str, teacher_name: str, image: np.ndarray, remat: bool = False):
-    """A function that takes one step and returns its loss; remat: as train.remat."""
+    """A function that takes one step and returns its loss. remat: as in train.remat."""
     teacher, model = build(teacher_name), build(student_name).clone(remat=remat)
     (targets, other), (params, rest) = encoder_of(init_params(teacher, 0)), encoder_of(init_params(model, 1))
     targets |= other
@@ -64,7 +65,7 @@ def jax_step(student_name: str, teacher_name: str, image: np.ndarray, remat: boo
         image, targets, rest = batch  # not constants of the program, whose compilation would hold them several times
         wanted = encode(teacher, targets, image)
         got = encode(model, unflatten(rest | flatten(materialize_weights(stop_gradient_where(params, frozen)))), image)
-        return sum(relative(a, b) for a, b in zip(got, wanted)) / 3, {}
+        return sum(relative_square_error(a, b) for a, b in zip(got, wanted)) / 3, {}
 
     stays = jax.tree.map(lambda mark: not mark, marks)
     optimizer = optax.chain(optax.adamw(RATE, weight_decay=0), optax.masked(optax.set_to_zero(), stays))
@@ -79,7 +80,7 @@ def jax_step(student_name: str, teacher_name: str, image: np.ndarray, remat: boo
 
 
 class Rounded(torch.nn.Module):
-    """Weights to 4 bits, one scale an output channel, straight through."""
+    """Rounds weights to 4 bits, one scale an output channel, with straight-through gradients."""
 
     def __init__(self, axis: int):
         super().__init__()
@@ -94,7 +95,7 @@ class Rounded(torch.nn.Module):
 
 
 def torch_step(student_name: str, teacher_name: str, image: np.ndarray):
-    """The same in torch, with its own layers."""
+    """The same step in torch, with torch's own layers."""
     teacher, model = build_original(teacher_name), build_original(student_name)
     teacher.load_state_dict(to_torch(init_params(build(teacher_name), 0)))
     model.load_state_dict(to_torch(init_params(build(student_name), 1)))
@@ -123,8 +124,7 @@ STEPS = {"sam2jq": jax_step, "sam2jq, `train.remat`": partial(jax_step, remat=Tr
 
 
 def work(run: Callable[[], float]) -> None:
-    """A step for each line that comes in: its seconds and its loss go out; and, when no more come, the peak of memory
-    in kB."""
+    """Takes a step for each line of stdin and prints its seconds and its loss; at the end, the peak memory in kB."""
     for _ in sys.stdin:
         begin = time.perf_counter()
         loss = run()
@@ -133,20 +133,20 @@ def work(run: Callable[[], float]) -> None:
 
 
 class Worker:
-    """A process that takes one of STEPS whenever it is told to, and else sleeps."""
+    """A process that takes one of STEPS at each call of `step`."""
 
     def __init__(self, name: str, args: argparse.Namespace):
         command = [sys.executable, __file__, "--alone", name, "--student", args.student, "--teacher", args.teacher]
         self.process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def step(self) -> tuple[float, float]:
-        """Its seconds and its loss."""
+        """The seconds and the loss of one step."""
         print(file=self.process.stdin, flush=True)
         took, loss = map(float, self.process.stdout.readline().split())
         return took, loss
 
     def peak_gigabytes(self) -> float:
-        """After which the process has ended."""
+        """The peak memory in GB; ends the process."""
         return 1024 * int(self.process.communicate()[0]) / 1e9
 
 

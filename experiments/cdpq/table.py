@@ -1,11 +1,11 @@
-"""What distillation wins back of the demo model's masks: after rounding to nearest, after post-training quantization,
-and while bits are lowered step by step.
+"""Measures how much mask quality distillation recovers for the demo model: after rounding to nearest, after
+post-training quantization, and while bits are lowered step by step.
 
 python -m experiments.cdpq.table > experiments/cdpq/table.md
 
-Goes on where it was stopped: each run is a line of runs.jsonl, which tells on which weights it was made. The names of
-some rows make only these, so that two processes can share the work; with --kept it runs nothing and tells what is
-there. curves.png beside it shows how the held-out loss fell.
+An interrupted run is continued by the same command: each finished run is a line of runs.jsonl, which also holds a
+fingerprint of the weights. Names of rows as arguments make only these rows, so that two processes can share the work.
+With --kept nothing is run and the table is printed from runs.jsonl. curves.png shows the validation losses.
 """
 
 import itertools
@@ -35,11 +35,11 @@ from sam2jq.distillation.init_student import start
 from sam2jq.quant.algorithms.fake_quant import to_quantized_params
 from sam2jq.quant.leaves import materialize_params
 
-SEEDS = (0, 1, 2)  # of the scenes to learn from, scenes:11 and up, and of their order
+SEEDS = (0, 1, 2)  # of the training scenes, scenes:11 and up, and of their order
 TRAINED, IMAGES, CLIPS = 128, ("scenes:1001", 48), ("scenes:2002", 4)  # the latter two held out
 FOLDER = Path("outputs/cdpq_table")
 GROUPS = {"group_shapes": [[1, 64]], "scale_dtype": "bfloat16"}
-PTQ = "experiments/nano_w3a16.yaml"  # the best that was found at 3 bits
+PTQ = "experiments/nano_w3a16.yaml"  # the best settings found at 3 bits
 
 
 def grid(dtype: str, inputs: str | None) -> dict:
@@ -51,9 +51,13 @@ STARTS = {
     "W3A8": grid("sint3", "uint8"),
     "W2A16": grid("uint2", None),
     "to 3.5": grid("sint4", None),
-    "to 3": grid("sint4", None),  # which starts as the one before
+    "to 3": grid("sint4", None),  # the same start as the one before
 }
-LEFT_OUT = {("to 3.5", "to nearest"), ("to 3", "to nearest"), ("W4A8", "PTQ")}  # the last has lost nothing
+LEFT_OUT = {
+    ("to 3.5", "to nearest"),
+    ("to 3", "to nearest"),
+    ("W4A8", "PTQ"),
+}  # the last loses no quality
 ROWS = [(name, kind) for name in STARTS for kind in ("to nearest", "PTQ") if (name, kind) not in LEFT_OUT]
 NANO = ModelConfig("nano")
 FIXED = {"confidence_method": "fixed"}
@@ -61,15 +65,15 @@ LOWERED = {"impact_threshold": 3.0, "impact_budget": 1000.0, "impact_floor": 0.0
 
 
 def config_of(name: str, seed: int, kind: str) -> DistillConfig:
-    """The settings of a row: how its student starts, whether its bits fall, and a lower rate where it starts well."""
+    """The settings of a row. A student that starts close to its teacher gets a lower learning rate."""
     falls = name.startswith("to ")
     rate = 1e-3 if kind == "to nearest" or name == "W2A16" else 1e-4
     data = DataConfig(f"scenes:{11 + seed}", "scenes:21", TRAINED, 4)
     quant = StudentConfig(**STARTS[name], min_bits=2, target_bits=float(name[3:]) if falls else None)
-    ask = DistillSection(**LOWERED if falls else FIXED, cooldown_epochs=3, cache_teacher=True)
+    settings = DistillSection(**LOWERED if falls else FIXED, cooldown_epochs=3, cache_teacher=True)
     train = TrainConfig(epochs=5, batch_size=4, learning_rate=rate, checkpoint_every=10**6)
     ptq = ptq_of(**STARTS[name]) if kind == "PTQ" else None
-    return DistillConfig(NANO, NANO, data, ptq, quant, ask, train, seed=seed)
+    return DistillConfig(NANO, NANO, data, ptq, quant, settings, train, seed=seed)
 
 
 def ptq_of(wgts: WeightsConfig, ipts: InputsConfig) -> QuantConfig:
@@ -80,7 +84,7 @@ def ptq_of(wgts: WeightsConfig, ipts: InputsConfig) -> QuantConfig:
 
 
 def learned(model, full: dict, params: dict, config: DistillConfig, folder: Path) -> tuple[dict, dict]:
-    """`params` after distillation; and its curve: step, held-out loss and mean bits after each epoch."""
+    """`params` after distillation, and {"curve": [[step, validation loss, mean bits] after each epoch]}."""
     find = partial(find_items, seed=config.seed)
     teacher, val = cdpq.Teacher(model, full), find(config.data.val, config.data.val_samples)
     task = cdpq.make_distill_task(model, teacher, find(config.data.train, TRAINED), val, config)
@@ -93,7 +97,7 @@ def learned(model, full: dict, params: dict, config: DistillConfig, folder: Path
 
 
 def draw_curves(runs: dict[str, dict], path: Path) -> None:
-    """The held-out loss of every run after each epoch, one colour a row of the table."""
+    """Writes a plot of the validation loss of every run, one color a row of the table."""
     plt.style.use("tableau-colorblind10")
     figure, (fixed, falls) = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
     bits = falls.twinx()
@@ -104,7 +108,7 @@ def draw_curves(runs: dict[str, dict], path: Path) -> None:
             steps, losses, means = zip(*run["curve"])
             about = {"color": f"C{i}", "alpha": 0.8}
             (falls if lowered else fixed).plot(steps, losses, **about, label=label)
-            label = None  # one a row
+            label = None  # one legend entry a row
             if lowered:
                 bits.plot(steps, means, "--", **about)
     fixed.set(xlabel="step", ylabel="held-out loss", yscale="log", title="bits stay")
@@ -123,7 +127,7 @@ def main() -> None:
     runs = Runs(Path(__file__).with_name("runs.jsonl"))
 
     def run(mark: str, make: Callable[[], tuple[dict, dict]], clips: bool = True) -> None:
-        """Adds the scores of a model to `runs`; make(): its params, and what else is to be kept of it."""
+        """Adds the scores of a model to `runs`. make() -> its params, and other results to store."""
         if mark not in runs:
             params, more = make()
             runs.add(mark, {"scores": measure(model, params, IMAGES, CLIPS if clips else None)} | more)
@@ -141,11 +145,11 @@ def main() -> None:
         folder = FOLDER / runs.weights / f"{name} {kind} {seed}"
         return learned(model, full, make_student(name, kind), config_of(name, seed, kind), folder)
 
-    asked = [name for name in sys.argv[1:] if name != "--kept"] or STARTS
-    rows = [(name, kind) for name, kind in ROWS if name in asked]
+    selected = [name for name in sys.argv[1:] if name != "--kept"] or STARTS
+    rows = [(name, kind) for name, kind in ROWS if name in selected]
     if "--kept" not in sys.argv:
         run("full", lambda: (full, {}))
-        for seed, (name, kind) in itertools.product(SEEDS, rows):  # every row once before any is repeated
+        for seed, (name, kind) in itertools.product(SEEDS, rows):  # every row once before the second seed
             if name != "to 3":
                 run(f"{name} {kind}", lambda at=(name, kind): (make_student(*at), {}))
             run(f"{name} {kind} distilled {seed}", partial(distilled, name, kind, seed), clips=seed == 0)

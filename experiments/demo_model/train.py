@@ -1,36 +1,33 @@
-"""Trains nano, the demo model, on drawn scenes: `make demo-model`. Goes on from where it was killed.
+"""Trains nano, the demo model, on drawn scenes: `make demo-model`. A killed run is resumed by the same command.
 
-A mask decoder trained from nothing first learns one mask for every prompt, and may stay there. So the trunk learns
-first, through a short cut on which no prompt gets lost; then the decoder, on features that tell objects apart by then;
-both on images of half the side, where a step costs a quarter; then corrections at full size; then clips, for which the
-trunk stays as it is; and these two twice more, for longer.
+A mask decoder trained from random weights first learns one mask for all prompts and may stay at that optimum. Therefore
+the trunk is trained first, through a shortcut in place of the decoder's transformer; then the decoder, on features that
+separate objects by then. Both use images of half the side, where a step costs a quarter. Then correction clicks are
+trained at full size, then clips with a frozen trunk, and these two twice more, for longer.
 
-Letters: B scenes or clips, T frames, S the image's side, O objects, P prompts.
+Letters: B scenes or clips, T frames, S side of the image in pixels, O objects, P prompts, C channels.
 """
 
 import argparse
 import functools
-import itertools
 import json
-import multiprocessing
 import time
-from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import optax.contrib
+from init_decoder import init_decoder
+from labelled_scenes import Batch, each_object, generate_batches, sample_objects
 
 from converters.checkpoint import save_checkpoint
 from sam2jq import SAM2, build, init_params
 from sam2jq.data import prompts
 from sam2jq.data.images import normalize
-from sam2jq.data.synthetic.scenes import MAX_OBJECTS, build_world, pointable, render
+from sam2jq.data.synthetic.scenes import MAX_OBJECTS
 from sam2jq.models.decoder import Decoded
 from sam2jq.models.sam2 import MEMORIES, POINTERS
 from sam2jq.predictors.image import LOGIT_LIMIT
@@ -42,19 +39,21 @@ from sam2jq.predictors.memory_bank import (
     track_objects_in_frame,
     update_memory_bank,
 )
+from sam2jq.training.loop import Hooks, fit, log_mean_metrics
 from sam2jq.training.losses import balanced_dice, focal_dice, mask_loss, soft_iou
-from sam2jq.training.step import fit, init_state, make_train_step
-from sam2jq.tree import flatten, unflatten
+from sam2jq.training.state import init_state
+from sam2jq.training.step import make_train_step
 
 Array = jax.Array
-SMALL = 0.2  # deviation of features beside the position code's 0.7
-SLIVER = 0.005  # of the image: an object that shows less of itself is not prompted
+SAVE_EVERY = 50  # steps between checkpoints and rows of the log
 
 
 class Phase(NamedTuple):
-    """`prompts` a frame go through `rounds` passes of the decoder, each with one more click; 0: the short cut.
+    """The settings of one phase of the training.
 
-    `objects` of each clip are tracked from its first frame; where there are any, the image encoder rests.
+    `prompts` a frame pass `rounds` times through the decoder, each time with one more click; with 0 rounds the shortcut
+    is trained instead. `objects` of each clip are tracked from its first frame; if there are any, the image encoder
+    stays fixed.
     """
 
     scenes: int  # the seed of its drawn scenes; 7 to 9 are what quantization is calibrated on
@@ -65,9 +64,9 @@ class Phase(NamedTuple):
     prompts: int
     rounds: int
     objects: int
-    peak: float  # learning rate, and what it falls to
-    end: float
-    guide: float  # weight of the distance of the mask tokens from the short cut's
+    peak: float  # learning rate after warmup
+    end: float  # learning rate at the last step
+    guide: float  # weight of the square distance between mask tokens and the shortcut's tokens
     shape: Callable = balanced_dice
 
 
@@ -84,58 +83,11 @@ PHASES = {
 }
 
 
-class Batch(NamedTuple):
-    images: np.ndarray  # uint8 [B, T, S, S, 3]
-    labels: np.ndarray  # uint8 [B, T, S, S]: the number of the object seen there, or 0
-
-
-def draw(seed: int, frames: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels of the clip of a seed, of every frame or only of every second, third or fourth."""
-    world = build_world(seed)
-    images, owners = zip(*[render(world, t * (1 + seed % 4), size) for t in range(frames)])
-    number = np.zeros(MAX_OBJECTS + 1, np.uint8)
-    listed = pointable(owners[0])
-    number[listed] = np.arange(1, len(listed) + 1)
-    return np.stack(images), number[np.stack(owners)]
-
-
-def drawn(phase: Phase, first: int, ahead: int = 8):
-    """Yields batches of seeds first, first + 1, ..., drawn ahead by another process."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        pending = deque()
-        for seed in itertools.count(first, phase.clips):
-            seeds = range(seed, seed + phase.clips)
-            pending.append(pool.map(draw, seeds, [phase.frames] * phase.clips, [phase.size] * phase.clips))
-            if len(pending) > ahead:
-                yield Batch(*map(np.stack, zip(*pending.popleft())))
-
-
-class Targets(NamedTuple):
-    masks: Array  # bool [P, S, S]
-    coverage: Array  # [P, S / 4, S / 4]: how much of each cell is object
-
-
-def each_object(labels: Array) -> Targets:
-    """All MAX_OBJECTS objects of labels [S, S], there or not."""
-    masks = labels == jnp.arange(1, MAX_OBJECTS + 1)[:, None, None]
-    side = labels.shape[0] // 4
-    return Targets(masks, masks.reshape(MAX_OBJECTS, side, 4, side, 4).mean((2, 4), dtype=jnp.float32))
-
-
-def seen_objects(labels: Array, count: int, key: Array) -> Targets:
-    """`count` targets on labels [S, S], in random order, each object that is there as often as any other."""
-    targets = each_object(labels)
-    there = targets.masks.mean((1, 2)) > SLIVER
-    order = jnp.argsort(jnp.where(there, jax.random.uniform(key, there.shape), 1))
-    which = order[jnp.arange(count) % jnp.maximum(there.sum(), 1)]
-    return jax.tree.map(lambda leaf: leaf[which], targets)
-
-
 def loss(model: SAM2, phase: Phase, params: dict, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
-    """The mean over prompts, plus the mean over tracked objects; and what to watch."""
+    """The mean loss of the prompts plus that of the tracked objects, and the metrics."""
     images = normalize(batch.images.astype(jnp.float32) / 255)
     if phase.objects:
-        params = {name: jax.lax.stop_gradient(part) if resting(name) else part for name, part in params.items()}
+        params = {name: jax.lax.stop_gradient(part) if is_frozen(name) else part for name, part in params.items()}
     maps = model.apply({"params": params}, images.reshape(-1, *images.shape[2:]), method="encode_image")
     prompt_keys, clip_keys = (
         jax.random.split(k, n) for k, n in zip(jax.random.split(key), (len(maps[0]), phase.clips))
@@ -146,47 +98,47 @@ def loss(model: SAM2, phase: Phase, params: dict, batch: Batch, key: Array) -> t
     total = losses.mean()
     if phase.objects:
         clips = [level.reshape(phase.clips, phase.frames, *level.shape[1:]) for level in maps]
-        followed, more = jax.vmap(functools.partial(clip_loss, model, phase, params))(clips, batch.labels, clip_keys)
-        total, metrics = total + followed.mean(), metrics | more
+        tracked, more = jax.vmap(functools.partial(clip_loss, model, phase, params))(clips, batch.labels, clip_keys)
+        total, metrics = total + tracked.mean(), metrics | more
     return total, jax.tree.map(jnp.mean, metrics)
 
 
-def resting(name: str) -> bool:
-    """Whether a part of the params stays as it is while clips are learned."""
+def is_frozen(name: str) -> bool:
+    """Whether a part of the params stays fixed while clips are trained."""
     return name.startswith("image_encoder")
 
 
-def short_cut(sam: SAM2, maps: list[Array], coverage: Array) -> tuple[Array, Array]:
-    """Tokens [P, C] and mask logits [P, S / 4, S / 4] without the transformer: an object's mean feature is its token.
+def shortcut(sam: SAM2, maps: list[Array], coverage: Array) -> tuple[Array, Array]:
+    """Tokens [P, C] and mask logits [P, S / 4, S / 4] without the transformer: an object's token is its mean feature.
 
-    What it teaches the trunk, the upscaling and the hypernetwork is what the decoder needs of them; and its tokens
-    are what the decoder's mask tokens are to become.
+    It trains the trunk, the upscaling and the hypernetwork for the decoder. Its tokens are targets of the decoder's
+    mask tokens.
     """
     fine, middle, coarse = sam.add_no_memory_embed(maps)
     coarse = coarse + sam.sam_prompt_encoder(None, None)[1]
-    coarse = jax.nn.standardize(coarse, epsilon=1e-5)  # as the transformer's last layer leaves it
+    coarse = jax.nn.standardize(coarse, epsilon=1e-5)  # like the output of the transformer's last layer norm
     side = coarse.shape[1]
     share = coverage.reshape(len(coverage), side, 4, side, 4).sum((2, 4))
     tokens = jnp.einsum("phw,hwc->pc", share, coarse[0]) / (share.sum((1, 2))[:, None] + 1e-3)
     tokens = jax.nn.standardize(tokens, epsilon=1e-5)
-    return tokens, sam.sam_mask_decoder.draw(jnp.repeat(tokens[:, None], 4, 1), coarse, middle, fine)[:, 0]
+    return tokens, sam.sam_mask_decoder.predict_masks(jnp.repeat(tokens[:, None], 4, 1), coarse, middle, fine)[:, 0]
 
 
 def trunk_loss(model: SAM2, phase: Phase, params: dict, maps: list[Array], labels: Array, key: Array):
-    """Of the short cut."""
-    coverage = seen_objects(labels, phase.prompts, key).coverage
+    """The loss [] of the shortcut on one frame, and its metrics."""
+    coverage = sample_objects(labels, phase.prompts, key).coverage
     maps = [level[None] for level in maps]
-    _, logits = model.apply({"params": params}, maps, coverage, method=short_cut)
+    _, logits = model.apply({"params": params}, maps, coverage, method=shortcut)
     return phase.shape(logits, coverage).mean(), {"iou": soft_iou(logits, coverage).mean()}
 
 
 def prompt_loss(model: SAM2, phase: Phase, params: dict, maps: list[Array], labels: Array, key: Array):
-    """Half of the prompts are clicks, half are boxes; each round adds a click where the last mask was wrong."""
+    """The loss [] of clicks and boxes on one frame, and its metrics; each round adds a correction click."""
     half, apply = phase.prompts // 2, functools.partial(model.apply, {"params": params})
     pick, click, box, *keys = jax.random.split(key, 3 + 2 * phase.rounds)
-    masks, coverage = seen_objects(labels, half, pick)
+    masks, coverage = sample_objects(labels, half, pick)
     maps = [level[None] for level in maps]
-    guides = apply(maps, coverage, method=short_cut) if phase.guide else None
+    guides = apply(maps, coverage, method=shortcut) if phase.guide else None
     maps = apply(maps, method="add_no_memory_embed")
     starts = {
         "click": (prompts.random_points(click, prompts.inside(coverage), phase.size), jnp.ones((half, 1), jnp.int32)),
@@ -202,25 +154,25 @@ def prompt_loss(model: SAM2, phase: Phase, params: dict, maps: list[Array], labe
                 total += mask_loss(out.masks[:, 1:], out.ious[:, 1:], coverage, phase.shape).mean()
                 if guides:
                     total += phase.guide * jnp.square(out.tokens - jax.lax.stop_gradient(guides[0])[:, None]).mean()
-            goes_on = best_mask(out) if i == 0 and name == "click" else out.masks[:, 0]  # as the predictor does
-            logits = jax.lax.stop_gradient(goes_on)
+            chosen = best_mask(out) if i == 0 and name == "click" else out.masks[:, 0]  # as in the predictor
+            logits = jax.lax.stop_gradient(chosen)
             metrics[f"{name}{i}"] = soft_iou(logits, coverage).mean()
             metrics[f"influence_{name}{i}"] = logits.std(0).mean() / logits.std((1, 2)).mean()
             point, kind = prompts.sample_correction_clicks(keys.pop(), logits, coverage, phase.size)
             points, kinds = jnp.concatenate([points, point], 1), jnp.concatenate([kinds, kind], 1)
             mask_input = jnp.clip(logits, -LOGIT_LIMIT, LOGIT_LIMIT)[..., None]
-    drawn = phase.shape(guides[1], coverage).mean() if guides else 0.0
-    return total / (2 * phase.rounds) + drawn, metrics
+    shortcut_loss = phase.shape(guides[1], coverage).mean() if guides else 0.0
+    return total / (2 * phase.rounds) + shortcut_loss, metrics
 
 
 def best_mask(out: Decoded) -> Array:
-    """Logits [O, h, w] of the mask with the highest estimated IoU, of the three for a prompt of many meanings."""
-    masks, ious = out.masks[:, -3:], out.ious[:, -3:]  # the first of four is the one for prompts that are clear
+    """Logits [O, h, w] of the mask with the highest estimated IoU, of the three for an ambiguous prompt."""
+    masks, ious = out.masks[:, -3:], out.ious[:, -3:]  # the first of four is for unambiguous prompts
     return jnp.take_along_axis(masks, ious.argmax(-1)[:, None, None, None], 1)[:, 0]
 
 
 def clip_loss(model: SAM2, phase: Phase, params: dict, maps: list[Array], labels: Array, key: Array):
-    """Of one clip's objects, half given by their masks in frame 0 and half by a click, in all other frames."""
+    """The loss [] of tracking objects through one clip, and its metrics; half are given by masks, half by clicks."""
     pick, key = jax.random.split(key)
     order = jnp.arange(phase.objects) + jax.random.randint(pick, (), 0, MAX_OBJECTS)
     which = order % jnp.maximum(labels[0].max(), 1)
@@ -228,7 +180,7 @@ def clip_loss(model: SAM2, phase: Phase, params: dict, maps: list[Array], labels
     there = masks.any((2, 3))
     half, apply = phase.objects // 2, functools.partial(model.apply, {"params": params})
 
-    def begin(sam: SAM2) -> tuple[FrameOutput, Array]:
+    def prompt_first_frame(sam: SAM2) -> tuple[FrameOutput, Array]:
         *fine, coarse = [level[:1] for level in maps]
         coarse = jnp.broadcast_to(coarse, (half, *coarse.shape[1:]))
         given = sam.object_from_mask([*fine, coarse], masks[0, :half, ..., None].astype(coarse.dtype))
@@ -239,14 +191,14 @@ def clip_loss(model: SAM2, phase: Phase, params: dict, maps: list[Array], labels
         return jax.tree.map(lambda *both: jnp.concatenate(both), *prompted), decoded
 
     def step(bank: MemoryBank, frame):
-        index, level, wanted, is_there = frame
+        index, level, target, is_present = frame
         now = FrameInfo(index, 1, phase.frames - 1.0)
-        seen, decoded = apply([m[None] for m in level], bank, now, method=track_objects_in_frame)
-        return update_memory_bank(bank, seen, jnp.ones(phase.objects, bool)), tracking_loss(
-            phase, decoded, wanted, is_there
+        tracked, decoded = apply([m[None] for m in level], bank, now, method=track_objects_in_frame)
+        return update_memory_bank(bank, tracked, jnp.ones(phase.objects, bool)), tracking_loss(
+            phase, decoded, target, is_present
         )
 
-    prompted, decoded = apply(method=begin)
+    prompted, decoded = apply(method=prompt_first_frame)
     bank = empty_bank(prompted, min(phase.frames, MEMORIES) - 1)
     frames = jnp.arange(1, phase.frames), [level[1:] for level in maps], coverage[1:], there[1:]
     # unrolled: on a CPU convolutions take several times as long inside a loop
@@ -257,15 +209,15 @@ def clip_loss(model: SAM2, phase: Phase, params: dict, maps: list[Array], labels
 
 
 def tracking_loss(phase: Phase, decoded: Decoded, coverage: Array, there: Array) -> tuple[Array, Array, Array]:
-    """The loss of O objects [], the IoU [O] of their best masks, 0 of absent ones, and who was rightly called there."""
+    """The loss [] of O objects, the IoU [O] of their best masks (0 if absent), and whether each score is right [O]."""
     shape = jnp.where(there, mask_loss(decoded.masks, decoded.ious, coverage, phase.shape), 0.0).mean()
     score = decoded.object_scores[:, 0]
-    called = optax.sigmoid_binary_cross_entropy(score, there.astype(jnp.float32)).mean()
-    return shape + called, jnp.where(there, soft_iou(best_mask(decoded), coverage), 0.0), (score > 0) == there
+    presence = optax.sigmoid_binary_cross_entropy(score, there.astype(jnp.float32)).mean()
+    return shape + presence, jnp.where(there, soft_iou(best_mask(decoded), coverage), 0.0), (score > 0) == there
 
 
 def empty_bank(prompted: FrameOutput, slots: int) -> MemoryBank:
-    """What is remembered after frame 0, with places for the memories of `slots` frames."""
+    """The memory bank after frame 0, with room for the memories of `slots` frames."""
     objects, grid, width = len(prompted.mask), prompted.memory.shape[1:], prompted.pointer.shape[-1]
     return MemoryBank(
         jnp.zeros((objects, 1), jnp.int32),
@@ -277,92 +229,45 @@ def empty_bank(prompted: FrameOutput, slots: int) -> MemoryBank:
     )
 
 
-def start_decoder(model: SAM2, params: dict) -> dict:
-    """`params` with a decoder that looks where a point is, and answers with what the short cut draws of what it sees.
-
-    1. The first self-attention passes tokens on as they are, evenly mixed: every token then holds the point's place.
-    2. q and k of the cross-attentions pick out pairs of slow waves of the position code, so that each head looks at
-       the point's surroundings; v and its way out are a projection on half the channels and back.
-    3. Features are small against the position code, all other ways into a token are weak, objects count as there.
-    """
-    flat = {path: np.array(leaf) for path, leaf in flatten(params).items()}
-    rng, width = np.random.default_rng(0), model.variant.features
-    decoder = "sam_mask_decoder/transformer"
-    waves = flat["sam_prompt_encoder/pe_layer.positional_encoding_gaussian_matrix"].T  # [width / 2, 2]
-    slow = np.argsort(np.hypot(*waves.T))[:8]
-    look = np.zeros((width, width // 2), np.float32)
-    for head, wave in enumerate(slow):
-        across = slow[np.argmin(np.abs(waves[slow] @ waves[wave]) / np.hypot(*waves[slow].T))]
-        for column, row in enumerate((wave, wave + width // 2, across, across + width // 2)):
-            look[row, 4 * head + column] = 1
-    part = np.linalg.qr(rng.standard_normal((width, width // 2)))[0].astype(np.float32)
-
-    for name, sharp, gain in [
-        ("layers.0/cross_attn_token_to_image", 30, 15),
-        ("layers.1/cross_attn_token_to_image", 30, 2),
-        ("final_attn_token_to_image", 30, 0.2),
-        ("layers.0/cross_attn_image_to_token", 4, 0.2),
-        ("layers.1/cross_attn_image_to_token", 4, 0.2),
-    ]:
-        at = f"{decoder}/{name}"
-        flat[f"{at}/q_proj/kernel"], flat[f"{at}/k_proj/kernel"] = sharp**0.5 * look, sharp**0.5 * look
-        flat[f"{at}/v_proj/kernel"], flat[f"{at}/out_proj/kernel"] = gain * part, part.T.copy()
-    mix = f"{decoder}/layers.0/self_attn"
-    flat[f"{mix}/v_proj/kernel"] = flat[f"{mix}/out_proj/kernel"] = np.eye(width, dtype=np.float32)
-    flat[f"{mix}/q_proj/kernel"] *= 0.1
-    for weak in ("layers.1/self_attn/out_proj", "layers.0/mlp/layers.1", "layers.1/mlp/layers.1"):
-        flat[f"{decoder}/{weak}/kernel"] *= 0.1
-    flat[f"{decoder}/layers.0/norm4/scale"] *= SMALL
-
-    images, _ = zip(*[draw(seed, 1, 128) for seed in range(8)])
-    images = normalize(np.concatenate(images).astype(np.float32) / 255)
-    coarse = build("nano", image_size=128).apply({"params": params}, images, method="encode_image")[-1]
-    for name in (
-        "image_encoder.neck/convs.0.conv/",
-        "image_encoder.neck/convs.1.conv/",
-        "no_mem_embed",
-        "no_mask_embed.weight",
-    ):
-        for path in [path for path in flat if name in path]:
-            flat[path] = flat[path] * SMALL / np.std(coarse)
-    for path in [path for path in flat if "output_hypernetworks_mlps.0" in path]:
-        for i in range(1, 4):
-            flat[path.replace("mlps.0", f"mlps.{i}")] = flat[path].copy()
-    flat["sam_mask_decoder/pred_obj_score_head/layers.2/bias"] += 3
-    return unflatten(jax.tree.map(jnp.array, flat))
-
-
 def make_optimizer(phase: Phase) -> optax.GradientTransformation:
-    """Muon (arXiv 2502.16982) for the matrices, which learns in half of AdamW's steps here, and Adam for the rest."""
+    """Muon (arXiv 2502.16982) for the matrices, which needs half as many steps as AdamW here, and Adam for the rest."""
     rate = optax.warmup_cosine_decay_schedule(0, phase.peak, 50, phase.steps, phase.end)
     matrix = optax.contrib.MuonDimensionNumbers()
     matrices = lambda params: jax.tree.map_with_path(
         lambda path, leaf: matrix if path[-1].key == "kernel" and leaf.ndim == 2 else None, params
     )
     muon = optax.contrib.muon(rate, weight_decay=0.01, consistent_rms=0.2, muon_weight_dimension_numbers=matrices)
-    rest = optax.masked(optax.set_to_zero(), lambda params: {name: resting(name) for name in params})
-    return optax.chain(optax.clip_by_global_norm(1.0), muon, *[rest] * bool(phase.objects))
+    frozen = optax.masked(optax.set_to_zero(), lambda params: {name: is_frozen(name) for name in params})
+    return optax.chain(optax.clip_by_global_norm(1.0), muon, *[frozen] * bool(phase.objects))
 
 
 def train(out: Path, seed: int, phases: dict[str, Phase] = PHASES) -> dict:
-    """The trained params; checkpoints and a log of metrics go to `out`."""
+    """The trained params; `out` gets checkpoints and log.jsonl."""
     params = init_params(build("nano"), seed)
     for name, phase in phases.items():
         if name == "decoder":
-            params = start_decoder(build("nano"), params)
-        optimizer = make_optimizer(phase)
-        step = make_train_step(functools.partial(loss, build("nano", image_size=phase.size), phase), optimizer)
-        first = (seed << 40) + (phase.scenes << 32)
-        batches = lambda n, phase=phase, first=first: drawn(phase, first + n * phase.clips)
-        begin = time.time()
-        for state, metrics in fit(
-            step, init_state(params, optimizer, seed), batches, phase.steps, out / name, every=50
-        ):
-            row = {"phase": name, "step": int(state.step), "seconds": round(time.time() - begin, 1)}
-            with (out / "log.jsonl").open("a") as log:
-                print(json.dumps(row | {key: round(value, 4) for key, value in metrics.items()}), file=log)
-        params = state.params
+            params = init_decoder(build("nano"), params)
+        params = train_phase(name, phase, params, out, seed)
     return params
+
+
+def train_phase(name: str, phase: Phase, params: dict, out: Path, seed: int) -> dict:
+    """The params after one phase, whose checkpoints are in out/name."""
+    optimizer, begin = make_optimizer(phase), time.time()
+    step = make_train_step(functools.partial(loss, build("nano", image_size=phase.size), phase), optimizer)
+    first_seed = (seed << 40) + (phase.scenes << 32)
+    batches = lambda n: generate_batches(phase.clips, phase.frames, phase.size, first_seed + n * phase.clips)
+
+    def log(number: int, metrics: dict[str, float]) -> None:
+        row = {"phase": name, "step": number, "seconds": round(time.time() - begin, 1)}
+        with (out / "log.jsonl").open("a") as file:
+            print(json.dumps(row | {key: round(value, 4) for key, value in metrics.items()}), file=file)
+
+    hooks = Hooks(
+        after_step=log_mean_metrics(SAVE_EVERY, phase.steps, log),
+        is_save_step=lambda number: number % SAVE_EVERY == 0 or number == phase.steps,
+    )
+    return fit(step, init_state(params, optimizer, seed), batches, phase.steps, out / name, hooks).params
 
 
 def main() -> None:

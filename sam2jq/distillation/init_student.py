@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from sam2jq.config.distill import DistillConfig, DistillLossConfig
+from sam2jq.config.distill import DistillConfig, DistillLossConfig, StudentConfig
 from sam2jq.data.loader import Item, read_item
 from sam2jq.distillation.schedule import bit_search
 from sam2jq.errors import UserError, section
@@ -26,7 +26,7 @@ from sam2jq.quant.stats import Stats
 from sam2jq.quant.transform import each_layer
 from sam2jq.tree import flatten, kernels, layer_name, unflatten
 
-LOOKED_AT = 32  # clips that tell the ladder what enters a layer
+CALIBRATION_CLIPS = 32  # clips whose layer inputs the method "ladder" calibrates on
 
 
 def collect_input_stats(
@@ -36,69 +36,80 @@ def collect_input_stats(
     config: DistillLossConfig,
     on_stage: Callable = lambda name, what: nullcontext(),
 ) -> dict[str, Stats]:
-    """{layer: Stats} of the first of `clips` where the ladder goes by outputs, else nothing."""
+    """{layer: Stats} with the Gram matrices of the layers' inputs on the first of `clips`.
+
+    It is empty unless confidence_method is "ladder" and confidence_on is "output".
+    """
     if (config.confidence_method, config.confidence_on) != ("ladder", "output"):
         return {}
-    size = model.variant.image_size
-    with on_stage("calibrate", f"what enters each layer, {len(clips[:LOOKED_AT])} clips"):
-        frames = lambda n: (read_item(clip, size) for clip in clips[n:LOOKED_AT])
+    size, clips = model.variant.image_size, clips[:CALIBRATION_CLIPS]
+    with on_stage("calibrate", f"inputs of each layer, {len(clips)} clips"):
+        frames = lambda n: (read_item(clip, size) for clip in clips[n:])
         return collect(model, materialize_params(params), frames, {"gram"})
 
 
 def errors_by_width(
     params: dict, specs: dict[str, QuantSpec], widths: list[int], stats: dict[str, Stats]
 ) -> dict[str, dict[int, float]]:
-    """{layer: {bits: error}} of rounding to nearest: |x w_hat - x w| / |x w| for the inputs x of layers in `stats`,
-    |w_hat - w| / |w| of others."""
-    plain, errors = flatten(materialize_params(params)), {layer: {} for layer in specs}
+    """{layer: {bits: relative error of rounding the layer to nearest}} for the layers in `specs`.
+
+    The error is that of the outputs, |x w_hat - x w| / |x w|, where `stats` holds Gram matrices of the inputs x, and
+    |w_hat - w| / |w| where `stats` is empty.
+    """
+    arrays, errors = flatten(materialize_params(params)), {layer: {} for layer in specs}
     if stats:
-        for path, w in kernels(plain).items():
+        for path, w in kernels(arrays).items():
             if spec := specs.get(layer := layer_name(path)):
-                lost = np.sqrt(error_by_width(w, stats[layer].gram, spec)).tolist()
-                errors[layer] = dict(zip(WIDTHS, lost))
+                output_errors = np.sqrt(error_by_width(w, stats[layer].gram, spec)).tolist()
+                errors[layer] = dict(zip(WIDTHS, output_errors))
         return errors
     for bits in widths:
-        at = {layer: replace(spec, bits=bits) for layer, spec in specs.items()}
-        rounded = flatten(materialize_params(round_weights(unflatten(plain), at)))
-        for path in kernels(plain):
+        specs_at_bits = {layer: replace(spec, bits=bits) for layer, spec in specs.items()}
+        rounded = flatten(materialize_params(round_weights(unflatten(arrays), specs_at_bits)))
+        for path in kernels(arrays):
             if layer_name(path) in specs:
-                errors[layer_name(path)][bits] = relative_error(rounded[path], plain[path])
+                errors[layer_name(path)][bits] = relative_error(rounded[path], arrays[path])
     return errors
 
 
-def check_pair(teacher: SAM2, model: SAM2) -> None:
-    """ValueError unless a student can learn from a teacher: sizes may differ, what the decoder gets may not."""
-    theirs, own = teacher.variant, model.variant
+def check_pair(teacher: SAM2, student: SAM2) -> None:
+    """Raises UserError unless both models have the same image size and widths of feature maps and memories."""
     for name in ("image_size", "features", "memory_features"):
-        if getattr(theirs, name) != getattr(own, name):
+        sizes = [getattr(model.variant, name) for model in (teacher, student)]
+        if sizes[0] != sizes[1]:
             raise UserError(
-                f"teacher and student: {name} is {getattr(theirs, name)} and {getattr(own, name)}: a student learns "
+                f"teacher and student: {name} is {sizes[0]} and {sizes[1]}: a student learns "
                 "from a teacher of the same, such as nano from nano, tiny from small, base-plus from large"
             )
 
 
 @section("quant")
 def start(params: dict, config: DistillConfig, stats: dict[str, Stats] | None = None) -> dict:
-    """The student: layers of the checkpoint that are quantized keep their grids, the others start on the config's.
+    """The fake-quantized student: quantized layers of `params` keep their grids, the others get the config's.
 
-    stats: as `collect_input_stats` finds them, for a ladder that goes by outputs.
+    stats: from `collect_input_stats`, for confidence_on "output". Raises UserError if a layer prefix in the config
+    matches no layer, or if no width is accurate enough for a layer.
     """
     quant, flat = config.quant, kernels(flatten(params))
+    layers = [layer_name(path) for path in flat]
+    specs = initial_specs(quant, layers)
+    check_prefixes("target_roots", quant.target_roots, layers)
+    if config.distill.confidence_method == "ladder":
+        widths = [bits for bits in config.distill.bit_candidates if bits >= quant.min_bits]
+        errors = errors_by_width(params, specs, widths, stats or {})
+        chosen = bit_search(errors, widths, config.distill.confidence_threshold)
+        specs = {layer: replace(spec, bits=chosen[layer]) for layer, spec in specs.items()}
+    student = init_fake_quant(params, specs)
+    if quant.ipts.dtype is None:
+        return student
+    plain = {layer for path, layer in zip(flat, layers) if not isinstance(base_weight(flat[path]), QTensor)}
+    inputs = {layer: spec for layer, spec in activation_specs(quant.ipts, specs).items() if layer in plain}
+    return each_layer(partial(quantize_inputs, static=quant.ipts.static), inputs).apply(student, {})
+
+
+def initial_specs(quant: StudentConfig, layers: list[str]) -> dict[str, QuantSpec]:
+    """{layer: QuantSpec} for the layers that `quant.wgts` does not skip, at `quant.initial_bits` where it is set."""
     wgts = quant.wgts
     if quant.initial_bits is not None:
         wgts = replace(wgts, dtype=f"{wgts.dtype[:-1]}{quant.initial_bits}")
-    layers = [layer_name(path) for path in flat]
-    specs = weight_specs(wgts, layers)
-    check_prefixes("target_roots", quant.target_roots, layers)
-    if config.distill.confidence_method == "ladder":
-        rungs = [bits for bits in config.distill.bit_candidates if bits >= quant.min_bits]
-        chosen = bit_search(
-            errors_by_width(params, specs, rungs, stats or {}), rungs, config.distill.confidence_threshold
-        )
-        specs = {layer: replace(spec, bits=chosen[layer]) for layer, spec in specs.items()}
-    made = init_fake_quant(params, specs)
-    if quant.ipts.dtype is None:
-        return made
-    bare = [layer for path, layer in zip(flat, layers) if not isinstance(base_weight(flat[path]), QTensor)]
-    inputs = {layer: spec for layer, spec in activation_specs(quant.ipts, specs).items() if layer in bare}
-    return each_layer(partial(quantize_inputs, static=quant.ipts.static), inputs).apply(made, {})
+    return weight_specs(wgts, layers)

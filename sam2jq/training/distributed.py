@@ -1,20 +1,30 @@
-"""Several processes that become one run."""
+"""Several processes that form one run, and that end together when one of them fails."""
 
+import os
 import socket
+import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from threading import Event, Thread
 
 import jax
+from jax._src import distributed  # the only way to the store of the coordination service
 from jax.experimental import multihost_utils
 
 from sam2jq.config.distill import DistributedConfig
 from sam2jq.errors import UserError
 
+FAILED, SEEN, DONE = "sam2jq/failed", "sam2jq/seen/", "sam2jq/done/"  # keys in the store of the coordination service
+POLL_SECONDS = 0.5
+GRACE_SECONDS = 5  # that a failed process waits for the others to learn of it
+
 
 def initialize_distributed(config: DistributedConfig) -> None:
-    """Makes this process one of those that the config names; nothing where it names none.
+    """Makes this process part of the run that `config` describes; does nothing if it has no coordinator.
 
-    ValueError: one did not come within the time, and is named; or nothing tells where they are.
+    Raises UserError if a process does not connect within `timeout` seconds, which it names, or if no coordinator can be
+    found.
     """
     if config.coordinator is None:
         return
@@ -24,60 +34,119 @@ def initialize_distributed(config: DistributedConfig) -> None:
         except ValueError as error:
             raise UserError("distributed.coordinator auto: no Slurm job and no TPU pod; give HOST:PORT") from error
     else:
-        (connect if config.index else wait_for_workers)(config)  # jax itself would abort a process that waits in vain
-        places = config.coordinator, config.processes, config.index
-        jax.distributed.initialize(*places, initialization_timeout=config.timeout)
+        # jax aborts a process that waits in vain, so the processes find each other before it is initialized.
+        (connect if config.index else wait_for_workers)(config)
+        address = config.coordinator, config.processes, config.index
+        jax.distributed.initialize(*address, initialization_timeout=config.timeout)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
 
 
 def wait_for_workers(config: DistributedConfig) -> None:
-    """Returns once every other process has called."""
-    give_up = time.monotonic() + config.timeout
-    absent = set(map(str, range(1, config.processes)))
-    with socket.create_server(("", port_of(config))) as server, ExitStack() as calls:
-        here = []
-        while absent:
-            server.settimeout(max(give_up - time.monotonic(), 0.01))
+    """Returns once every other process has connected. Raises UserError that names those that did not in time."""
+    deadline = time.monotonic() + config.timeout
+    missing = set(map(str, range(1, config.processes)))
+    with socket.create_server(("", coordinator_port(config))) as server, ExitStack() as stack:
+        connections = []
+        while missing:
+            server.settimeout(max(deadline - time.monotonic(), 0.01))
             try:
-                here.append(calls.enter_context(server.accept()[0]))
-                here[-1].settimeout(1)
-                absent.discard(here[-1].recv(16).decode(errors="replace"))
-            except OSError as error:  # nobody came, or one that went again
-                if time.monotonic() > give_up:
-                    who = ", ".join(sorted(absent, key=int))
-                    raise UserError(f"{waited(config)} {who}: start it, with {config.coordinator}") from error
-        for one in here:
-            one.sendall(b"go")
+                connections.append(stack.enter_context(server.accept()[0]))
+                connections[-1].settimeout(1)
+                missing.discard(connections[-1].recv(16).decode(errors="replace"))
+            except OSError as error:  # no connection, or one that was closed again
+                if time.monotonic() > deadline:
+                    names = ", ".join(sorted(missing, key=int))
+                    raise UserError(f"{waited(config)} {names}: start it, with {config.coordinator}") from error
+        for connection in connections:
+            connection.sendall(b"go")
 
 
 def connect(config: DistributedConfig) -> None:
-    """Returns once process 0 says that all are there."""
-    give_up = time.monotonic() + config.timeout
+    """Returns once process 0 reports that all processes have connected. Raises UserError if it does not in time."""
+    deadline = time.monotonic() + config.timeout
     host = config.coordinator.rpartition(":")[0]
     while True:
         try:
-            with socket.create_connection((host, port_of(config)), timeout=1) as line:
-                line.sendall(str(config.index).encode())
-                line.settimeout(max(give_up - time.monotonic(), 0.01))
-                if line.recv(2) == b"go":
+            with socket.create_connection((host, coordinator_port(config)), timeout=1) as connection:
+                connection.sendall(str(config.index).encode())
+                connection.settimeout(max(deadline - time.monotonic(), 0.01))
+                if connection.recv(2) == b"go":
                     return
-                raise ConnectionResetError("it ended the call")
+                raise ConnectionResetError("it closed the connection")
         except OSError as error:
-            if time.monotonic() > give_up:
+            if time.monotonic() > deadline:
                 where = f"0 at {config.coordinator} ({error}): start it there, or correct the address"
                 raise UserError(f"{waited(config)} {where}") from error
             time.sleep(0.2)
 
 
-def port_of(config: DistributedConfig) -> int:
+def coordinator_port(config: DistributedConfig) -> int:
+    """The port in HOST:PORT."""
     return int(config.coordinator.rpartition(":")[2])
 
 
 def waited(config: DistributedConfig) -> str:
+    """The start of the error about a process that did not connect."""
     return f"distributed: process {config.index} of {config.processes} waited {config.timeout} s for process"
 
 
 def wait_for_processes(name: str) -> None:
-    """Waits for all processes."""
+    """Returns once all processes have called it with the same `name`."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+@contextmanager
+def fails_together() -> Iterator[None]:
+    """A block that ends in every process within seconds once it fails in one; use it right after initialization.
+
+    The process that fails raises its own error. Each other process prints one line that names that process and its
+    error, and exits with code 2, also when it waits in a collective operation, which no exception can interrupt. A
+    process whose block ends well waits there for the others, which may take longer.
+    """
+    client = distributed.global_state.client
+    if client is None:
+        yield
+        return
+    index, count, ended = jax.process_index(), jax.process_count(), Event()
+    Thread(target=exit_on_failure, args=(client, index, ended), daemon=True).start()
+    try:
+        yield
+        client.key_value_set(f"{DONE}{index}", "")
+        wait_for_keys(client, DONE, count)
+    except BaseException as error:
+        ended.set()
+        announce_failure(client, index, count, error)
+        raise
+    ended.set()
+
+
+def announce_failure(client, index: int, count: int, error: BaseException) -> None:
+    """Tells the other processes of `error` and waits GRACE_SECONDS at most until all have read it.
+
+    Then this process forgets the coordination service: at exit, jax would wait for processes that ended already.
+    """
+    message = " ".join(str(error).split()) or type(error).__name__
+    client.key_value_set(FAILED, f"process {index} failed: {message}", allow_overwrite=True)
+    wait_for_keys(client, SEEN, count - 1, GRACE_SECONDS)
+    distributed.global_state.client = None
+
+
+def exit_on_failure(client, index: int, ended: Event) -> None:
+    """Ends this process once another one has announced its failure."""
+    while not ended.wait(POLL_SECONDS):
+        try:
+            message = dict(client.key_value_dir_get(FAILED.rpartition("/")[0])).get(FAILED)
+        except jax.errors.JaxRuntimeError:  # no connection to process 0: jax ends this process if it stays so
+            continue
+        if message:
+            print(f"sam2jq: error: distributed: {message}", file=sys.stderr, flush=True)
+            client.key_value_set(f"{SEEN}{index}", "")
+            os._exit(2)
+
+
+def wait_for_keys(client, prefix: str, count: int, seconds: float = float("inf")) -> None:
+    """Returns once the store holds `count` keys that start with `prefix`, or after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while len(client.key_value_dir_get(prefix)) < count and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS / 5)

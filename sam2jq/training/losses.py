@@ -1,4 +1,7 @@
-"""What training and distillation minimize: the mask losses of SAM 2 (arXiv 2408.00714, appendix D.2)."""
+"""Mask losses for training and distillation (SAM 2, arXiv 2408.00714, appendix D.2).
+
+Letters: P prompts, M masks a prompt, H x W pixels. Masks are [..., H, W]; logits are before the sigmoid.
+"""
 
 from collections.abc import Callable
 
@@ -10,58 +13,60 @@ Array = jax.Array
 
 
 def focal(logits: Array, targets: Array, gamma: float = 2.0, alpha: float = 0.25) -> Array:
-    """[...] of masks [..., H, W]: cross-entropy weighed by how wrong a pixel is (arXiv 1708.02002).
+    """[...]: the focal loss of masks [..., H, W], averaged over pixels (arXiv 1708.02002).
 
-    targets: what part of each pixel is object, 0..1; for parts between, |p - target| is how wrong it is.
+    targets: the share of each pixel that the object covers, 0..1. |p - target| replaces the paper's 1 - p_t, which it
+    equals for targets of 0 and 1.
     """
-    wrong = jnp.abs(jax.nn.sigmoid(logits) - targets) ** gamma
-    side = alpha * targets + (1 - alpha) * (1 - targets)
-    return (side * wrong * optax.sigmoid_binary_cross_entropy(logits, targets)).mean((-2, -1))
+    modulation = jnp.abs(jax.nn.sigmoid(logits) - targets) ** gamma
+    class_weight = alpha * targets + (1 - alpha) * (1 - targets)
+    return (class_weight * modulation * optax.sigmoid_binary_cross_entropy(logits, targets)).mean((-2, -1))
 
 
 def dice(logits: Array, targets: Array) -> Array:
-    """[...] of masks [..., H, W]: 1 - the Dice coefficient, smoothed by one pixel."""
+    """[...]: 1 - the Dice coefficient of masks [..., H, W], smoothed by one pixel."""
     p = jax.nn.sigmoid(logits)
     return 1 - (2 * (p * targets).sum((-2, -1)) + 1) / ((p + targets).sum((-2, -1)) + 1)
 
 
 def soft_dice(p: Array, q: Array) -> Array:
-    """[...] of masks in 0..1 [..., H, W]: 1 - a Dice coefficient that is 1 where p equals q, be they 0 and 1 or not."""
-    both = (p * q).sum((-2, -1))
-    return 1 - (2 * both + 1) / (jnp.square(p).sum((-2, -1)) + jnp.square(q).sum((-2, -1)) + 1)
+    """[...]: 1 - the Dice coefficient with squared norms of masks in 0..1 [..., H, W]; 0 where p == q, also for masks
+    that are not binary."""
+    intersection = (p * q).sum((-2, -1))
+    return 1 - (2 * intersection + 1) / (jnp.square(p).sum((-2, -1)) + jnp.square(q).sum((-2, -1)) + 1)
 
 
 def soft_iou(logits: Array, targets: Array) -> Array:
-    """[...] of masks [..., H, W]: the IoU of `logits` > 0 with `targets` > 1/2; 1 where both are empty."""
-    got, wanted = logits > 0, targets > 0.5
-    union = (got | wanted).sum((-2, -1))
-    return jnp.where(union > 0, (got & wanted).sum((-2, -1)) / jnp.maximum(union, 1), 1.0)
+    """[...]: the IoU of `logits` > 0 with `targets` > 1/2 for masks [..., H, W]; 1 where both are empty."""
+    predicted, target = logits > 0, targets > 0.5
+    union = (predicted | target).sum((-2, -1))
+    return jnp.where(union > 0, (predicted & target).sum((-2, -1)) / jnp.maximum(union, 1), 1.0)
 
 
 def focal_dice(logits: Array, targets: Array) -> Array:
-    """[...] of masks [..., H, W]: focal and dice as SAM 2 weighs them, 20 : 1, but object and background alike.
+    """[...]: focal and dice loss of masks [..., H, W], weighted 20 : 1 as in SAM 2, with alpha = 1/2.
 
-    SAM 2's alpha of 1/4 makes a model that is not sure yet draw its objects too small.
+    SAM 2's alpha of 1/4 makes a model that is still uncertain predict masks that are too small.
     """
     return 40 * focal(logits, targets, alpha=0.5) + dice(logits, targets)
 
 
 def balanced_dice(logits: Array, targets: Array) -> Array:
-    """[...] of masks [..., H, W]: cross-entropy, half of it for the object however small it is, + dice.
+    """[...]: cross-entropy of masks [..., H, W], half of it from the object's pixels whatever their number, + dice.
 
-    For the start of training, where 20 focal + dice finds that an empty mask is a cheap answer to every prompt.
+    It is for the start of training, where 20 focal + dice has a local minimum at the empty mask.
     """
     entropy = optax.sigmoid_binary_cross_entropy(logits, targets)
-    share = lambda part: (entropy * part).sum((-2, -1)) / (part.sum((-2, -1)) + 1)
-    return share(targets) + share(1 - targets) + dice(logits, targets)
+    mean_over = lambda region: (entropy * region).sum((-2, -1)) / (region.sum((-2, -1)) + 1)
+    return mean_over(targets) + mean_over(1 - targets) + dice(logits, targets)
 
 
 def mask_loss(masks: Array, ious: Array, targets: Array, shape: Callable = focal_dice) -> Array:
-    """[P] of a prompt's mask logits [P, M, H, W], estimated IoUs [P, M] and target [P, H, W].
+    """[P]: the loss of mask logits [P, M, H, W] and estimated IoUs [P, M] for targets [P, H, W].
 
-    Of M masks only the one with the least loss learns its shape (SAM, arXiv 2304.02643, section 3); all M learn to
-    tell their IoU.
+    Of the M masks only the one with the smallest `shape` loss gets a gradient from it (SAM, arXiv 2304.02643, section
+    3). All M estimated IoUs are trained towards the actual ones.
     """
     targets = targets[:, None]
-    told = jnp.abs(ious - jax.lax.stop_gradient(soft_iou(masks, targets)))
-    return shape(masks, targets).min(-1) + told.mean(-1)
+    iou_errors = jnp.abs(ious - jax.lax.stop_gradient(soft_iou(masks, targets)))
+    return shape(masks, targets).min(-1) + iou_errors.mean(-1)

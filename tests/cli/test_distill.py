@@ -23,7 +23,8 @@ from sam2jq.quant.leaves import base_weight, materialize_params
 from sam2jq.quant.qtensor import dequantize, quantize
 from sam2jq.quant.spec import QuantSpec
 from sam2jq.quant.stats import Stats
-from sam2jq.training.step import init_state, make_train_step
+from sam2jq.training.state import init_state
+from sam2jq.training.step import make_train_step
 from sam2jq.tree import flatten, kernels, layer_name, unflatten
 
 NANO = ["--teacher.name", "nano", "--student.name", "nano", "--data.train", "scenes:1", "--data.val", "scenes:2"]

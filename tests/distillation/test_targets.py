@@ -6,8 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam2jq import init_params
-from sam2jq.distillation.targets import PARTS, affinity, distillation_loss, make_targets, mask_distance, moment_losses
+from sam2jq import abstract_params, init_params
+from sam2jq.config.distill import DistillLossConfig
+from sam2jq.distillation.losses import PARTS, distillation_loss, mask_distance, moment_losses
+from sam2jq.distillation.target_cache import Teacher, target_program
+from sam2jq.distillation.targets import affinity, make_targets
 from sam2jq.models.sam2 import SAM2, Variant
 from sam2jq.ptq.recipe import layers
 from sam2jq.quant.algorithms.fake_quant import fake_quant_layers, init_fake_quant
@@ -68,6 +71,31 @@ def test_masks_are_at_no_distance_from_themselves_and_the_gradient_leads_there()
     np.testing.assert_allclose(jax.grad(mask_distance)(wanted, wanted), 0, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_targets_are_computed_in_the_teacher_s_dtype_and_are_float32(dtype):
+    small = SAM2(SMALL)
+    run = target_program(Teacher(small, {}, dtype), DistillLossConfig(prompts=2, objects=1), 0)
+    args = abstract_params(small), jnp.zeros((1, 1, 64, 64, 3)), jnp.zeros(1, jnp.uint32)
+    traced = run.trace(*args)
+    assert ("bf16[" in str(traced.jaxpr)) == (dtype == "bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(traced.out_info)} == {np.dtype("float32"), np.dtype("int32")}
+
+
+@pytest.mark.slow  # compiles a whole SAM 2 twice
+def test_a_teacher_in_bfloat16_gives_slightly_different_targets_in_float32():
+    small, frames = SAM2(SMALL), np.random.default_rng(0).normal(size=(1, 64, 64, 3)).astype(np.float32)
+    config = DistillLossConfig(prompts=2, objects=1)
+    teachers = (Teacher(small, init_params(small, 0), dtype) for dtype in ("float32", "bfloat16"))
+    full, low = (
+        target_program(teacher, config, 0)(teacher.params, frames[None], np.zeros(1, np.uint32)) for teacher in teachers
+    )
+    assert {leaf.dtype for leaf in jax.tree.leaves(low)} == {np.dtype("float32"), np.dtype("int32")}
+    np.testing.assert_array_equal(low.frames, full.frames)
+    for got, expected in zip(low.outputs.features, full.outputs.features):
+        error = jnp.linalg.norm(got - expected) / jnp.linalg.norm(expected)
+        assert 1e-4 < error < 0.05  # bfloat16 has 8 bits of mantissa: 0.4 % a rounding, over tens of layers
+
+
 @pytest.mark.slow  # compiles the gradient of a whole SAM 2
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_every_weight_that_may_learn_gets_a_gradient_from_a_teacher_of_another_size(dtype):
@@ -75,7 +103,7 @@ def test_every_weight_that_may_learn_gets_a_gradient_from_a_teacher_of_another_s
     small, large = SAM2(SMALL), SAM2(LARGE)
     params = init_params(small, 1)
     student = init_fake_quant(params, dict.fromkeys(layers(params), QuantSpec(4)))
-    ask = partial(make_targets, large, asked=2, followed=1)
+    ask = partial(make_targets, large, num_prompts=2, num_objects=1)
     shapes = jax.eval_shape(ask, init_params(large, 0), jnp.zeros((2, 64, 64, 3)), jax.random.key(0))
     rng = np.random.default_rng(0)  # answers of no model, which spares compiling one
     batch = jax.tree.map(lambda leaf: np.abs(rng.normal(size=(1, *leaf.shape))).astype(leaf.dtype), shapes)

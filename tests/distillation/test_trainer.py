@@ -18,7 +18,7 @@ from sam2jq.config import loader
 from sam2jq.config.distill import DistillConfig, DistributedConfig
 from sam2jq.distillation import trainer as cdpq
 from sam2jq.distillation.history import history
-from sam2jq.distillation.targets import PARTS
+from sam2jq.distillation.losses import PARTS
 from sam2jq.quant.algorithms.activations import materialize_weights
 from sam2jq.quant.algorithms.fake_quant import bits_of, init_fake_quant, to_quantized_params
 from sam2jq.quant.leaves import base_weight
@@ -152,9 +152,26 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_layer(tmp_pa
         for i, batch in enumerate(good.batches(first), first + 1):
             yield batch * np.nan if i == 8 else batch
 
-    with pytest.raises(ValueError, match="the loss is nan at step 8, first in layer a: lower train.learning_rate"):
+    with pytest.raises(
+        ValueError, match="the loss is nan at step 8, first in layer a: lower train.learning_rate; .*checkpoint is kept"
+    ):
         cdpq.distill(make_student(), good._replace(batches=batches), config(), tmp_path)
     assert (tmp_path / "checkpoints" / "6").is_dir()  # the last good one
+
+
+def test_a_loss_that_is_not_finite_before_the_first_checkpoint_says_that_there_is_none(tmp_path):
+    task_with_nan = task()._replace(batches=lambda first: (batch * np.nan for batch in task().batches(first)))
+    often = config("--train.log_interval", "1")
+    with pytest.raises(ValueError, match="at step 1, .*there is no checkpoint yet, so the same command starts over"):
+        cdpq.distill(make_student(), task_with_nan, often, tmp_path)
+
+
+def test_a_run_that_was_out_of_patience_takes_no_step_when_it_is_resumed(tmp_path):
+    fixed = config("--distill.confidence_method", "fixed", "--train.learning_rate", "0", "--train.patience", "2")
+    cdpq.distill(make_student(), task(), fixed, tmp_path)
+    rows = rows_of(tmp_path)
+    cdpq.distill(make_student(), task(), fixed, tmp_path)
+    assert rows_of(tmp_path) == rows
 
 
 def test_one_program_serves_every_step_and_one_every_trial(tmp_path):

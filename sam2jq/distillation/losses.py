@@ -1,0 +1,103 @@
+"""The distillation loss: distances between the outputs of a student and of its teacher.
+
+Letters as in targets.py; h x h mask logits, C channels.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sam2jq.distillation.targets import DistillBatch, ModelOutputs, forward_with_capture
+from sam2jq.models.sam2 import SAM2
+from sam2jq.quant.algorithms.activations import materialize_weights
+from sam2jq.training.losses import soft_dice
+
+Array = jax.Array
+PARTS = ("layers", "affinity", "features", "masks", "ious", "memory")
+
+
+def relative_square_error(student: Array, teacher: Array) -> Array:
+    """[]: |student - teacher|^2 / |teacher|^2."""
+    return jnp.square(student - teacher).sum() / (jnp.square(teacher).sum() + 1e-12)
+
+
+def moment_losses(student: Mapping[str, Array], teacher: Mapping[str, Array]) -> dict[str, Array]:
+    """{layer: []}: the relative square error of mean and standard deviation of each layer's outputs.
+
+    student, teacher: {layer: [calls, 2, C]}, mean and variance. It is relative to the teacher's mean square. Layers
+    that only one of the two has, or that differ in calls or width, are left out.
+    """
+    shared = [layer for layer in student if layer in teacher and student[layer].shape == teacher[layer].shape]
+    mean_and_deviation = lambda moments: (moments[:, 0], jnp.sqrt(moments[:, 1] + 1e-12))
+
+    def loss(layer: str) -> Array:
+        (mean, deviation), (mean_t, deviation_t) = map(mean_and_deviation, (student[layer], teacher[layer]))
+        energy = jnp.square(mean_t) + jnp.square(deviation_t)
+        error = jnp.square(mean - mean_t) + jnp.square(deviation - deviation_t)
+        return error.sum() / (energy.sum() + 1e-12)
+
+    return {layer: loss(layer) for layer in shared}
+
+
+def mask_distance(student: Array, teacher: Array) -> Array:
+    """[]: the mean distance of mask logits [..., h, h]; 0 where they are equal.
+
+    It is the Kullback-Leibler divergence of the pixels' object probabilities plus `soft_dice` of these.
+    """
+    target = jax.nn.sigmoid(teacher)
+    cross_entropy = optax.sigmoid_binary_cross_entropy
+    divergence = cross_entropy(student, target) - cross_entropy(teacher, target)
+    return divergence.mean() + soft_dice(jax.nn.sigmoid(student), target).mean()
+
+
+def score_distance(student: Array, teacher: Array) -> Array:
+    """[]: the mean square difference of the probabilities of object score logits."""
+    return jnp.square(jax.nn.sigmoid(student) - jax.nn.sigmoid(teacher)).mean()
+
+
+def affinity_distance(student: Array | None, teacher: Array | None) -> Array:
+    """[]: the mean square difference of affinities; 0 where they were not captured or the stages differ in number."""
+    if student is None or student.shape != teacher.shape:
+        return jnp.float32(0)
+    return jnp.square(student - teacher).mean()
+
+
+def distances(student: ModelOutputs, teacher: ModelOutputs) -> tuple[dict[str, Array], dict[str, Array]]:
+    """{part: []} for each of PARTS, and {layer: []} for each layer that both models have."""
+    layers = moment_losses(student.moments, teacher.moments)
+    features = sum(relative_square_error(a, b) for a, b in zip(student.features, teacher.features))
+    (masks, ious, scores), (masks_t, ious_t, scores_t) = student.tracked, teacher.tracked
+    parts = {
+        "layers": sum(layers.values()) / max(len(layers), 1),
+        "affinity": affinity_distance(student.affinity, teacher.affinity),
+        "features": features / len(student.features),
+        "masks": mask_distance(student.masks, teacher.masks),
+        "ious": jnp.square(student.ious - teacher.ious).mean() + score_distance(student.scores, teacher.scores),
+        "memory": mask_distance(masks, masks_t)
+        + jnp.square(ious - ious_t).mean()
+        + score_distance(scores, scores_t)
+        + relative_square_error(student.pointers, teacher.pointers),
+    }
+    return parts, layers
+
+
+def distillation_loss(model: SAM2, weights: Mapping[str, float], dtype=jnp.float32, capture: bool = True) -> Callable:
+    """loss(params, batch [B, ...], key) -> the mean of sum(weights * parts), and its {"parts", "layers"}.
+
+    weights: {part of PARTS: factor}; dtype: of the student's computation. Without `capture` the parts "layers" and
+    "affinity" are 0, and layers may run in chunks.
+    """
+
+    def example_distances(params: dict, example: DistillBatch):
+        outputs = forward_with_capture(model, params, example.frames.astype(dtype), example.prompts, capture)
+        return distances(outputs, example.outputs)
+
+    def loss(params: dict, batch: DistillBatch, key: Array | None = None):
+        parts, layers = jax.vmap(partial(example_distances, materialize_weights(params)))(batch)
+        parts, layers = jax.tree.map(jnp.mean, (parts, layers))
+        return sum(weights[part] * parts[part] for part in PARTS), {"parts": parts, "layers": layers}
+
+    return loss

@@ -1,0 +1,73 @@
+"""`python -m sam2jq distill` on the demo model at 64 pixels, from its flags to its package."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from converters.checkpoint import load_checkpoint
+from converters.exports.package import load_package
+from sam2jq import build
+from sam2jq.cli.main import main
+from sam2jq.distillation.history import history
+from sam2jq.quant.leaves import materialize_params
+from sam2jq.tree import flatten
+
+FLAGS = {
+    "teacher.name": "nano", "student.name": "nano", "data.image_size": 64,
+    "data.train": "scenes:11", "data.val": "scenes:21", "data.train_samples": 4, "data.val_samples": 2,
+    "quant.initial_bits": 5, "quant.target_roots": "[sam_mask_decoder]",
+    "distill.prompts": 2, "distill.objects": 1, "distill.window": 1, "distill.candidates": 2,
+    "distill.layer_threshold": 9, "distill.impact_threshold": 9, "distill.impact_budget": 99,
+    "train.epochs": 2, "train.batch_size": 2, "measure.images": "scenes:1001", "measure.num_images": 1,
+}  # fmt: skip
+FILES = {"config.yaml", "metrics.jsonl", "metrics.json", "package.pt", "vanilla.pt", "curves.png", "report.html"}
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """The folder of a finished run."""
+    root = tmp_path_factory.mktemp("distill")
+    (root / "cache").mkdir()
+    (root / "cache" / "compiled").symlink_to(Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).absolute())
+    flags = FLAGS | {"output.root": root / "out", "cache.root": root / "cache"}
+    assert main(["distill", *(part for key, value in flags.items() for part in (f"--{key}", str(value)))]) == 0
+    return root / "out" / "distill"
+
+
+def rows_of(job):
+    return [json.loads(line) for line in (job / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_its_files_and_no_partial_folder(job):
+    assert {path.name for path in job.iterdir()} >= FILES
+    assert [path.name for path in job.parent.iterdir()] == [job.name]
+
+
+def test_the_log_has_a_finite_loss_and_its_history_is_that_of_the_metrics(job):
+    rows, metrics = rows_of(job), json.loads((job / "metrics.json").read_text())
+    assert [row["step"] for row in rows if "val/loss" in row] == [0, 2, 4]
+    assert all(np.isfinite(row["train/loss"]) for row in rows if "train/loss" in row)
+    assert metrics["history"] == history(rows)
+    assert set(metrics["results"]["miou"]) == {"full precision", "start", "distill"}
+
+
+def test_layers_lose_bits_and_the_package_holds_the_bits_of_the_log(job):
+    accepted = [one["layer"] for row in rows_of(job) for one in row.get("decisions", ()) if one["accepted"]]
+    assert accepted
+    assert all(layer.startswith("sam_mask_decoder") for layer in accepted)
+    summary = load_package(job / "package.pt").summary()
+    assert {row["name"] for row in summary["layers"] if row["bits"] == 4} == set(accepted)
+    assert {row["bits"] for row in summary["layers"]} == {4, 5}
+
+
+def test_the_package_loads_as_the_weights_of_the_vanilla_checkpoint(job):
+    params = materialize_params(load_checkpoint(str(job / "package.pt"), build("nano", image_size=64)).params)
+    vanilla = torch.load(job / "vanilla.pt", weights_only=True)["model"]
+    name = "sam_mask_decoder.transformer.layers.0.mlp.layers.0"
+    kernel = flatten(params)["sam_mask_decoder/transformer/layers.0/mlp/layers.0/kernel"]
+    np.testing.assert_allclose(np.asarray(kernel).T, vanilla[f"{name}.weight"], atol=1e-6)
+    assert len(np.unique(vanilla[f"{name}.weight"][0])) <= 31

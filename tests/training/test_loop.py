@@ -1,0 +1,78 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sam2jq.training.loop import Hooks, fit, log_mean_metrics
+from sam2jq.training.state import init_state
+from sam2jq.training.step import make_train_step
+
+PARAMS = {"w": np.ones((4, 2), np.float32)}
+
+
+def loss(params, batch, key):
+    x, y = batch
+    noise = 0.01 * jax.random.normal(key, y.shape)
+    value = jnp.square(x @ params["w"] + noise - y).mean()
+    return value, {"noise": noise.mean()}
+
+
+def batches(first):
+    for i in range(first, 10**6):
+        x = np.random.default_rng(i).normal(size=(8, 4)).astype(np.float32)
+        yield x, x[:, :2]
+
+
+def run(folder, steps, every=5):
+    """The final state and the logged means [(step, means)] of a run that saves a checkpoint every `every` steps."""
+    optimizer, logged = optax.adam(0.1), []
+    state = init_state(jax.tree.map(jnp.array, PARAMS), optimizer, seed=3)
+    after_step = log_mean_metrics(every, steps, lambda *row: logged.append(row))
+    hooks = Hooks(after_step, is_save_step=lambda step: step % every == 0 or step == steps)
+    return fit(make_train_step(loss, optimizer), state, batches, steps, folder, hooks), logged
+
+
+def test_a_resumed_run_ends_at_the_same_bits(tmp_path):
+    """Batches, keys and the optimizer continue where they were."""
+    run(tmp_path / "resumed", 5)
+    resumed, logged = run(tmp_path / "resumed", 20)
+    uninterrupted, _ = run(tmp_path / "uninterrupted", 20)
+    assert int(resumed.step) == int(uninterrupted.step) == 20
+    np.testing.assert_array_equal(resumed.params["w"], uninterrupted.params["w"])
+    assert [step for step, _ in logged] == [10, 15, 20]
+
+
+def test_a_finished_run_takes_no_further_step(tmp_path):
+    state, _ = run(tmp_path, 10)
+    again, logged = run(tmp_path, 10)
+    assert logged == []
+    np.testing.assert_array_equal(again.params["w"], state.params["w"])
+
+
+def test_metrics_are_means_over_the_steps_between(tmp_path):
+    _, logged = run(tmp_path, 18)
+    assert [step for step, _ in logged] == [5, 10, 15, 18]
+    assert set(logged[0][1]) == {"loss", "gradient", "noise"}
+    assert logged[-1][1]["loss"] < logged[0][1]["loss"] / 2
+
+
+def test_hooks_run_around_each_step_and_can_change_the_state_and_stop_the_run(tmp_path):
+    calls = []
+
+    def on_start(step, state):
+        calls.append(("start", step))
+        return state
+
+    def after_step(step, state, metrics):
+        calls.append((step, metrics))
+        return state + 100
+
+    hooks = Hooks(after_step, on_start, lambda step: step == 2, lambda state: state >= 300)
+    step = lambda state, batch: (state + batch, {"batch": batch})
+    numbers = lambda first: iter(range(first + 1, 99))
+    state = fit(step, np.int64(0), numbers, 10, tmp_path, hooks)
+    assert state == 1 + 2 + 3 + 300
+    assert calls == [("start", 0), (1, {"batch": 1}), (2, {"batch": 2}), (3, {"batch": 3})]
+    calls.clear()
+    assert fit(step, np.int64(0), numbers, 10, tmp_path, hooks) == state  # from the checkpoint of step 2
+    assert calls == [("start", 2), (3, {"batch": 3})]
