@@ -1,4 +1,4 @@
-"""The trained nano that comes with the package, on drawn scenes and clips that it never saw."""
+"""The trained nano that comes with the package, on drawn scenes and clips outside its training data."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,8 @@ from sam2jq.predictors.video import VideoPredictor
 from sam2jq.quant.algorithms.rtn import round_weights
 from sam2jq.quant.leaves import materialize_params
 
-CARD = {"box": 0.801, "1 click": 0.751, "3 clicks": 0.810}  # sam2jq/assets/nano.md
+MIOU = {"box": 0.797, "1 click": 0.740, "3 clicks": 0.809}  # of IMAGES; 100 of them: 0.801, 0.751, 0.810 (nano.md)
+J_AND_F = 52.7  # of the first clip of scenes:2002; 12 clips: 66.9 (nano.md)
 IMAGES = find_samples("scenes:1001", 24)
 
 
@@ -35,17 +36,17 @@ def test_different_clicks_give_different_masks_that_hold_the_click(demo):
     assert np.mean(overlaps) <= 0.15
 
 
-def test_scores_are_those_of_the_card(demo):
-    """Within 5 points, what 24 of the card's 100 images leave open."""
+def test_images_score_as_measured(demo):
+    """Within half a point: the same images and weights, so only pixels at mask edges may flip by rounding."""
     miou = evaluate_images(*demo, IMAGES)["miou"]
-    for name, expected in CARD.items():
-        assert miou[name] == pytest.approx(expected, abs=0.05)
+    for name, expected in MIOU.items():
+        assert miou[name] == pytest.approx(expected, abs=0.005)
 
 
-def test_objects_are_followed_through_a_clip(demo):
-    """J&F of a clip far over chance, 10, which is what a memory that was never trained scores."""
+def test_a_clip_scores_as_measured(demo):
+    """Within one point: rounding errors grow through the memory of 24 frames. An untrained memory scores 10."""
     clips = find_clips("scenes:2002", "", 1)
-    assert evaluate_clips(VideoPredictor(*demo), clips, None)["j&f"] > 30
+    assert evaluate_clips(VideoPredictor(*demo), clips, None)["j&f"] == pytest.approx(J_AND_F, abs=1)
 
 
 @pytest.mark.slow  # experiments/rtn/table.md has all widths

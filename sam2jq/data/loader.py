@@ -53,8 +53,8 @@ def check_disjoint(train: Sequence[Item], val: Sequence[Item], key: str = "data.
     shared = frames_of(train) & frames_of(val)
     if shared:
         raise UserError(
-            f"{key} and data.val share {len(shared)} frames, such as {min(shared)}: validation needs frames "
-            "that are not trained on; give two splits"
+            f"{key} and data.val share {len(shared)} frames, such as {min(shared)}: "
+            "validation needs frames that are not trained on; give two splits"
         )
 
 

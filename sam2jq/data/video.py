@@ -16,7 +16,7 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm")
 
 @dataclass(frozen=True)
 class Video:
-    """A clip of len(video) frames, video[i]: uint8 [H, W, 3] RGB, read when asked for.
+    """A clip of len(video) frames, video[i]: uint8 [H, W, 3] RGB, read on access.
 
     names: of the frames, such as "00012"; size: (H, W) in pixels, of every frame; read: the frame at an index.
     """
@@ -33,7 +33,7 @@ class Video:
 
 
 def open_video(path: str) -> Video:
-    """The clip in a folder of frames or in a video file; to go back in a video file is slow, see `forward_reader`."""
+    """The clip in a folder of frames or in a video file; seeking backwards in a file is slow, see `forward_reader`."""
     if path and Path(path).is_dir():
         return open_folder(path)
     if not Path(path).is_file():
@@ -110,7 +110,7 @@ def decode(path: str) -> Iterator:
 
 
 def quarter_turns(frame) -> int:
-    """How often to turn a frame by 90 degrees, counterclockwise: phones store it lying and say so in the file."""
+    """How often to rotate a frame by 90 degrees counterclockwise: phones store the rotation as metadata."""
     return round(frame.rotation / 90)
 
 
@@ -138,11 +138,11 @@ def forward_reader(start: Callable[[], Iterator]) -> Callable[[int], object]:
     """A function from an index to that item of `start()`; it starts anew only for an index below the last one."""
     index, item, items = -1, None, start()
 
-    def read(wanted: int):
+    def read(target: int):
         nonlocal index, item, items
-        if wanted < index:
+        if target < index:
             index, items = -1, start()
-        while index < wanted:
+        while index < target:
             index, item = index + 1, next(items)
         return item
 

@@ -1,4 +1,4 @@
-"""A quantized model against full precision, image by image, in one pass of constant memory."""
+"""Agreement of a quantized model with full precision, image by image, in constant memory."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -17,22 +17,22 @@ STRIDES = (4, 8, 16)
 
 
 class Compared(NamedTuple):
-    """One image: squared norms per feature level of the difference and of the reference, and P x 3 masks."""
+    """One image: squared norms of the feature maps per stride, and the masks of P clicks."""
 
     difference: np.ndarray  # [3]
     reference: np.ndarray  # [3]
     ious: np.ndarray  # [P, 3] of quantized against full-precision masks
-    best: np.ndarray  # [P]: which of a click's three masks full precision thinks best
+    best: np.ndarray  # [P]: index of the mask with the best estimated IoU in full precision
     masks: tuple[np.ndarray, np.ndarray]  # bool [P, 3, S / 4, S / 4]: full precision, quantized
 
 
 def compare(
     model: SAM2, params: dict, quantized: dict, images: Iterable[list[np.ndarray]], side: int, dtype: str = "float32"
 ) -> Iterable[Compared]:
-    """Yields one result per image of each batch of uint8 images [H, W, 3], over side * side clicks.
+    """Yields one result per image of each batch of uint8 images [H, W, 3], for side * side clicks.
 
-    All three masks of every click are compared, slot by slot: picking the best would compare two different masks
-    where their estimated scores change order.
+    All three masks of every click are compared by index. Comparing only the best ones would compare two different
+    masks where the order of their estimated IoUs changes.
     """
     points = click_grid(side, model.variant.image_size)
     squares = lambda maps: np.array([np.sum(np.square(np.asarray(m, np.float64))) for m in maps])

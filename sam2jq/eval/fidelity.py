@@ -1,4 +1,4 @@
-"""What quantization cost: masks against those in full precision and against true ones, layer by layer, by stage."""
+"""Fidelity of a quantized model: masks against full precision and ground truth, and errors by stage and layer."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,17 +28,17 @@ PARTS = ("trunk", "trunk", "neck", "prompts", "decoder", "memory encoder", "memo
 
 
 def find_ground_truth(config: Config) -> tuple[list[LabeledImage], list[LabeledClip]]:
-    """The images and the clips whose masks are known; none where the config names none."""
-    wanted, calib = config.measure, config.quant.calib
-    source, number = wanted.images, wanted.num_images
+    """The images and clips with ground-truth masks that the config names; empty lists where it names none."""
+    settings, calib = config.measure, config.quant.calib
+    source, number = settings.images, settings.num_images
     if not source and calib.path.startswith("scenes:"):
         source, number = calib.path, calib.num_samples
     samples = find_samples(source, number) if source else []
-    return samples, find_clips(wanted.clips, wanted.split, wanted.num_clips) if wanted.clips else []
+    return samples, find_clips(settings.clips, settings.split, settings.num_clips) if settings.clips else []
 
 
 def ground_truth_id(ground_truth: tuple[list[LabeledImage], list[LabeledClip]]) -> str:
-    """What only runs share that are measured on the same images and clips with known masks, wherever these lie."""
+    """A fingerprint of the file names of the images and clips with ground truth, without their folders."""
     return fingerprint({}, [Path(one.name).name for found in ground_truth for one in found])
 
 
@@ -64,13 +64,13 @@ def measure(
             results["nunchaku"] = summarize(against_full(model, full, variants["nunchaku"], names, config)[0])
         errors = stage_errors(model, full, params_by_stage, compared, names, config)
     if samples:
-        with on_stage("segment", f"{len(samples)} images whose masks are known"):
+        with on_stage("segment", f"{len(samples)} images with ground-truth masks"):
             scores, gallery = against_ground_truth(model, variants, last, samples, config)
         used = {Path(name).resolve() for name in names}
         held_out = used.isdisjoint(Path(sample.name).resolve() for sample in samples)
         results |= scores | {"miou_data": config.measure.images or config.quant.calib.path, "held_out": held_out}
     if clips:
-        with on_stage("track", f"{len(clips)} clips whose masks are known"):
+        with on_stage("track", f"{len(clips)} clips with ground-truth masks"):
             both = {kind: variants[kind] for kind in results["kinds"]}
             results |= against_clips(model, both, clips, config) | {"video_data": config.measure.clips}
     return results, errors, gallery
@@ -79,7 +79,7 @@ def measure(
 def against_full(
     model: SAM2, full: dict, quantized: dict, names: list[str], config: Config
 ) -> tuple[list[Compared], Gallery]:
-    """What `compare` finds on every image, without its masks, and those to show."""
+    """The results of `compare` per image, without their masks, and a gallery of some masks."""
     size = config.quant.calib.batch_size
     batches = ([read_image(name) for name in names[i : i + size]] for i in range(0, len(names), size))
     compared = compare(model, full, quantized, batches, GRID, config.model.dtype)
@@ -174,5 +174,5 @@ def figures_of(rounded, plain, stats: Stats | None) -> dict:
 
 
 def part(layer: str) -> str:
-    """The part of SAM 2 that a layer belongs to, in a word or two."""
+    """The name in PARTS of the part of SAM 2 that a layer belongs to."""
     return next(name for name, pattern in zip(PARTS, FLOW) if pattern.match(layer))

@@ -15,7 +15,7 @@ def evaluate_clips(
     clips: Iterable[LabeledClip],
     write: Callable[[str, str, str, np.ndarray], None] | None = None,
 ) -> dict:
-    """{"j", "f", "j&f": means over objects in percent; "clips", "objects": counts; "scores": {clip: {object: {j, f}}}}.
+    """{"j", "f", "j&f": means over all objects in percent; "clips", "objects": counts; "scores": by clip and object}.
 
     write: called with the clip's name, the object, the frame's name and the bool mask [H, W] of every frame.
     """
@@ -31,10 +31,13 @@ def evaluate_clips(
         "j&f": 100 * mean.jf,
         "clips": len(scores),
         "objects": len(all_scores),
-        "scores": {
-            name: {obj: {"j": s.j, "f": s.f} for obj, s in by_object.items()} for name, by_object in scores.items()
-        },
+        "scores": {name: {obj: score_dict(s) for obj, s in objects.items()} for name, objects in scores.items()},
     }
+
+
+def score_dict(score: VideoScores) -> dict[str, float]:
+    """J and F, 0..1, for a json file."""
+    return {"j": score.j, "f": score.f}
 
 
 def track_objects(

@@ -7,6 +7,7 @@ from PIL import Image
 
 from sam2jq.data.sav import read_mask, vos_videos, write_mask
 from sam2jq.data.video import find_frames
+from sam2jq.errors import UserError
 
 SIZE = (6, 9)
 
@@ -167,3 +168,11 @@ def test_only_a_mask_of_its_frames_size_is_read(tmp_path):
 def test_only_bool_masks_are_written(tmp_path, mask):
     with pytest.raises(ValueError, match=r"a.png: a mask must be bool \[H, W\], got"):
         write_mask(str(tmp_path / "a.png"), mask)
+
+
+@pytest.mark.parametrize("line", ["../../../x", "..", "/etc", "u/../v", "a/b", "a\\b", "."])
+def test_a_listed_video_must_be_a_folders_name(root, line):
+    """The name is part of the path that `evaluate` writes masks to."""
+    (root / "sav_val.txt").write_text(f"u\n{line}\n")
+    with pytest.raises(UserError, match=r"sav_val\.txt: .*(leads out of its folder|without a path)"):
+        vos_videos(str(root), "sav_val")

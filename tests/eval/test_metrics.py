@@ -252,7 +252,7 @@ def test_the_number_of_axes_must_fit():
         video_scores(NONE, NONE)
 
 
-def test_the_prompt_grid_covers_the_image_evenly():
+def test_the_click_grid_covers_the_image_evenly():
     points, labels = click_grid(2, 8)
     assert points[:, 0].tolist() == [[2, 2], [6, 2], [2, 6], [6, 6]]
     assert (labels == 1).all()

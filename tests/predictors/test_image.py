@@ -65,12 +65,13 @@ def test_a_pil_image_has_the_embedding_of_its_array(predictors):
 
 
 def test_bfloat16_activations_stay_close(predictors):
+    """Measured: 0.7 to 0.9 % on three scenes, with and without XLA's optimizations; bfloat16 has 8 bits."""
     _, ours = predictors
     half = ImagePredictor(ours.model, ours.params, dtype="bfloat16")
     half.set_image(draw_scene(0, 320).image[:, :240])
     assert str(half.get_image_embedding().dtype) == "bfloat16"
     got, expected = (p.predict(**POINT, return_logits=True)[0] for p in (half, ours))
-    assert 0 < relative(got, expected) < 0.1
+    assert 0 < relative(got, expected) < 0.012
 
 
 @pytest.mark.parametrize(
