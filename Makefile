@@ -85,6 +85,7 @@ test: setup
 # exactness with XLA's default flags, as users run.
 DEFAULT_XLA := tests/models/test_parity.py tests/predictors/test_image.py tests/quant/algorithms/test_gptq.py
 DEFAULT_XLA += tests/converters/exports/test_package.py
+DEFAULT_XLA += tests/predictors/test_video.py::test_two_objects_over_twelve_frames_match_the_original
 test-default-xla: setup
 	SAM2JQ_XLA_DEFAULTS=1 $(VENV)/bin/pytest $(DEFAULT_XLA) $(ARGS)
 
