@@ -6,26 +6,29 @@ SAM2JQ := $(VENV)/bin/sam2jq
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 CONFIG ?= experiments/demo_w8.yaml experiments/demo_w4.yaml
 ARGS ?=
-# each training step takes gigabytes from the system anew: huge pages make it a tenth faster, where malloc is glibc's
+# A training step allocates gigabytes anew. With huge pages it is a tenth faster, where malloc is glibc's.
 HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
-.PHONY: setup quantize distill sweep report segment track evaluate inspect export demo-model test lint bench docs-check pictures
+.PHONY: setup quantize distill sweep report segment track evaluate inspect export demo-model
+.PHONY: test test-default-xla lint typecheck bench docs docs-check pictures
 setup: $(READY)
 
-# sam2 comes as source and is built against the torch that is there: in its own build environment it would fetch
-# gigabytes of another one.
+# sam2 is built from source against the installed torch. In an isolated build environment pip would download another
+# torch of several gigabytes.
 $(READY): pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0 torchvision==0.28.0 setuptools wheel
 	SAM2_BUILD_CUDA=0 $(PIP) --no-build-isolation sam2==1.1.0
-	$(PIP) --no-build-isolation --editable '.[torch,hub,eval,dev]'
+	$(PIP) --no-build-isolation --editable '.[torch,hub,eval,docs,dev]'
 	touch $@
 
-# make quantize CONFIG=experiments/hiera_tiny_w4.yaml ARGS="--model.checkpoint sam2.1_hiera_tiny.pt --quant.calib.path photos"
+# make quantize CONFIG=experiments/hiera_tiny_w4.yaml \
+#   ARGS="--model.checkpoint sam2.1_hiera_tiny.pt --quant.calib.path photos"
 quantize: setup
 	$(foreach config,$(CONFIG),$(SAM2JQ) quantize --config $(config) $(ARGS) &&) true
 
-# make sweep CONFIG=experiments/hiera_tiny_w4.yaml OVER="quant.wgts.dtype=sint8,sint4 seed=1,2" ARGS="--model.checkpoint ..."
+# make sweep CONFIG=experiments/hiera_tiny_w4.yaml OVER="quant.wgts.dtype=sint8,sint4 seed=1,2" \
+#   ARGS="--model.checkpoint ..."
 OVER ?= quant.wgts.dtype=sint8,sint6,sint5,sint4,sint3
 sweep: CONFIG := $(if $(filter file,$(origin CONFIG)),experiments/demo_w4.yaml,$(CONFIG))
 sweep: setup
@@ -55,12 +58,13 @@ track: ARGS := $(or $(ARGS),$(CLICK))
 track: setup
 	$(SAM2JQ) track $(CLIP) $(ARGS)
 
-# make evaluate CONFIG=experiments/demo_clips.yaml ARGS="--data sa-v --model.name tiny --model.checkpoint sam2.1_hiera_tiny.pt"
+# make evaluate CONFIG=experiments/demo_clips.yaml \
+#   ARGS="--data sa-v --model.name tiny --model.checkpoint sam2.1_hiera_tiny.pt"
 evaluate: CONFIG := $(if $(filter file,$(origin CONFIG)),experiments/demo_images.yaml,$(CONFIG))
 evaluate: setup
 	$(foreach config,$(CONFIG),$(SAM2JQ) evaluate --config $(config) $(ARGS) &&) true
 
-# trains the demo model anew, over hours, and goes on where it was stopped
+# Trains the demo model from scratch, which takes hours. A stopped run is resumed.
 demo-model: setup
 	$(HUGE_PAGES) $(VENV)/bin/python experiments/demo_model/train.py $(ARGS)
 
@@ -77,20 +81,36 @@ export: setup
 test: setup
 	$(VENV)/bin/pytest $(ARGS)
 
+# `make test` turns off most of XLA's optimizations, since compiling is most of its time. This runs the tests of
+# exactness with XLA's default flags, as users run.
+DEFAULT_XLA := tests/models/test_parity.py tests/predictors/test_image.py tests/quant/algorithms/test_gptq.py
+DEFAULT_XLA += tests/converters/exports/test_package.py
+DEFAULT_XLA += tests/predictors/test_video.py::test_two_objects_over_twelve_frames_match_the_original
+test-default-xla: setup
+	SAM2JQ_XLA_DEFAULTS=1 $(VENV)/bin/pytest $(DEFAULT_XLA) $(ARGS)
+
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+# the types of the public modules; [tool.mypy] in pyproject.toml lists them
+typecheck: setup
+	$(VENV)/bin/mypy
 
 bench: setup
 	$(VENV)/bin/python experiments/bench/encoder.py
 	$(VENV)/bin/python experiments/bench/ptq.py
 	$(HUGE_PAGES) $(VENV)/bin/python experiments/bench/distill.py
 
-# runs every command and program of docs/ that needs no files but the project's own
+# the API reference, from the docstrings: build/docs/index.html
+docs: setup
+	$(VENV)/bin/python docs/reference.py build/docs
+
+# Runs every command and program of docs/ that needs no files but those of the project.
 docs-check: setup
 	PATH=$(CURDIR)/$(VENV)/bin:$$PATH $(VENV)/bin/python docs/check.py
 
-# the pictures of README.md, from runs of the demo model; needs Chromium with its driver
+# The pictures of README.md and docs/, from runs of the demo model. Needs Chromium and chromedriver.
 pictures: OVER := quant.wgts.dtype=sint8,sint6,sint5,sint4 quant.wgts.kernel_gptq=null,{}
 pictures: ARGS := --measure.num_images 48 --measure.clips scenes:2002 --measure.num_clips 4 --output.job demo_sweep
 pictures: sweep

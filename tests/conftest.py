@@ -16,7 +16,8 @@ from converters.names import from_torch
 from sam2jq import SAM2, abstract_params, build, init_params
 from sam2jq.data import draw_scene
 
-COMPILED = "JAX_COMPILATION_CACHE_DIR"
+CACHE_DIR = "JAX_COMPILATION_CACHE_DIR"
+XLA_DEFAULTS = os.environ.get("SAM2JQ_XLA_DEFAULTS") == "1"  # compile as users do: `make test-default-xla`
 LONGEST = (
     "cli/test_main",
     "test_demo_model",
@@ -30,27 +31,33 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 
 def pytest_configure(config):
-    """Programs that one test process compiled serve the other, and this one after `forget_programs`."""
-    if not hasattr(config, "workerinput"):  # the first process, whose environment the others inherit
-        if COMPILED not in os.environ:  # a folder that the caller names keeps the programs for the next run
+    """Makes compiling fast, and shares one cache of compiled programs between all test processes.
+
+    The cache also serves a process after `clear_compiled_programs`. With SAM2JQ_XLA_DEFAULTS=1 in the environment
+    XLA compiles with its default flags, as it does for users.
+    """
+    if not hasattr(config, "workerinput"):  # the main process, whose environment the workers inherit
+        if CACHE_DIR not in os.environ:  # a folder that the caller names keeps the programs for the next run
             folder = tempfile.TemporaryDirectory(prefix="compiled")
             config.add_cleanup(folder.cleanup)
-            os.environ[COMPILED] = folder.name
-        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"  # compiling takes most of the time here: a third less
-        os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"  # the older code generator: again a third less
-    jax.config.update("jax_disable_most_optimizations", True)
-    jax.config.update("jax_compilation_cache_dir", os.environ[COMPILED])
+            os.environ[CACHE_DIR] = folder.name
+        if not XLA_DEFAULTS:  # compiling takes most of the time here; each of these saves a third of it
+            os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+            os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"  # the older code generator
+    if not XLA_DEFAULTS:
+        jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_compilation_cache_dir", os.environ[CACHE_DIR])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def pytest_collection_modifyitems(items):
-    """The files that take longest go first, so that no process is left with one of them at the end."""
+    """Runs the slowest files first, so that no process is left with one of them at the end."""
     items.sort(key=lambda item: not item.path.with_suffix("").as_posix().endswith(LONGEST))
 
 
 @pytest.fixture(scope="module", autouse=True)
-def forget_programs():
-    """Else a process that ran most files holds 7 GB, nearly all of it programs."""
+def clear_compiled_programs():
+    """Frees the compiled programs after each file: a process that runs most files would hold 7 GB of them."""
     yield
     jax.clear_caches()
 
@@ -65,7 +72,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory) -> list[str]:
-    """A checkpoint, a folder of images, and where the output goes."""
+    """The flags of a `quantize` run: a random checkpoint, a folder of two images, an output and a cache folder."""
     folder = tmp_path_factory.mktemp("run")
     save_checkpoint(folder / "nano.pt", init_params(build("nano"), 0))
     (folder / "images").mkdir()
@@ -80,7 +87,7 @@ def flags(tmp_path_factory) -> list[str]:
 
 
 class Twin(NamedTuple):
-    """One set of random weights in both frameworks."""
+    """One set of random weights in both frameworks: `torch` and `model` with `params` are the same network."""
 
     torch: torch.nn.Module
     model: SAM2
@@ -93,8 +100,11 @@ class Twin(NamedTuple):
 
 @cache
 def twin(name: str, version: str = "2.1", image_size: int | None = None) -> Twin:
-    """Noise on every weight, since some start at zero and would compare nothing; and a raised object score, since a
-    negative one turns every mask into the constant -1024."""
+    """A `Twin` of a model size with noise added to every weight, and the bias of the object score raised by 10.
+
+    Some weights are initialized to zero and would be compared with nothing. A negative object score turns every mask
+    into the constant -1024.
+    """
     torch.manual_seed(0)
     original = build_original(name, version, image_size)
     with torch.no_grad():
@@ -106,7 +116,7 @@ def twin(name: str, version: str = "2.1", image_size: int | None = None) -> Twin
 
 
 def relative(got, expected) -> float:
-    """|got - expected| / |expected|; `expected` must vary, or the comparison would compare nothing."""
+    """|got - expected| / |expected|. Fails if `expected` is constant: such a comparison would show nothing."""
     got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
     assert got.shape == expected.shape
     assert expected.std() > 0
