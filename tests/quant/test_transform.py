@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from converters.exports.package import pack_leaf, unpack_leaf
 from sam2jq.quant.algorithms.activations import materialize_weights, quantize_inputs
 from sam2jq.quant.algorithms.gptq import GptqSpec, gptq
 from sam2jq.quant.algorithms.lowrank import LowRankSpec, low_rank
@@ -16,6 +15,7 @@ from sam2jq.quant.algorithms.rotate import RotationSpec, rotate
 from sam2jq.quant.algorithms.smooth import SmoothSpec, smooth
 from sam2jq.quant.error import relative_error
 from sam2jq.quant.leaves import materialize, matmul
+from sam2jq.quant.packing import pack_leaf, unpack_leaf
 from sam2jq.quant.qtensor import QTensor, quantize
 from sam2jq.quant.spec import QuantSpec
 from sam2jq.quant.transform import Stats, Transform, chain, each_layer
