@@ -136,9 +136,8 @@ def from_hf(state_dict: Tensors) -> Tensors:
     Raises UserError if the two Fourier matrices differ, or if a tensor is there under both naming styles.
     """
     rest = dict(state_dict)
-    points = [
-        rows[i : i + 1] for key in (HF_POINTS,) if key in rest for rows in [rest.pop(key)] for i in range(len(rows))
-    ]
+    rows = rest.pop(HF_POINTS, ())
+    points = [rows[i : i + 1] for i in range(len(rows))]  # [1, C] each
     fourier = [rest.pop(key) for key in HF_FOURIER if key in rest]
     if any(not _equal(x, fourier[0]) for x in fourier):
         raise UserError(f"{' and '.join(HF_FOURIER)} must be equal: SAM 2 has one matrix for both")

@@ -131,9 +131,7 @@ def complete_metadata(metadata: Mapping, path: str | Path) -> dict:
     if full["names"] not in ("original", "huggingface"):
         problems.append("names")
     if problems:
-        raise UserError(
-            f"{path}: the package's metadata lacks a valid {', '.join(problems)}: write it with sam2jq.save"
-        )
+        raise UserError(f"{path}: a package's metadata lacks a valid {', '.join(problems)}: write it with sam2jq.save")
     return full | {"model": {"checkpoint": "unknown"} | model}
 
 
