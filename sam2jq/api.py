@@ -1,15 +1,110 @@
-"""The Python API: models from files and to files."""
+"""The Python API: models from files and to files, and post-training quantization of a params tree."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import is_dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import numpy as np
 
 from sam2jq import __version__
 from sam2jq.errors import UserError
 from sam2jq.models.sam2 import SAM2, VARIANTS, VERSIONS, build, variant_name
+from sam2jq.quant.leaves import materialize
 from sam2jq.quant.package import Package, is_native, pack_params, read_package, write_package
 
+if TYPE_CHECKING:
+    from sam2jq.config.quant import QuantConfig
+    from sam2jq.quant.transform import NamedChain, Transform
+
 Model = tuple[SAM2, dict]
+Images = str | Path | Sequence[str | Path | np.ndarray]
+
+
+class LayerError(NamedTuple):
+    """What quantization changed in a layer, by its weight alone.
+
+    relative_error: |w_hat - w| / |w|. output_error: |x w_hat - x w| / |x w| over the calibration inputs x, None if no
+    Gram matrix of them was collected. part: of the model, for tables.
+    """
+
+    relative_error: float
+    output_error: float | None
+    part: str
+
+
+class Report(NamedTuple):
+    """layers: {layer: LayerError} of the quantized layers, in the order in which data runs through them."""
+
+    layers: dict[str, LayerError]
+
+    @property
+    def relative_errors(self) -> dict[str, float]:
+        """{layer: relative weight error}, as the metadata of `save` takes it."""
+        return {layer: error.relative_error for layer, error in self.layers.items()}
+
+
+def quantize(
+    model: SAM2,
+    params: dict,
+    transform: Transform | NamedChain | QuantConfig,
+    images: Images = (),
+    *,
+    num_images: int = 128,
+    seed: int = 0,
+) -> tuple[dict, Report]:
+    """The quantized params, with weight leaves in place of kernels, and a `Report`.
+
+    transform: what `chain`, `gptq`, ... return, or a recipe, the YAML section `quant` as a `QuantConfig`.
+    images: for calibration. uint8 [H, W, 3] arrays or file names; or one name: a folder, or "scenes:<seed>" for drawn
+      scenes, of which `num_images` are drawn by `seed`. They may be left out if nothing is calibrated. A recipe's own
+      `calib.path` is not read.
+    Raises UserError that names the layer, the key or the image.
+    """
+    from sam2jq.config.quant import QuantConfig
+    from sam2jq.eval.fidelity import layer_figures
+    from sam2jq.ptq.pipeline import FOLDED, quantize_params, transform_params
+
+    clips = Clips(images, num_images, seed, model.variant.image_size)
+    plain = jax.tree.map(lambda node: materialize(node) if is_dataclass(node) else node, params, is_leaf=is_dataclass)
+    if isinstance(transform, QuantConfig):
+        done = quantize_params(model, plain, transform, clips, seed=seed)
+    else:
+        done = transform_params(model, params, transform, clips)
+    figures = layer_figures(done.params_by_stage.get(FOLDED, plain), done.params, done.stats)
+    return done.params, Report({layer: LayerError(**row) for layer, row in figures.items()})
+
+
+class Clips:
+    """Calibration images as `collect` takes them: clips(n) yields the images after the first n."""
+
+    def __init__(self, images: Images, num_images: int, seed: int, size: int):
+        from sam2jq.data.images import find_images
+
+        named = isinstance(images, str | Path)
+        self.images = find_images(str(images), num_images, seed) if named else list(images)
+        self.size = size
+
+    def __call__(self, start: int) -> Iterator[np.ndarray]:
+        """Yields float32 [1, S, S, 3] per image. Raises UserError if there is none, or if one cannot be read."""
+        from sam2jq.data.images import preprocess, read_image
+
+        if not self.images:
+            raise UserError("this transform needs calibration images: give a list of images, a folder or 'scenes:0'")
+        for image in self.images[start:]:
+            pixels = read_image(str(image)) if isinstance(image, str | Path) else check_pixels(image)
+            yield preprocess(pixels, self.size)[None]
+
+
+def check_pixels(image: np.ndarray) -> np.ndarray:
+    """`image` as it is. Raises UserError unless it is uint8 [H, W, 3]."""
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+        raise UserError(f"images are uint8 [H, W, 3] arrays or file names, got {image.dtype} {list(image.shape)}")
+    return image
 
 
 def load(

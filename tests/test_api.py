@@ -157,3 +157,49 @@ def test_other_endings_and_models_of_other_sizes_are_refused(tmp_path, demo):
     with pytest.raises(FileNotFoundError, match="no package at"):
         open_package(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def scene():
+    from sam2jq.data.images import read_image
+
+    return read_image("scenes:7/0000")
+
+
+def test_quantize_runs_a_transform_and_reports_every_layer(scene):
+    """As many images as given; a folder, names and arrays mean the same pixels, and a recipe runs too."""
+    model, params = sam2jq.load("demo")
+    match = r"image_encoder\.trunk\.blocks\.0\..*"
+    transform = sam2jq.gptq(W4, match=match)
+    small, report = sam2jq.quantize(model, params, transform, [scene])
+    by_name, _ = sam2jq.quantize(model, params, transform, "scenes:7", num_images=1)
+    assert same(small, by_name)
+    assert len(report.layers) == 4
+    assert all(0 < error.relative_error < 0.3 and error.output_error < error.relative_error * 2
+               for error in report.layers.values())  # fmt: skip
+    nearest, nearest_report = sam2jq.quantize(model, params, sam2jq.rtn(W4, match=match))
+    assert same(nearest, sam2jq.round_weights(params, dict.fromkeys(report.layers, W4)))
+    assert nearest_report.relative_errors.keys() == report.relative_errors.keys()
+
+
+def test_quantize_takes_a_recipe(scene):
+    from sam2jq.config.quant import WeightsConfig
+
+    model, params = sam2jq.load("demo")
+    recipe = sam2jq.QuantConfig(wgts=WeightsConfig(dtype="sint4"))
+    small, report = sam2jq.quantize(model, params, recipe)
+    assert report.layers.keys() == set(sam2jq.layers(params))
+    assert isinstance(small["memory_encoder"]["out_proj"]["kernel"], sam2jq.QTensor)
+
+
+def test_quantize_names_what_is_wrong_with_its_images():
+    model, params = sam2jq.load("demo")
+    transform = sam2jq.gptq(W4)
+    with pytest.raises(sam2jq.UserError, match="needs calibration images"):
+        sam2jq.quantize(model, params, transform)
+    with pytest.raises(sam2jq.UserError, match=r"got float32 \[3, 8, 8\]"):
+        sam2jq.quantize(model, params, transform, [np.zeros((3, 8, 8), np.float32)])
+
+
+def test_every_public_name_resolves():
+    assert all(getattr(sam2jq, name) is not None for name in sam2jq.__all__)
