@@ -1,1 +1,1 @@
-"""Torch and Hugging Face files to params and back: the only package here that imports torch."""
+"""Checkpoint files of other libraries to params and back: the only package here that imports torch."""

@@ -1,19 +1,19 @@
 """Original SAM 2 names of tensors <-> those of Hugging Face's `Sam2VideoModel` (model.safetensors), for 2.0 and 2.1.
 
 A tensor keeps its values, dtype and layout. Two things differ besides the names: the four point embeddings [1, C] are
-one tensor [4, C], and the random Fourier matrix of the positional encoding stands under two names.
+one tensor [4, C], and the random Fourier matrix of the positional encoding has two names. `from_hf` takes numpy arrays
+as well as tensors and does not import torch.
 """
 
 import re
 from collections import Counter
 from collections.abc import Iterable
 from itertools import count, takewhile
-
-import torch
+from typing import Any
 
 from sam2jq.errors import UserError
 
-Tensors = dict[str, torch.Tensor]
+Tensors = dict[str, Any]  # name: tensor or numpy array
 
 SLOTS = {
     "i": r"\d+",
@@ -23,7 +23,7 @@ SLOTS = {
     "head": r"iou_prediction_head|pred_obj_score_head|output_hypernetworks_mlps\.\d+",
 }
 
-# (original prefix, Hugging Face prefix) -> [(original, Hugging Face)]; a {slot} holds the same text on both sides.
+# (original prefix, Hugging Face prefix) -> [(original, Hugging Face)]; a {slot} matches the same text on both sides.
 # A name that is the same on both sides has no row. 2.0 has neither no_obj_embed_spatial nor obj_ptr_tpos_proj.
 NAMES = {
     ("image_encoder.trunk.", "vision_encoder.backbone."): [
@@ -119,6 +119,8 @@ def is_hf(keys: Iterable[str]) -> bool:
 
 def to_hf(state_dict: Tensors) -> Tensors:
     """`state_dict` under the names that `Sam2VideoModel.save_pretrained` writes; unknown names stay as they are."""
+    import torch
+
     rest = dict(state_dict)
     points = [rest.pop(key) for key in takewhile(rest.__contains__, map(POINT.format, count()))]
     fourier = [rest.pop(key) for key in (FOURIER,) if key in rest]
@@ -129,11 +131,15 @@ def to_hf(state_dict: Tensors) -> Tensors:
 
 
 def from_hf(state_dict: Tensors) -> Tensors:
-    """The inverse of `to_hf`; the Fourier matrix may stand under either of its two names or, equal, under both."""
+    """Inverse of `to_hf`; the Fourier matrix may have either of its two names or, if both are equal, both.
+
+    Raises UserError if the two Fourier matrices differ, or if a tensor is there under both naming styles.
+    """
     rest = dict(state_dict)
-    points = [row.clone() for key in (HF_POINTS,) if key in rest for row in rest.pop(key).split(1)]
+    rows = rest.pop(HF_POINTS, ())
+    points = [rows[i : i + 1] for i in range(len(rows))]  # [1, C] each
     fourier = [rest.pop(key) for key in HF_FOURIER if key in rest]
-    if any(x.dtype != fourier[0].dtype or not torch.equal(x, fourier[0]) for x in fourier):
+    if any(not _equal(x, fourier[0]) for x in fourier):
         raise UserError(f"{' and '.join(HF_FOURIER)} must be equal: SAM 2 has one matrix for both")
     items = [(_rename(key, _FROM_HF), x) for key, x in rest.items()]
     items += [(POINT.format(i), row) for i, row in enumerate(points)]
@@ -141,8 +147,13 @@ def from_hf(state_dict: Tensors) -> Tensors:
     return _unique(items)
 
 
+def _equal(x, y) -> bool:
+    """Whether two tensors or arrays have the same dtype, shape and values."""
+    return x.dtype == y.dtype and tuple(x.shape) == tuple(y.shape) and bool((x == y).all())
+
+
 def _pattern(template: str) -> re.Pattern:
-    """The regular expression of the names that `template` stands for."""
+    """The regular expression that matches the names of `template`, one group per {slot}."""
     parts = re.split(r"\{(\w+)\}", template)  # text, slot, text, slot, ..., text
     return re.compile("".join(f"(?P<{s}>{SLOTS[s]})" if k % 2 else re.escape(s) for k, s in enumerate(parts)))
 
@@ -158,8 +169,8 @@ def _rename(key: str, rules: list[tuple[re.Pattern, str]]) -> str:
     return next((target.format(**match.groupdict()) for match, target in matches if match), key)
 
 
-def _unique(items: list[tuple[str, torch.Tensor]]) -> Tensors:
-    """The dict of `items`, whose names must differ: a file that mixes both styles would lose tensors silently."""
+def _unique(items: list[tuple[str, Any]]) -> Tensors:
+    """The dict of `items`. Raises UserError if a name occurs twice, as in a file that mixes both naming styles."""
     twice = sorted(key for key, n in Counter(key for key, _ in items).items() if n > 1)
     if twice:
         raise UserError(f"both the original and the Hugging Face name are present of {', '.join(twice)}")

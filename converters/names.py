@@ -1,21 +1,24 @@
-"""Params tree <-> torch state dict: a bijection of names and layouts."""
+"""Params tree <-> torch state dict: a bijection of names and layouts. torch is imported only where tensors are made."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import jax
 import ml_dtypes
 import numpy as np
-import torch
 
 from sam2jq.errors import UserError
+from sam2jq.quant.package import mismatches
 from sam2jq.tree import flatten, unflatten
 
+if TYPE_CHECKING:
+    import torch
+
 LEAF = {"kernel": "weight", "scale": "weight"}
-# what numpy and torch share no type for: the torch type, and the integers that carry its bits across
-CARRIED = {
-    ml_dtypes.bfloat16: (torch.bfloat16, torch.int16),
-    ml_dtypes.float8_e4m3fn: (torch.float8_e4m3fn, torch.int8),
-}
+# dtypes that numpy and torch do not share, by the integer type that transfers their bits
+SHARED_BITS = {"bfloat16": (ml_dtypes.bfloat16, "int16"), "float8_e4m3fn": (ml_dtypes.float8_e4m3fn, "int8")}
 TRANSPOSED = ("output_upscaling.0", "output_upscaling.3")  # the two ConvTranspose layers of the mask decoder
 
 
@@ -29,7 +32,7 @@ def to_layout(path: str, array: np.ndarray) -> np.ndarray:
     """A kernel [*reduce, out] in torch's layout; other arrays as they are.
 
     Linear [in, out] -> [out, in]; Conv [kh, kw, in, out] -> [out, in, kh, kw]; ConvTranspose -> [in, out, kh, kw],
-    its window turned by 180 degrees, because torch writes the gradient of a convolution and XLA a dilated one.
+    with the window rotated by 180 degrees, because torch computes the gradient of a convolution and XLA a dilated one.
     """
     module, _, leaf = path.rpartition("/")
     if leaf != "kernel":
@@ -50,20 +53,26 @@ def from_layout(path: str, array: np.ndarray) -> np.ndarray:
 
 
 def tensor(array) -> torch.Tensor:
-    """`array` as a contiguous tensor of its own memory, bit for bit."""
+    """`array` as a contiguous tensor with its own memory, bit for bit."""
+    import torch
+
     array = np.array(array, order="C")
-    for ours, (theirs, _) in CARRIED.items():
-        if array.dtype == ours:
-            return torch.from_numpy(array.view(f"i{array.itemsize}")).view(theirs)
+    for name, (dtype, bits) in SHARED_BITS.items():
+        if array.dtype == dtype:
+            return torch.from_numpy(array.view(bits)).view(getattr(torch, name))
     return torch.from_numpy(array)
 
 
-def array(value: torch.Tensor) -> np.ndarray:
-    """Inverse of `tensor`; no copy."""
+def array(value: torch.Tensor | np.ndarray) -> np.ndarray:
+    """Inverse of `tensor`, without a copy; a numpy array as it is."""
+    if isinstance(value, np.ndarray):
+        return value
+    import torch
+
     value = value.detach().cpu()
-    for ours, (theirs, bits) in CARRIED.items():
-        if value.dtype == theirs:
-            return value.view(bits).numpy().view(ours)
+    for name, (dtype, bits) in SHARED_BITS.items():
+        if value.dtype == getattr(torch, name):
+            return value.view(getattr(torch, bits)).numpy().view(dtype)
     return value.numpy()
 
 
@@ -72,10 +81,10 @@ def to_torch(params: dict) -> dict[str, torch.Tensor]:
     return {torch_key(p): tensor(to_layout(p, np.asarray(leaf))) for p, leaf in flatten(params).items()}
 
 
-def from_torch(state_dict: Mapping[str, torch.Tensor], like: dict) -> dict:
-    """The params tree laid out as `like` (see `abstract_params`) with the tensors of `state_dict`, dtypes kept.
+def from_torch(state_dict: Mapping[str, torch.Tensor | np.ndarray], like: dict) -> dict:
+    """The params tree with the structure of `like` (see `abstract_params`) and the values of `state_dict`, dtypes kept.
 
-    ValueError: lists every tensor that is missing, extra or of another shape.
+    Raises UserError that lists every tensor that is missing, extra or of another shape.
     """
     paths = {torch_key(path): path for path in flatten(like)}
     problems = mismatches({k: tuple(v.shape) for k, v in state_dict.items()}, shapes(like))
@@ -86,18 +95,6 @@ def from_torch(state_dict: Mapping[str, torch.Tensor], like: dict) -> dict:
 
 
 def shapes(like: dict) -> dict[str, tuple[int, ...]]:
-    """The torch shape of every key of a params tree; needs shapes only, no arrays."""
-    empty = lambda leaf: np.broadcast_to(np.float32(0), leaf.shape)  # no memory
+    """The torch shape of every parameter by its torch key; `like` may hold shapes only (`abstract_params`)."""
+    empty = lambda leaf: np.broadcast_to(np.float32(0), leaf.shape)  # takes no memory
     return {torch_key(path): to_layout(path, empty(leaf)).shape for path, leaf in flatten(like).items()}
-
-
-def mismatches(got: Mapping[str, tuple], expected: Mapping[str, tuple]) -> list[str]:
-    """One entry per key that only one side has or that differs in shape; [] when they fit exactly."""
-    missing = [f"missing {key}" for key in expected if key not in got]
-    extra = [f"extra {key}" for key in got if key not in expected]
-    misshapen = [
-        f"{key} is {list(got[key])}, not {list(shape)}"
-        for key, shape in expected.items()
-        if key in got and tuple(got[key]) != tuple(shape)
-    ]
-    return missing + extra + misshapen

@@ -1,4 +1,4 @@
-"""Torch files read without running code and written whole or not at all."""
+"""Torch files: read without running code, written atomically."""
 
 import pickle
 from pathlib import Path
@@ -16,7 +16,10 @@ def save_torch(path: str | Path, content: dict) -> None:
 
 
 def load_torch(path: str | Path) -> object:
-    """The content of a torch file: tensors and plain containers only (`weights_only=True`), on the CPU."""
+    """The content of a torch file, on the CPU: tensors and plain containers only (`weights_only=True`).
+
+    Raises UserError if the file holds anything else or is damaged.
+    """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

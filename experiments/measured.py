@@ -18,6 +18,7 @@ from sam2jq.predictors.video import VideoPredictor
 from sam2jq.quant.algorithms.activations import materialize_weights
 from sam2jq.tree import flatten, kernels, layer_name
 
+ABOUT = {"model": {"name": "nano", "version": "2.1", "image_size": 256}}  # what a package's metadata must hold
 Data = tuple[str, int]  # where it is, and how much of it
 
 
@@ -42,7 +43,7 @@ def effective_bits(params: dict) -> float:
     """Bits a weight that a package takes for the quantized layers, with scales, zeros and branches; 32 without any."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "package.pt"
-        save_package(path, params, dict.fromkeys(map(layer_name, kernels(flatten(params))), 0.0), {})
+        save_package(path, params, dict.fromkeys(map(layer_name, kernels(flatten(params))), 0.0), ABOUT)
         return load_package(path).summary()["effective_bits"] or 32.0
 
 

@@ -72,7 +72,7 @@ def axis_lengths(layout: Layout, shape: tuple[int, int]) -> dict[str, int]:
     return lengths
 
 
-def pack(x: Array, layout: Layout) -> Array:
+def pack_matrix(x: Array, layout: Layout) -> Array:
     """`x` [rows, columns] padded and in the file's order, under the shape the file gives it."""
     x = padded(x, layout.tile, layout.fill)
     lengths = axis_lengths(layout, x.shape)
@@ -80,8 +80,8 @@ def pack(x: Array, layout: Layout) -> Array:
     return x.reshape(*lengths.values()).transpose(axes).reshape(x.shape[::-1] if layout.turned else x.shape)
 
 
-def unpack(packed: Array, layout: Layout) -> Array:
-    """Inverse of `pack`: [rows, columns] with the padding."""
+def unpack_matrix(packed: Array, layout: Layout) -> Array:
+    """Inverse of `pack_matrix`: [rows, columns] with the padding."""
     shape = packed.shape[::-1] if layout.turned else packed.shape
     lengths, order = axis_lengths(layout, shape), layout.order.split()
     return packed.reshape([lengths[name] for name in order]).transpose(list(map(order.index, lengths))).reshape(shape)
@@ -89,24 +89,24 @@ def unpack(packed: Array, layout: Layout) -> Array:
 
 def pack_vector(x: Array) -> Array:
     """`x` [c] in the file's order, padded with ones to whole 128."""
-    return pack(x[:, None], VECTOR)[0]
+    return pack_matrix(x[:, None], VECTOR)[0]
 
 
 def unpack_vector(packed: Array) -> Array:
     """Inverse of `pack_vector`, with the padding."""
-    return unpack(packed[None], VECTOR)[:, 0]
+    return unpack_matrix(packed[None], VECTOR)[:, 0]
 
 
 def pack_codes(codes: Array, layout: Layout = WEIGHT4) -> Array:
     """int8 [Np, Kp / 2]: the low four bits of codes [N, K], int4 or e2m1, two in a byte, the first in its low half."""
-    codes = pack(codes.astype(np.int8), layout) & 15
+    codes = pack_matrix(codes.astype(np.int8), layout) & 15
     return codes[:, 0::2] | codes[:, 1::2] << 4
 
 
 def unpack_codes(packed: Array, layout: Layout = WEIGHT4) -> Array:
     """Inverse of `pack_codes` for codes -8..7, int8 [Np, Kp]; `& 15` makes unsigned ones of them."""
     pairs = np.stack([packed << 4 >> 4, packed >> 4], axis=-1)  # int8 shifts keep the sign
-    return unpack(pairs.reshape(len(packed), -1), layout)
+    return unpack_matrix(pairs.reshape(len(packed), -1), layout)
 
 
 def nearest_codes(weight: Array, scales: Array, outer: Array | None = None) -> Array:
@@ -158,13 +158,13 @@ def pack_layer(layer: Layer, *, shift: float = 0, smooth_fused: bool = False, dt
         "bias": pack_vector(h16(bias)),
         "smooth_factor": pack_vector(h16(smooth)),
         "smooth_factor_orig": pack_vector(h16(layer.smooth)),
-        "proj_down": pack(h16(down), DOWN),
-        "proj_up": pack(h16(layer.up), UP),
+        "proj_down": pack_matrix(h16(down), DOWN),
+        "proj_up": pack_matrix(h16(layer.up), UP),
     }
     if layer.outer is None:
-        tensors["wscales"] = pack(h16(layer.scales), SCALES)
+        tensors["wscales"] = pack_matrix(h16(layer.scales), SCALES)
     else:
-        tensors["wscales"] = pack(h16(layer.scales).astype(E4M3), MICRO_SCALES)
+        tensors["wscales"] = pack_matrix(h16(layer.scales).astype(E4M3), MICRO_SCALES)
         outer = h16(layer.outer)
         tensors |= {"wtscale": outer.reshape(1)} if outer.size == 1 else {"wcscales": pack_vector(outer)}
     wrong = [name for name, t in tensors.items() if name != "qweight" and not np.isfinite(t.astype(np.float32)).all()]
@@ -200,7 +200,7 @@ def unpack_layer(tensors: Mapping[str, Array], in_features: int, out_features: i
     outputs, inputs = slice(out_features), slice(in_features)
     groups = slice(-(-in_features // (NVFP4_GROUP if nvfp4 else INT4_GROUP)))
     vector = lambda name: unpack_vector(tensors[name].astype(np.float32))
-    matrix = lambda name, layout: unpack(tensors[name], layout).astype(np.float32)
+    matrix = lambda name, layout: unpack_matrix(tensors[name], layout).astype(np.float32)
     smooth = vector("smooth_factor")[inputs]
     codes, outer = unpack_codes(tensors["qweight"])[outputs, inputs], None
     if nvfp4:

@@ -205,10 +205,10 @@ def _(w: Kernel) -> jax.Array:
 def _(w: Kernel, x: jax.Array, product) -> jax.Array:
     if product is not dense:
         raise UserError("nunchaku computes linears only")
-    return (run(w, x) - w.bias).astype(x.dtype)  # the layer around adds the bias
+    return (kernel_output(w, x) - w.bias).astype(x.dtype)  # the layer around adds the bias
 
 
-def run(w: Kernel, x: jax.Array) -> jax.Array:
+def kernel_output(w: Kernel, x: jax.Array) -> jax.Array:
     """f32 [..., N], of h16 values: what the kernels compute for x [..., K], rounded to h16 wherever they round.
 
     Activations in 4 bits with a scale for each token and 64 channels; products exact in integers; groups added up in

@@ -22,9 +22,9 @@ def row(name: str) -> str:
     for bits in (8, 4):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "package.pt"
-            save_package(
-                path, round_weights(params, dict.fromkeys(names, QuantSpec(bits))), dict.fromkeys(names, 0.0), {}
-            )
+            about = {"model": {"name": name, "version": "2.1", "image_size": VARIANTS[name].image_size}}
+            small = round_weights(params, dict.fromkeys(names, QuantSpec(bits)))
+            save_package(path, small, dict.fromkeys(names, 0.0), about)
             summary = load_package(path).summary()
             cells.append(f"{path.stat().st_size / MB:.2f} | {summary['effective_bits']:.3f}")
     return f"| {name} | {len(names)} | {summary['bytes_float32'] / MB:.2f} | {' | '.join(cells)} |"

@@ -175,9 +175,9 @@ def point_prompts(coords, labels, box, size: tuple[int, int], image_size: int) -
 
 
 def box_corners(box) -> tuple[np.ndarray, np.ndarray]:
-    """Corners [P, 2, 2] of boxes [4] or [P, 4], and their labels [P, 2], 2 and 3."""
+    """Corners [P, 2, 2] and labels [P, 2], 2 and 3, of boxes [4] or [P, 4]; corners [2, 2] are one box, as in sam2."""
     box = as_array("box", box, np.float32)
-    if box.ndim not in (1, 2) or box.shape[-1] != 4:
+    if box.shape != (2, 2) and (box.ndim not in (1, 2) or box.shape[-1] != 4):
         raise UserError(f"box {list(box.shape)} must be [4] or [P, 4]: x0 y0 x1 y1")
     corners = box.reshape(-1, 2, 2)
     return corners, np.tile(np.array([[2, 3]], np.int32), (len(corners), 1))

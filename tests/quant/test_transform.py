@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from converters.exports.package import pack_leaf, unpack_leaf
 from sam2jq.quant.algorithms.activations import materialize_weights, quantize_activations
 from sam2jq.quant.algorithms.gptq import GptqConfig, gptq
 from sam2jq.quant.algorithms.lowrank import LowRankConfig, low_rank
@@ -17,6 +16,7 @@ from sam2jq.quant.algorithms.rtn import rtn
 from sam2jq.quant.algorithms.smooth import SmoothConfig, smooth
 from sam2jq.quant.error import relative_error
 from sam2jq.quant.leaves import materialize, matmul
+from sam2jq.quant.packing import pack_leaf, unpack_leaf
 from sam2jq.quant.qtensor import QTensor
 from sam2jq.quant.spec import QuantSpec
 from sam2jq.quant.stats import Stats

@@ -18,15 +18,15 @@ from converters.exports.nunchaku import (
     Layer,
     check_layer,
     nearest_codes,
-    pack,
     pack_awq,
     pack_codes,
     pack_layer,
+    pack_matrix,
     padded,
-    unpack,
     unpack_awq,
     unpack_codes,
     unpack_layer,
+    unpack_matrix,
 )
 from converters.names import array
 
@@ -68,7 +68,7 @@ def expected_bits(kind: str, args: dict, given: dict) -> dict[str, np.ndarray]:
     """What we make of the tensors in, under the names of the reference."""
     match kind:
         case "lowrank":
-            return {"packed": pack(given["weight"], DOWN if args["down"] else UP)}
+            return {"packed": pack_matrix(given["weight"], DOWN if args["down"] else UP)}
         case "w4a16_awq":
             outputs = len(given["weight"])
             scales = given["scale"].reshape(outputs, -1).astype(np.float32)
@@ -135,7 +135,7 @@ def test_a_layer_comes_back_from_its_tensors_and_packs_to_the_same_bits(outputs,
 @pytest.mark.parametrize("layout", [WEIGHT4, WEIGHT8, SCALES, MICRO_SCALES, DOWN, UP, AWQ])
 def test_unpacking_undoes_packing(layout):
     x = np.arange(256 * 384, dtype=np.int32).reshape(256, 384)
-    np.testing.assert_array_equal(unpack(pack(x, layout), layout), x)
+    np.testing.assert_array_equal(unpack_matrix(pack_matrix(x, layout), layout), x)
 
 
 def test_every_pair_of_codes_survives_a_byte():

@@ -14,16 +14,16 @@ from converters.exports.nunchaku_model import (
     GRID,
     REST,
     in_file_precision,
+    kernel_output,
     load_nunchaku,
     on_grid,
     onto_grid,
     read_kernel,
-    run,
     save_nunchaku,
     to_layer,
 )
 from converters.names import to_torch
-from sam2jq import QuantSpec, build, init_params, quantize
+from sam2jq import QuantSpec, build, init_params
 from sam2jq.models.sam2 import TRUNK_LINEAR
 from sam2jq.quant.algorithms.activations import fake_quantize
 from sam2jq.quant.algorithms.lowrank import LowRank
@@ -31,7 +31,7 @@ from sam2jq.quant.algorithms.rotate import rotate_kernel
 from sam2jq.quant.algorithms.smooth import Smoothed
 from sam2jq.quant.error import relative_error
 from sam2jq.quant.leaves import materialize, unwrap
-from sam2jq.quant.qtensor import dequantize
+from sam2jq.quant.qtensor import dequantize, quantize
 from sam2jq.tree import flatten, kernels, layer_name, unflatten
 
 ABOUT = {"name": "nano"}
@@ -115,13 +115,13 @@ def test_the_kernels_compute_the_formula(inputs, outputs):
     small = fake_quantize(h16(x / around[Smoothed].scale), QuantSpec(4, group_size=64))  # a tie falls as there
     branch = (x / around[Smoothed].scale) @ around[LowRank].down @ around[LowRank].up
     wanted = small @ dequantize(q) + branch + bias
-    got = run(kernel, x)
+    got = kernel_output(kernel, x)
     assert got.shape == wanted.shape
     assert relative_error(got, wanted) < 0.008
     np.testing.assert_array_equal(got, got.astype(jnp.bfloat16).astype(jnp.float32))
     forgotten = kernel.__class__(*[getattr(kernel, name) for name in ("codes", "scales", "bias", "smooth")],
                                  kernel.down * kernel.smooth[:, None], kernel.up)  # fmt: skip
-    assert relative_error(run(forgotten, x), wanted) > 0.05  # the branch reads x, not x / smooth
+    assert relative_error(kernel_output(forgotten, x), wanted) > 0.05  # the branch reads x, not x / smooth
 
 
 def test_what_the_file_cannot_hold_of_factors_is_left_to_the_codes():

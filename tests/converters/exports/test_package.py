@@ -5,27 +5,20 @@ import numpy as np
 import pytest
 import torch
 
-from converters.exports.package import load_package, pack_bits, save_package, unpack_bits
+from converters.exports.package import dequantize as dequantize_layer
+from converters.exports.package import load_package, save_package
 from converters.exports.vanilla import build_original, save_vanilla
 from sam2jq import QuantSpec, build, dequantize, init_params, layers
 from sam2jq.predictors.image import encode_images
 from sam2jq.quant.algorithms.rtn import round_weights
 from sam2jq.quant.error import relative_error
 from sam2jq.quant.leaves import materialize_params
+from sam2jq.quant.package import complete_metadata
 from sam2jq.tree import flatten
 from tests.conftest import nchw, nhwc, relative, twin
 
-METADATA = {"model": {"name": "nano"}, "random_weights": True}
+METADATA = {"model": {"name": "nano", "version": "2.1", "image_size": 256}, "random_weights": True}
 SPECS = [QuantSpec(4), QuantSpec(3, group_size=100), QuantSpec(8, symmetric=False), QuantSpec(2, per_tensor=True)]
-
-
-@pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("count", [1, 7, 8, 1000])
-def test_packing_keeps_every_bit_pattern(bits, count):
-    codes = (np.arange(count) % 2**bits).astype(np.uint8)
-    packed = pack_bits(codes, bits)
-    assert len(packed) == -(-count * bits // 8)
-    np.testing.assert_array_equal(unpack_bits(packed, bits, count), codes)
 
 
 @pytest.fixture
@@ -45,7 +38,7 @@ def test_a_package_holds_every_tensor_of_the_quantized_model(tmp_path, nano):
     assert all(torch.equal(state_dict[key], vanilla[key]) for key in vanilla)
 
     name = "sam_mask_decoder.output_upscaling.0"
-    assert torch.equal(package.layers[name].dequantize(), vanilla[f"{name}.weight"])
+    assert torch.equal(dequantize_layer(package.layers[name]), vanilla[f"{name}.weight"])
     for path, leaf in flatten(quantized).items():
         if path.endswith("/kernel"):
             layer = package.layers[path.removesuffix("/kernel").replace("/", ".")]
@@ -62,7 +55,7 @@ def test_a_package_loads_strictly_in_build_sam2(tmp_path, nano):
     torch.save({"model": package.state_dict()}, tmp_path / "v.pt")
     original = build_original("nano", checkpoint=tmp_path / "v.pt").state_dict()
     assert original.keys() == package.state_dict().keys()
-    assert package.metadata == METADATA
+    assert package.metadata == complete_metadata(METADATA, "")
 
 
 @pytest.mark.slow  # test_vanilla.py compares masks of such a file
@@ -108,7 +101,7 @@ def test_a_file_that_is_no_whole_package_is_named(tmp_path, nano):
     with pytest.raises(ValueError, match="is not a sam2jq package"):
         load_package(path)
     name = "memory_encoder.out_proj"
-    save_package(path, round_weights(nano, {name: QuantSpec(4)}), {name: 0.1}, {})
+    save_package(path, round_weights(nano, {name: QuantSpec(4)}), {name: 0.1}, METADATA)
     content = torch.load(path, weights_only=True)
     torch.save(content | {"format_version": 99}, path)
     with pytest.raises(ValueError, match="package version 99, this sam2jq reads 2"):
