@@ -65,6 +65,7 @@ class Progress(NamedTuple):
 class Teacher(NamedTuple):
     model: SAM2
     params: dict
+    dtype: str = "float32"  # of the teacher's activations
 
 
 def make_optimizer(config: TrainConfig, steps: int, marks: dict) -> optax.GradientTransformation:
@@ -130,7 +131,9 @@ def make_target_batches(
 
     def one(params: dict, frames: Array, mark: Array) -> DistillBatch:
         key = jax.random.fold_in(jax.random.key(seed), mark)
-        return make_targets(teacher.model, params, frames, key, asked=config.prompts, followed=config.objects)
+        ask = {"asked": config.prompts, "followed": config.objects}
+        batch = make_targets(teacher.model, params, frames.astype(teacher.dtype), key, **ask)
+        return batch._replace(frames=frames)  # the student takes frames in its own dtype
 
     frame = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     structure = jax.tree.structure(jax.eval_shape(one, params, frame, jnp.uint32(0))) if kept else None
@@ -204,7 +207,7 @@ def make_distill_task(
     """The lessons of a teacher on items that share no frame."""
     ask, batch, seed = config.distill, config.train.batch_size, config.seed
     about = ask.prompts, ask.objects, config.data.frames, config.data.stride, seed
-    kept = Path(config.cache.root) / "lessons" / fingerprint(teacher.params, teacher.model, about)
+    kept = Path(config.cache.root) / "lessons" / fingerprint(teacher.params, teacher.model, teacher.dtype, about)
     taught = partial(make_target_batches, teacher, config=ask, seed=seed, kept=kept if ask.cache_teacher else None)
     learned, held_out = taught(train), taught(val)
     replicated = np.arange(len(val) // batch * batch).reshape(-1, batch)

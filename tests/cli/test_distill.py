@@ -10,7 +10,8 @@ import torch
 from converters.exports.package import load_package
 from sam2jq import build, layers
 from sam2jq.cli.distill import find_clips, find_student_calibration, quantize_student
-from sam2jq.cli.main import main, stage
+from sam2jq.cli.main import main
+from sam2jq.cli.run_folder import stage
 from sam2jq.config.distill import DistillConfig
 from sam2jq.config.loader import load
 from sam2jq.distillation import trainer as cdpq

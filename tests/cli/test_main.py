@@ -17,7 +17,8 @@ from converters.checkpoint import load_checkpoint
 from converters.exports.package import load_package
 from converters.exports.vanilla import build_original
 from sam2jq import build
-from sam2jq.cli.main import job_folder, main
+from sam2jq.cli.main import main
+from sam2jq.cli.run_folder import job_folder
 from sam2jq.config import loader
 from sam2jq.data import draw_clip
 
