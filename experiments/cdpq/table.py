@@ -24,7 +24,7 @@ from converters.checkpoint import load_checkpoint
 from experiments.measured import Runs, measure
 from sam2jq import build
 from sam2jq.cli.distill import quantize_student
-from sam2jq.cli.main import find_calibration, stage
+from sam2jq.cli.run_folder import stage
 from sam2jq.config import loader
 from sam2jq.config.distill import DataConfig, DistillConfig, DistillSection, StudentConfig, TrainConfig
 from sam2jq.config.quant import InputsConfig, QuantConfig, WeightsConfig
@@ -32,6 +32,7 @@ from sam2jq.config.run import ModelConfig
 from sam2jq.data.loader import find_items
 from sam2jq.distillation import trainer as cdpq
 from sam2jq.distillation.init_student import start
+from sam2jq.ptq.run import find_calibration
 from sam2jq.quant.algorithms.fake_quant import to_quantized_params
 from sam2jq.quant.leaves import materialize_params
 

@@ -1,19 +1,21 @@
-"""`sam2jq distill`: CDPQ from the command line, on one process or many."""
+"""`sam2jq distill`: CDPQ, in one process or several."""
 
+import argparse
 import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from sam2jq import __version__
-from sam2jq.cli.main import find_calibration, job_folder, load_model, replay, run_ptq, stage
+from sam2jq.cli.arguments import add_config, command_line
+from sam2jq.cli.finish import MeasuredRun, finish_run, run_metadata
+from sam2jq.cli.loading import configure_jax, load_checkpoint_of, replay_bits
+from sam2jq.cli.run_folder import job_folder, job_path, stage
 from sam2jq.config import loader
 from sam2jq.config.distill import DistillConfig
 from sam2jq.config.quant import CalibConfig, QuantConfig
@@ -23,133 +25,180 @@ from sam2jq.distillation import trainer as cdpq
 from sam2jq.distillation.history import history
 from sam2jq.distillation.init_student import check_pair, collect_input_stats, start
 from sam2jq.errors import UserError
-from sam2jq.eval.fidelity import STAGE_IMAGES, find_ground_truth, ground_truth_id, layer_figures, measure
+from sam2jq.eval.fidelity import find_ground_truth, ground_truth_id, layer_figures, measure
 from sam2jq.models.sam2 import SAM2
-from sam2jq.ptq.recipe import layers as all_layers
+from sam2jq.ptq.run import CalibrationImages, find_calibration, run_ptq
 from sam2jq.quant.algorithms.activations import materialize_weights
 from sam2jq.quant.algorithms.fake_quant import fake_quant_layers, to_quantized_params
 from sam2jq.quant.leaves import materialize_params
 from sam2jq.report import curves, text
-from sam2jq.report.run import layer_rows, merged, save_run
-from sam2jq.training.distributed import initialize_distributed, wait_for_processes
+from sam2jq.training.distributed import fails_together, initialize_distributed, wait_for_processes
 from sam2jq.training.metric_logging import metric_logger
 from sam2jq.tree import fingerprint, flatten, kernels
 
-COMPARED = 16  # held-out clips whose masks are compared at the end
+SCHEMA = DistillConfig
+COMPARED = 16  # held-out clips whose first frames are measured at the end
+Splits = tuple[list[Item], list[Item], CalibrationImages | None]  # train, val, ptq's calibration
 log = logging.getLogger("sam2jq")
 
 
-def run(config: DistillConfig, job: str, command: str) -> None:
-    """Teacher + student + frames -> <output.root>/<job>/ with package, vanilla checkpoint, curves and page."""
-    from converters.exports.package import load_package, save_package
-    from converters.exports.vanilla import save_vanilla
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config(parser, ", such as --train.epochs 5")
 
+
+def run(args: argparse.Namespace, flags: list[str]) -> None:
+    """Distills a teacher into a quantized student and writes <output.root>/<job>/."""
+    config = loader.load(args.config, flags, DistillConfig)
+    key, device = device_setting(config)
+    if device == "cpu":
+        jax.config.update("jax_platforms", "cpu")  # training runs on all devices of jax's first platform
+    final = job_path(config.output, args.config, "distill")
     initialize_distributed(config.distributed)
+    configure_jax(device, config.cache.root, key)
     if jax.process_index():
         log.setLevel(logging.WARNING)
-    final, record = Path(config.output.root) / (config.output.job or job), []
+    with fails_together(), shared_run_folder(final, loader.dump(config)) as folder:
+        distill(config, folder, command_line(args, flags))
+    if jax.process_index() == 0:
+        log.info("\nwritten     %s (all layers: sam2jq inspect %s; curves: %s)", final, final, final / "curves.png")
+        log.info("report      %s", final / "report.html")
+
+
+def device_setting(config: DistillConfig) -> tuple[str, str]:
+    """(key, device) of the one device that teacher and student share. Raises UserError if they name two."""
+    named = {f"{key}.device": getattr(config, key).device for key in ("teacher", "student")}
+    chosen = {key: device for key, device in named.items() if device != "auto"}
+    if len(set(chosen.values())) > 1:
+        both = " and ".join(f"{key} {device}" for key, device in chosen.items())
+        raise UserError(f"{both}: teacher and student run on one device: give both the same, or set only one")
+    return next(iter(chosen.items()), ("teacher.device", "auto"))
+
+
+def distill(config: DistillConfig, folder: Path, command: str) -> None:
+    """Loads both models, trains the student, and in process 0 measures it and writes the files of a run."""
+    record = []
     timed = partial(stage, record=record)
-    with shared_run_folder(final, loader.dump(config)) as folder:
-        with timed("data", f"{config.data.train}, {config.data.val}"):
-            train, val = find_clips(config)
-            seen = find_student_calibration(config, val)
-        load = partial(load_model, cache=config.cache.root, image_size=config.data.image_size)
-        (teaching, teacher), (model, checkpoint) = load(config.teacher), load(config.student)
-        check_pair(teaching, model)
-        known = cdpq.Teacher(teaching, materialize_params(teacher.params))
-        full = known.params if teaching == model else materialize_params(checkpoint.params)
-        params = quantize_student(model, checkpoint.params, config, seen, timed) if config.ptq else checkpoint.params
-        begin = start(params, config, collect_input_stats(model, params, train, config.distill, stage))
-        with timed("teach", f"{len(val)} held-out clips"):
-            task = cdpq.make_distill_task(model, known, train, val, config)
-        what = f"{len(train)} clips, {config.train.epochs} epochs, {len(fake_quant_layers(begin))} layers learn"
-        watched = (
-            metric_logger(config, folder),
-            progress(task.steps_per_epoch * config.train.epochs, config.train.batch_size),
-        )
-        with timed("distill", what), watched[0] as track, watched[1] as show:
-            best = cdpq.distill(begin, task, config, folder, lambda row: (track(row), show(row)))
-        if jax.process_index():
-            return
-        names, asked = [item.frames[0] for item in val[:COMPARED]], measure_config(config, len(val))
-        ground_truth, params_by_stage = (
-            find_ground_truth(asked),
-            {"start": to_quantized_params(begin), "distill": to_quantized_params(best)},
-        )
-        variants = {"full precision": full} | {
-            name: materialize_weights(tree) for name, tree in params_by_stage.items()
-        }
-        results, errors, gallery = measure(model, variants, params_by_stage, names, ground_truth, asked, timed)
-        layers = layer_figures(full, params_by_stage["distill"], {})
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        metrics = history(rows)
-        with timed("write", "package.pt, vanilla.pt, curves.png"):
-            config_as = loader.to_dict(config) | {"model": loader.to_dict(config.student)}
-            metadata = {
-                "model": loader.to_dict(config.student) | {"image_size": model.variant.image_size},
-                "names": checkpoint.names,
-                "checkpoint": fingerprint(full),
-                "random_weights": checkpoint.random,
-                "config": config_as,
-                "results": results,
-                "history": metrics,
-                "versions": {"sam2jq": __version__} | {name: version(name) for name in ("jax", "flax", "torch")},
-            }
-            errors_of = {layer: row["relative_error"] for layer, row in layers.items()}
-            save_package(folder / "package.pt", params_by_stage["distill"], errors_of, metadata)
-            save_vanilla(folder / "vanilla.pt", params_by_stage["distill"], checkpoint.random)
-            curves.plot_history(metrics).savefig(folder / "curves.png", dpi=120)
-            summary = load_package(folder / "package.pt").summary()
-        metrics = summary | {
-            "layers": layer_rows(summary["layers"], layers, {}),
-            "unquantized": [layer for layer in all_layers(full) if layer not in layers],
-            "stages": [row | errors.get(row["name"], {}) for row in merged(record)],
-            "stage_images": min(STAGE_IMAGES, len(names)),
-            "images_id": fingerprint({}, names),
-            "truth_id": ground_truth_id(ground_truth),
-            "asked": config_as,
-            "command": command,
-            "history": metrics,
-        }
-        save_run(folder, metrics, gallery)
-        log.info("\n%s", text.totals(summary))
-    log.info("\nwritten     %s (all layers: sam2jq inspect %s; curves: %s)", final, final, final / "curves.png")
-    log.info("report      %s", final / "report.html")
+    with timed("data", f"{config.data.train}, {config.data.val}"):
+        train, val = find_clips(config)
+        splits = train, val, find_student_calibration(config, val)
+    load = partial(load_checkpoint_of, image_size=config.data.image_size)
+    (teacher_model, teacher_source), (model, source) = load(config.teacher), load(config.student)
+    check_pair(teacher_model, model)
+    teacher = cdpq.Teacher(teacher_model, materialize_params(teacher_source.params), dtype=config.teacher.dtype)
+    full = teacher.params if teacher_model == model else materialize_params(source.params)
+    begin, best = train_student(config, folder, teacher, model, source.params, splits, timed)
+    if jax.process_index() == 0:
+        params_by_stage = {"start": to_quantized_params(begin), "distill": to_quantized_params(best)}
+        measure_and_write(config, folder, command, model, source, full, params_by_stage, val, timed)
 
 
-def find_student_calibration(config: DistillConfig, val: list[Item]) -> tuple[list[Item], list[str]] | None:
-    """What `ptq` calibrates on, as `find_calibration` gives it. ValueError: held-out clips, or several processes."""
+def train_student(
+    config: DistillConfig, folder: Path, teacher, model: SAM2, params: dict, splits: Splits, on_stage: Callable
+) -> tuple[dict, dict]:
+    """The student's params tree with fake-quantized weights before training, and the best one of training."""
+    train, val, images = splits
+    if images is not None:
+        params = quantize_student(model, params, config, images, on_stage)
+    begin = start(params, config, collect_input_stats(model, params, train, config.distill, stage))
+    with on_stage("teach", f"the teacher's outputs on {len(val)} held-out clips"):
+        task = cdpq.make_distill_task(model, teacher, train, val, config)
+    steps = task.steps_per_epoch * config.train.epochs
+    what = f"{len(train)} clips, {config.train.epochs} epochs, {len(fake_quant_layers(begin))} quantized layers"
+    with (
+        on_stage("distill", what),
+        metric_logger(config, folder) as send,
+        progress(steps, config.train.batch_size) as show,
+    ):
+        best = cdpq.distill(begin, task, config, folder, lambda row: (send(row), show(row)))
+    return begin, best
+
+
+def measure_and_write(
+    config: DistillConfig,
+    folder: Path,
+    command: str,
+    model: SAM2,
+    source,
+    full: dict,
+    params_by_stage: dict[str, dict],
+    val: list[Item],
+    timed: partial,
+) -> None:
+    """Compares the student before and after training with full precision, and writes package, curves and page."""
+    names, asked = [item.frames[0] for item in val[:COMPARED]], measure_config(config, len(val))
+    ground_truth = find_ground_truth(asked)
+    variants = {"full precision": full} | {name: materialize_weights(tree) for name, tree in params_by_stage.items()}
+    results, errors, gallery = measure(model, variants, params_by_stage, names, ground_truth, asked, timed)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    settings = loader.to_dict(config) | {"model": loader.to_dict(config.student)}
+    size, past = model.variant.image_size, history(rows)
+    measured = MeasuredRun(
+        run_metadata(settings["model"], size, source, full, settings, results, history=past),
+        params_by_stage["distill"],
+        full,
+        layer_figures(full, params_by_stage["distill"], {}),
+        errors,
+        gallery,
+        timed.keywords["record"],
+        names,
+        images_id=fingerprint({}, names),
+        truth_id=ground_truth_id(ground_truth),
+        asked=settings,
+        command=command,
+    )
+    metrics = finish_run(folder, measured, exports(params_by_stage["distill"], source, past), timed)
+    log.info("\n%s", text.totals(metrics.to_dict()))
+
+
+def exports(params: dict, source, past: dict) -> dict[str, Callable[[Path], None]]:
+    """{file name: function that writes it into a folder}, of the files beside the package."""
+    from converters.exports.vanilla import save_vanilla
+
+    return {
+        "vanilla.pt": lambda folder: save_vanilla(folder / "vanilla.pt", params, source.random),
+        "curves.png": lambda folder: curves.plot_history(past).savefig(folder / "curves.png", dpi=120),
+    }
+
+
+def find_student_calibration(config: DistillConfig, val: list[Item]) -> CalibrationImages | None:
+    """The clips that `ptq` calibrates on; None without `ptq`.
+
+    Raises UserError if they share frames with `val`, or if there are several processes.
+    """
     if config.ptq is None:
         return None
     if jax.process_count() > 1:
         raise UserError("ptq runs in one process: run quantize first, and give its package as student.checkpoint")
-    found = find_calibration(config.ptq.calib, config.seed)
-    check_disjoint(found[0], val, "ptq.calib.path")
-    return found
+    images = find_calibration(config.ptq.calib, config.seed)
+    check_disjoint(images.items, val, "ptq.calib.path")
+    return images
 
 
-def quantize_student(model: SAM2, params: dict, config: DistillConfig, seen: tuple, on_stage: Callable) -> dict:
-    """`params` quantized as `ptq` says, calibrated on what was `seen`.
+def quantize_student(
+    model: SAM2, params: dict, config: DistillConfig, images: CalibrationImages, on_stage: Callable
+) -> dict:
+    """Returns `params` quantized as `config.ptq` says, calibrated on `images`.
 
-    ValueError: they are quantized already; and all that quantize raises.
+    Raises UserError if `params` are quantized already, and whatever quantize raises, with keys under ptq.
     """
     if any(not isinstance(kernel, jax.Array | np.ndarray) for kernel in kernels(flatten(params)).values()):
         raise UserError(f"ptq: {config.student.checkpoint} is quantized already: leave ptq out")
-    return run_ptq(model, params, replay(config.ptq), seen, config, on_stage).params
+    where = {"key": "ptq", "seed": config.seed, "cache_root": config.cache.root}
+    return run_ptq(model, params, replay_bits(config.ptq), images, **where, on_stage=on_stage).params
 
 
 def measure_config(config: DistillConfig, held_out: int) -> Config:
-    """The settings under which `quantize` would measure the student; images are those of validation."""
+    """The settings with which `quantize` would measure the student; its images are those of validation."""
     calib = CalibConfig(config.data.val, held_out)
     quant = QuantConfig(calib, config.quant.wgts, config.quant.ipts)
     return Config(config.student, quant=quant, measure=config.measure, seed=config.seed)
 
 
 @contextmanager
-def shared_run_folder(final: Path, resumes: str) -> Iterator[Path]:
-    """`job_folder` of process 0, for all processes."""
+def shared_run_folder(final: Path, settings: str) -> Iterator[Path]:
+    """The `job_folder` of process 0, for all processes."""
     if jax.process_index() == 0:
-        with job_folder(final, resumes) as folder:
+        with job_folder(final, settings, resumable=True) as folder:
             wait_for_processes("folder")
             yield folder
     else:
@@ -158,7 +207,10 @@ def shared_run_folder(final: Path, resumes: str) -> Iterator[Path]:
 
 
 def find_clips(config: DistillConfig) -> tuple[list[Item], list[Item]]:
-    """The clips to learn from and to validate on. ValueError: they overlap, or do not fill a batch."""
+    """The clips to train and to validate on.
+
+    Raises UserError if they share frames, or are too few for a batch, or a batch does not fit the devices.
+    """
     data, batch = config.data, config.train.batch_size
     find = partial(find_items, seed=config.seed, frames=data.frames, stride=data.stride)
     train = find(split_of(data.train, "sav_train"), data.train_samples)
@@ -177,7 +229,7 @@ def find_clips(config: DistillConfig) -> tuple[list[Item], list[Item]]:
 
 @contextmanager
 def progress(steps: int, batch: int) -> Iterator[Callable[[dict], None]]:
-    """A function that shows a row's loss and bits on a line with images/s and the time left."""
+    """A function that shows a row of metrics.jsonl: on a progress bar, or at the end of an epoch as a log line."""
     if jax.process_index():
         yield lambda row: None
         return
@@ -188,12 +240,14 @@ def progress(steps: int, batch: int) -> Iterator[Callable[[dict], None]]:
             if "train/loss" in row:
                 bar.set_postfix(loss=f"{row['train/loss']:.4g}")
             else:
-                lowered = (
-                    f", {row['quant/updated_layers']} of {row['quant/candidates']} layers" if "decisions" in row else ""
-                )
-                log.info(
-                    "epoch %-5d validation loss %.4g, %.2f bits%s",
-                    row["epoch"], row["val/loss"], row["train/avg_bit_width"], f"{lowered} lowered" * bool(lowered),
-                )  # fmt: skip
+                log.info("epoch %-5d %s", row["epoch"], epoch_summary(row))
 
         yield show
+
+
+def epoch_summary(row: dict) -> str:
+    """The validation loss and bits of a row, and how many layers lost a bit, if any were tried."""
+    summary = f"validation loss {row['val/loss']:.4g}, {row['train/avg_bit_width']:.2f} bits"
+    if "decisions" not in row:
+        return summary
+    return f"{summary}, {row['quant/updated_layers']} of {row['quant/candidates']} layers lowered"

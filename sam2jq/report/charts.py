@@ -1,4 +1,4 @@
-"""Charts as SVG text, which takes the page's font and colours."""
+"""Charts as SVG text that uses the font and the text colour of the page around it."""
 
 import io
 from itertools import groupby
@@ -8,11 +8,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-INK = "#010203"  # becomes the colour of the page's text, dark or light
-BLUE, ORANGE, GREEN = "#0072b2", "#e69f00", "#009e73"  # of Okabe and Ito: told apart by everyone
+INK = "#010203"  # replaced by the text colour of the page, dark or light
+BLUE, ORANGE, GREEN = "#0072b2", "#e69f00", "#009e73"  # of Okabe and Ito, for colour-blind readers
 STYLE = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "sam2jq",  # so that a page repeats to the byte
+    "svg.hashsalt": "sam2jq",  # so that the same run gives the same page, byte for byte
     "font.size": 9,
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
     "axes.spines.top": False,
@@ -27,7 +27,7 @@ STYLE = {
 
 
 def render_svg(draw, size: tuple[float, float], rows: int = 1, columns: int = 1, **options) -> str:
-    """The SVG of a figure of `size` inches after draw(axes)."""
+    """The SVG text of a figure of `size` inches that draw(axes [rows, columns]) has drawn."""
     with mpl.rc_context(STYLE):
         figure = Figure(size, layout="constrained")
         draw(figure.subplots(rows, columns, squeeze=False, **options))
@@ -38,7 +38,10 @@ def render_svg(draw, size: tuple[float, float], rows: int = 1, columns: int = 1,
 
 
 def layer_chart(layers: list[dict]) -> str:
-    """The error and the bits of each layer, in the order in which data runs through them, under the parts' names."""
+    """A chart of the error and the bits of each layer in the order of the data, with the names of SAM 2's parts below.
+
+    The error is that of outputs if it is known for all layers, else that of weights.
+    """
     outputs = all(row["output_error"] is not None for row in layers)
     errors = [row["output_error" if outputs else "relative_error"] for row in layers]
     at = np.arange(len(layers))
@@ -57,7 +60,7 @@ def layer_chart(layers: list[dict]) -> str:
             end = start + len(list(rows))
             for ax in (top, low):
                 ax.axvline(end - 0.5, color="#888888", linewidth=0.6)
-            # names in two lines by turns, since short parts stand side by side
+            # names alternate between two lines, since those of short parts would overlap
             low.text((start + end - 1) / 2, -0.12 - 0.2 * (i % 2), name, ha="center", va="top",
                      transform=low.get_xaxis_transform())  # fmt: skip
             start = end
@@ -66,7 +69,7 @@ def layer_chart(layers: list[dict]) -> str:
 
 
 def stage_chart(rows: list[dict]) -> str:
-    """The error of features after each stage that changes the model."""
+    """A chart of the relative error of each feature level after each stage in `rows`."""
     names = [row["name"] for row in rows]
 
     def draw(axes) -> None:
@@ -82,8 +85,11 @@ def stage_chart(rows: list[dict]) -> str:
 
 
 def pareto_chart(points: list[dict], names: list[str]) -> str:
-    """Size against each of the scores `names`; points: {"letter", "mb", "scores": {name: percent}, "front": {names},
-    "full": {name: percent}}; those on a front are joined."""
+    """A chart of size in MB against each of the scores `names`, with the points on the Pareto front joined.
+
+    points: dicts with "letter", "mb", "scores": {name: percent}, "front": names of scores in which the point is on the
+    front, and "full": {name: percent in full precision}.
+    """
     columns = min(2, len(names))
 
     def draw(axes) -> None:
@@ -96,7 +102,9 @@ def pareto_chart(points: list[dict], names: list[str]) -> str:
                 on = name in p["front"]
                 ax.plot(p["mb"], p["scores"][name], "o" if on else "X", color=BLUE if on else ORANGE, markersize=7)
                 beside = [q["scores"][name] for q in shown if abs(q["mb"] - p["mb"]) <= near]
-                offset = (5, 5) if p["scores"][name] >= max(beside) else (5, -11)  # two at one place can both be read
+                offset = (
+                    (5, 5) if p["scores"][name] >= max(beside) else (5, -11)
+                )  # so that the letters of two close points do not overlap
                 ax.annotate(p["letter"], (p["mb"], p["scores"][name]), xytext=offset, textcoords="offset points")
             ax.axhline(shown[0]["full"][name], color="#888888", linestyle="--", linewidth=1)
             ax.set(title=name, xlabel="MB", ylabel="percent")
@@ -109,7 +117,7 @@ def pareto_chart(points: list[dict], names: list[str]) -> str:
 
 
 def loss_chart(training: list[list[float]], validation: list[list[float]]) -> str:
-    """Losses [[step, loss], ...] over the steps of training."""
+    """A chart of the losses [[step, loss], ...] over the steps of training."""
 
     def draw(axes) -> None:
         ax = axes[0, 0]
@@ -123,7 +131,7 @@ def loss_chart(training: list[list[float]], validation: list[list[float]]) -> st
 
 
 def bits_chart(steps: list[int], layers: dict[str, list[float]]) -> str:
-    """The bits of each layer at each step, a row a layer."""
+    """A heat map of the bits of each layer, one row each, at each of `steps`."""
 
     def draw(axes) -> None:
         ax = axes[0, 0]

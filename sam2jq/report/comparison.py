@@ -1,4 +1,4 @@
-"""Several runs of one model on one set of images: what differs, what it cost, and which are worth their size."""
+"""Compares runs of one model on one set of images: settings that differ, sizes, scores, and the Pareto front."""
 
 import csv
 import io
@@ -15,7 +15,7 @@ MODEL = ("name", "version", "image_size")
 
 
 def runs_page(runs: Mapping[Path, dict]) -> str:
-    """The HTML that compares `runs`, {folder: metrics}. ValueError: they are not comparable."""
+    """The HTML page that compares `runs`, {folder: metrics}. Raises UserError if they cannot be compared."""
     check_comparable(runs)
     rows, keys = table(runs)
     names = shared_scores(runs)
@@ -36,8 +36,10 @@ def runs_page(runs: Mapping[Path, dict]) -> str:
 
 
 def check_comparable(runs: Mapping[Path, dict]) -> None:
-    """ValueError unless all runs are of one checkpoint, and measured on the same images or clips with known masks, or
-    else, without masks, on the same images."""
+    """Raises UserError unless all runs are of one checkpoint and share a score.
+
+    They share one if they were measured on the same images or clips with known masks or, without masks, on the same
+    images."""
     (one, first), *others = runs.items()
     facts = lambda metrics: ([metrics["model"][key] for key in MODEL], metrics["checkpoint"])
     for other, metrics in others:
@@ -51,21 +53,21 @@ def check_comparable(runs: Mapping[Path, dict]) -> None:
 
 
 def table(runs: Mapping[Path, dict]) -> tuple[list[dict], list[str]]:
-    """A row for each run, with a letter of its own, and the config keys in which they differ."""
-    asked = [settings_of(metrics["asked"]) for metrics in runs.values()]
-    every = list(dict.fromkeys(key for of in asked for key in of))
-    keys = [key for key in every if len({of.get(key) for of in asked}) > 1]
+    """A row for each run, which a letter names, and the dotted config keys in which the runs differ."""
+    settings = [settings_of(metrics["asked"]) for metrics in runs.values()]
+    every = list(dict.fromkeys(key for own in settings for key in own))
+    keys = [key for key in every if len({own.get(key) for own in settings}) > 1]
     keys = [key for key in keys if not any(key.startswith(f"{section}.") for section in keys)]
     unique = len({folder.name for folder in runs}) == len(runs)
     rows = []
-    for i, ((folder, metrics), of) in enumerate(zip(runs.items(), asked)):
+    for i, ((folder, metrics), own) in enumerate(zip(runs.items(), settings)):
         scores = verdict.scores(metrics)
         rows.append(
             {
                 "letter": letter(i),
                 "run": folder.name if unique else str(folder),
                 "scheme": verdict.scheme(metrics),
-                "settings": {key: of.get(key, "on") for key in keys},  # a section that is null elsewhere
+                "settings": {key: own.get(key, "on") for key in keys},  # "on": a section that is null in other runs
                 "mb": verdict.megabytes(metrics)[1],
                 "bits": metrics["effective_bits"],
                 "scores": {score["name"]: score["after"] for score in scores},
@@ -77,53 +79,56 @@ def table(runs: Mapping[Path, dict]) -> tuple[list[dict], list[str]]:
 
 
 def shared_scores(runs: Mapping[Path, dict]) -> list[str]:
-    """The names of the scores that all runs have; agreement with full precision only where it is on the same images."""
-    found = [[score["name"] for score in verdict.scores(metrics)] for metrics in runs.values()]
-    alike = len({metrics["images_id"] for metrics in runs.values()}) == 1
-    common = [name for name in found[0] if all(name in names for names in found)]
-    return [name for name in common if alike or not name.startswith(verdict.AGREEMENT)]
+    """The names of the scores that all runs have.
+
+    Mask IoU with full precision is one only if all runs were measured on the same images.
+    """
+    names_by_run = [[score["name"] for score in verdict.scores(metrics)] for metrics in runs.values()]
+    same_images = len({metrics["images_id"] for metrics in runs.values()}) == 1
+    common = [name for name in names_by_run[0] if all(name in names for names in names_by_run)]
+    return [name for name in common if same_images or not name.startswith(verdict.AGREEMENT)]
 
 
 def settings_of(config: dict) -> dict[str, str]:
-    """{dotted key: value as text} of all that may change a result."""
-    plain = {section: of for section, of in config.items() if section not in ("cache", "output", "save_model")}
+    """{dotted key: value as text} of all settings that may change a result."""
+    plain = {section: value for section, value in config.items() if section not in ("cache", "output", "save_model")}
     return {path.replace("/", "."): value if isinstance(value, str) else json.dumps(value)
             for path, value in flatten(plain).items()}  # fmt: skip
 
 
 def letter(index: int) -> str:
-    """A, B, ... Z, AA, AB, ..."""
+    """The name of run number `index`: A, B, ... Z, AA, AB, ..."""
     return (letter(index // 26 - 1) if index >= 26 else "") + chr(65 + index % 26)
 
 
 def on_front(row: dict, rows: list[dict], name: str) -> bool:
-    """Whether no other run is at least as small, to 0.01 MB, and as good by score `name`, and better in one of both."""
-    at = lambda of: (-round(of["mb"], 2), of["scores"][name])
+    """Whether `row` is on the Pareto front of size, rounded to 0.01 MB, and score `name`."""
+    at = lambda run: (-round(run["mb"], 2), run["scores"][name])
     return not any(all(x >= y for x, y in zip(at(other), at(row))) and at(other) != at(row) for other in rows)
 
 
 def shared_gallery(runs: Mapping[Path, dict]) -> list[dict]:
-    """The random masks that all runs show: the photograph, and full precision and each run over it."""
+    """The random masks that are in the gallery of all runs, each with its photograph and the mask of every run."""
     key = lambda shown: (shown["image"], *shown["click"])
     shown_by = [
         {key(shown): (folder, shown) for shown in metrics["gallery"] if shown["why"] == "random"}
         for folder, metrics in runs.items()
     ]
-    common = [at for at in shown_by[0] if all(at in of for of in shown_by)]
-    return [compared([of[at] for of in shown_by]) for at in common]
+    common = [at for at in shown_by[0] if all(at in entries for entries in shown_by)]
+    return [compared([entries[at] for entries in shown_by]) for at in common]
 
 
 def compared(entries: list[tuple[Path, dict]]) -> dict:
-    """One mask of the gallery as every run makes it."""
+    """One gallery entry with the masks that all runs predict for it. entries: (folder of a run, its entry)."""
     drawn = [pictures(*entry) for entry in entries]
     shared = {key: drawn[0][key] for key in ("photo", "before", "width", "height")}
-    views = [{"letter": letter(i), "after": of["after"], "iou": shown["iou"], "truth": shown["truth"]}
-             for i, (of, (_, shown)) in enumerate(zip(drawn, entries))]  # fmt: skip
+    views = [{"letter": letter(i), "after": uris["after"], "iou": shown["iou"], "truth": shown["truth"]}
+             for i, (uris, (_, shown)) in enumerate(zip(drawn, entries))]  # fmt: skip
     return shared | {"image": entries[0][1]["image"], "truth": entries[0][1]["truth"], "views": views}
 
 
 def runs_csv(runs: Mapping[Path, dict]) -> str:
-    """The table of `runs` as CSV, one row a run."""
+    """The table of `runs` as CSV text, one row per run."""
     rows, keys = table(runs)
     names = shared_scores(runs)
     text = io.StringIO()

@@ -1,13 +1,16 @@
-"""How a distillation went, as a picture: loss, mean bits, and the bits of each layer over time."""
+"""curves.png of a distillation: losses, mean bits, and the bits of each layer over the steps."""
 
 import numpy as np
 from matplotlib.figure import Figure
 
-WIDTHS = (2, 8)
+WIDTHS = (2, 8)  # bits: the range of the colour scale
 
 
 def plot_history(history: dict) -> Figure:
-    """Losses and mean bits a weight over steps, above a heat map of every layer's bits, in the order of the model."""
+    """A figure with losses and mean bits per weight over steps, above a heat map of the bits of every layer.
+
+    history: as `distillation.history` returns it.
+    """
     figure = Figure(figsize=(9, 8), layout="constrained")
     top, bottom = figure.subplots(2, 1, height_ratios=(1, 1.6))
     for name, label in {"loss": "training", "val_loss": "validation"}.items():
@@ -18,14 +21,14 @@ def plot_history(history: dict) -> Figure:
     mean = top.twinx()
     if history["avg_bit_width"]:
         mean.step(*zip(*history["avg_bit_width"]), where="post", color="0.5", linestyle="--")
-    mean.set_ylabel("bits a weight (dashed)")
+    mean.set_ylabel("bits per weight (dashed)")
     layers = history["bits"]["layers"]
     if layers:
         rows = np.array(list(layers.values()))
         image = bottom.imshow(
             rows, aspect="auto", interpolation="nearest", cmap="cividis", vmin=WIDTHS[0], vmax=WIDTHS[1]
         )
-        bottom.set(xlabel="after step", ylabel="layer, from the image to the mask")
+        bottom.set(xlabel="after step", ylabel="layer, in the order of the data")
         bottom.set_xticks(range(len(history["bits"]["steps"])), history["bits"]["steps"])
         figure.colorbar(image, ax=bottom, label="bits")
     else:

@@ -3,13 +3,15 @@
 import numpy as np
 from PIL import Image, ImageDraw
 
-COLORS = np.array([[0, 114, 178], [230, 159, 0], [0, 158, 115], [204, 121, 167]], np.float32)  # told apart by everyone
+COLORS = np.array(
+    [[0, 114, 178], [230, 159, 0], [0, 158, 115], [204, 121, 167]], np.float32
+)  # for colour-blind readers
 SIDE = 320  # pixels, of the pictures on a sheet
 MARK = {1: (60, 220, 60), 0: (235, 50, 50)}  # a click: foreground green, background red
 
 
 def overlay(image: np.ndarray, masks: np.ndarray) -> Image.Image:
-    """`image` uint8 [H, W, 3] with each of masks bool [M, H, W] tinted in a colour of its own and outlined."""
+    """`image` uint8 [H, W, 3] with each of `masks` bool [M, H, W] tinted and outlined in its own colour."""
     canvas = image.astype(np.float32)
     for i, mask in enumerate(masks):
         color = COLORS[i % len(COLORS)]
@@ -19,7 +21,7 @@ def overlay(image: np.ndarray, masks: np.ndarray) -> Image.Image:
 
 
 def draw_prompts(picture: Image.Image, points: np.ndarray, labels: np.ndarray, box: np.ndarray | None = None) -> None:
-    """Marks clicks [N, 2] and a box [4], in pixels of the picture, on it."""
+    """Draws clicks [N, 2] and a box [4], in pixels, onto `picture`."""
     draw, radius = ImageDraw.Draw(picture), max(3, min(picture.size) // 100)
     if box is not None:
         draw.rectangle(tuple(map(float, box)), outline="white", width=max(1, radius // 2))
@@ -28,12 +30,12 @@ def draw_prompts(picture: Image.Image, points: np.ndarray, labels: np.ndarray, b
 
 
 def write(picture: Image.Image, words: str) -> None:
-    """Writes `words` into the upper left corner."""
+    """Writes `words` into the upper left corner of `picture`."""
     ImageDraw.Draw(picture).text((4, 4), words, fill="white", stroke_width=1, stroke_fill="black")
 
 
 def side_by_side(rows: list[list[Image.Image]], titles: list[list[str]]) -> Image.Image:
-    """Rows of pictures on one sheet, each scaled to SIDE pixels in height, with its title above it."""
+    """One picture with rows of pictures, each scaled to a height of SIDE pixels, with its title above it."""
     band = 16
     scaled = [[p.resize((round(p.width * SIDE / p.height), SIDE)) for p in row] for row in rows]
     sheet = Image.new("RGB", (max(sum(p.width for p in row) for row in scaled), len(rows) * (SIDE + band)), "white")
@@ -48,14 +50,14 @@ def side_by_side(rows: list[list[Image.Image]], titles: list[list[str]]) -> Imag
 
 
 def strip(pictures: list[Image.Image], shown: int = 8) -> Image.Image:
-    """`shown` of the pictures of a clip, evenly spaced, the first and the last among them, four a row."""
+    """One picture with `shown` evenly spaced frames of a clip, four in a row, the first and the last included."""
     at = np.linspace(0, len(pictures) - 1, min(shown, len(pictures))).round().astype(int).tolist()
     rows = [at[i : i + 4] for i in range(0, len(at), 4)]
     return side_by_side([[pictures[i] for i in row] for row in rows], [[f"frame {i}" for i in row] for row in rows])
 
 
 def tint(masks: list[tuple[np.ndarray, tuple[int, int, int]]]) -> Image.Image:
-    """A picture to lay over another: each mask bool [H, W] in its colour, half transparent, with a firm edge."""
+    """A transparent RGBA picture with each mask, bool [H, W], half transparent in its colour, with an opaque edge."""
     canvas = np.zeros((*masks[0][0].shape, 4), np.uint8)
     for mask, color in masks:
         canvas[mask] = (*color, 130)
@@ -64,7 +66,7 @@ def tint(masks: list[tuple[np.ndarray, tuple[int, int, int]]]) -> Image.Image:
 
 
 def edge(mask: np.ndarray) -> np.ndarray:
-    """The pixels [H, W] of a mask that have one outside it beside them."""
+    """bool [H, W]: the pixels of `mask` that have a neighbour outside it."""
     padded = np.pad(mask, 1, mode="edge")
     neighbours = [padded[1:-1, :-2], padded[1:-1, 2:], padded[:-2, 1:-1], padded[2:, 1:-1]]
     return mask & ~np.logical_and.reduce(neighbours)

@@ -1,8 +1,9 @@
-"""The folder of a finished run: its metrics, the pictures of its gallery, its page, and how they are read again."""
+"""Writes and reads what the page of a run is made from: metrics.json and the pictures of the gallery."""
 
 import json
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,10 @@ from sam2jq.data import read_image
 from sam2jq.errors import UserError
 from sam2jq.eval.gallery import Gallery, Shown
 from sam2jq.report.figures import SIDE, draw_prompts
-from sam2jq.report.page import run_page
+from sam2jq.report.page import file_inside, run_page
+from sam2jq.report.schema import REPORT_VERSION, RunMetrics
 
-REPORT_VERSION = 1  # of metrics.json, as far as pages are made of it
+# keys without which no page can be made; other fields of RunMetrics may be missing
 NEEDED = (
     *("model", "checkpoint", "images_id", "truth_id", "asked", "config", "command", "versions", "random_weights"),
     *("results", "layers", "unquantized", "stages", "stage_images", "gallery"),
@@ -22,7 +24,11 @@ NEEDED = (
 
 
 def layer_rows(rows: list[dict], figures: Mapping[str, dict], alphas: Mapping[str, tuple | None]) -> list[dict]:
-    """A package's rows in the order of `figures`, with these; alpha, beta: of smoothing, "by group" or None."""
+    """The layer rows of a package in the order of `figures`, with the errors in it, SQNR in dB, alpha and beta.
+
+    figures: {layer: errors}; alphas: {layer: (alpha, beta) of smoothing, None where they differ by group}. In the rows,
+    alpha and beta are numbers, "by group", or None where the layer was not smoothed.
+    """
     by_name = {row["name"]: row for row in rows}
 
     def row(name: str) -> dict:
@@ -35,22 +41,23 @@ def layer_rows(rows: list[dict], figures: Mapping[str, dict], alphas: Mapping[st
 
 
 def merged(record: list[dict]) -> list[dict]:
-    """One row for each stage of `record`, in order: one that ran part by part has the seconds of all its parts."""
+    """One row for each stage of `record`, in order; the seconds of a stage that ran in several parts are added up."""
     rows = {}
     for row in record:
-        whole = rows.setdefault(row["name"], row | {"what": row["what"].split(", 1 of ")[0], "seconds": 0.0})
-        whole["seconds"] += row["seconds"]
+        total = rows.setdefault(row["name"], row | {"what": row["what"].split(", 1 of ")[0], "seconds": 0.0})
+        total["seconds"] += row["seconds"]
     return list(rows.values())
 
 
 def save_gallery(folder: Path, gallery: Gallery) -> list[dict]:
-    """Writes three pictures of each mask shown into folder/gallery; what is known of each, and their files."""
+    """Writes three pictures for each mask of `gallery` into folder/gallery; returns their entries of metrics.json."""
     (folder / "gallery").mkdir(exist_ok=True)
-    both = [("worst", shown) for shown in gallery.worst] + [("random", shown) for shown in gallery.sample]
-    return [save_shown(folder, f"gallery/{i:02d}", why, shown) for i, (why, shown) in enumerate(both)]
+    entries = [("worst", shown) for shown in gallery.worst] + [("random", shown) for shown in gallery.sample]
+    return [save_shown(folder, f"gallery/{i:02d}", why, shown) for i, (why, shown) in enumerate(entries)]
 
 
 def save_shown(folder: Path, stem: str, why: str, shown: Shown) -> dict:
+    """Writes the photograph and both masks of `shown` to folder/<stem>_*; returns {"image", "click", "files", ...}."""
     photo = Image.fromarray(read_image(shown.image))
     photo.thumbnail((SIDE, SIDE))
     files = {name: f"{stem}_{name}.png" for name in ("before", "after")} | {"photo": f"{stem}_photo.jpg"}
@@ -64,27 +71,31 @@ def save_shown(folder: Path, stem: str, why: str, shown: Shown) -> dict:
     return {"image": image, "click": shown.click, "iou": shown.iou, "truth": truth, "why": why, "files": files}
 
 
-def save_run(folder: Path, metrics: dict, gallery: Gallery) -> None:
-    """Writes metrics.json, gallery/ and report.html of a run whose other files are there."""
-    metrics = {"report_version": REPORT_VERSION} | metrics | {"gallery": save_gallery(folder, gallery)}
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    # a file's name may hold bytes that are no text
-    (folder / "report.html").write_text(run_page(folder, metrics), encoding="utf-8", errors="replace")
+def save_run(folder: Path, metrics: RunMetrics, gallery: Gallery) -> RunMetrics:
+    """Writes metrics.json, gallery/ and report.html; returns `metrics` with its gallery."""
+    metrics = replace(metrics, gallery=save_gallery(folder, gallery))
+    content = metrics.to_dict()
+    (folder / "metrics.json").write_text(json.dumps(content, indent=1))
+    page = run_page(folder, content)
+    (folder / "report.html").write_text(page, encoding="utf-8", errors="replace")  # file names may not be valid text
+    return metrics
 
 
 def read_runs(paths: Iterable[str | Path]) -> dict[Path, dict]:
     """{folder: its metrics} of finished runs of `sam2jq quantize` or `distill`.
 
-    ValueError, FileNotFoundError: names the run and what it lacks.
+    Raises UserError or FileNotFoundError, which name the run and what it lacks.
     """
     return {folder: read_metrics(folder) for folder in (Path(path).resolve() for path in paths)}
 
 
 def read_metrics(folder: Path) -> dict:
-    """The metrics of one run."""
+    """The content of metrics.json of one finished run, checked. Raises as `read_runs` does."""
     path = folder / "metrics.json"
     if folder.name.endswith(".partial") or folder.with_name(f".{folder.name}.partial").exists():
         raise UserError(f"{folder} is not finished: wait for it, or give its command again")
+    if folder.name.endswith(".failed") and not path.exists():
+        raise UserError(f"{folder} is a failed run: its run.log ends with the error")
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no metrics.json: give the folder that a finished `sam2jq quantize` left")
     try:
@@ -98,11 +109,19 @@ def read_metrics(folder: Path) -> dict:
             f"{path} has report version {metrics.get('report_version', 0)}, this sam2jq reads {REPORT_VERSION}: "
             "quantize again, or use the version that wrote it"
         )
-    missing = [key for key in NEEDED if key not in metrics]
-    if not {"miou", "mask_iou"} & set(metrics.get("results", ())):
-        missing.append("results.miou and results.mask_iou")
-    missing += [file for shown in metrics.get("gallery", ()) for file in shown["files"].values()
-                if not (folder / file).is_file()]  # fmt: skip
+    missing = missing_parts(folder, metrics)
     if missing:
         raise UserError(f"{folder} lacks {', '.join(missing)}: quantize again")
     return metrics
+
+
+def missing_parts(folder: Path, metrics: dict) -> list[str]:
+    """Keys of `metrics` and picture files in `folder` that a page needs and that are not there.
+
+    Raises UserError if a picture's name leads out of the folder.
+    """
+    missing = [key for key in NEEDED if key not in metrics]
+    if not {"miou", "mask_iou"} & set(metrics.get("results", ())):
+        missing.append("results.miou and results.mask_iou")
+    names = [name for shown in metrics.get("gallery", ()) for name in shown["files"].values()]
+    return missing + [name for name in names if not file_inside(folder, name).is_file()]

@@ -1,10 +1,10 @@
-"""A run's summary as aligned text."""
+"""Summaries of a package or a run as aligned text for the terminal."""
 
-MB = 1e6
+MB = 1e6  # bytes
 
 
 def layer_table(rows: list[dict]) -> str:
-    """One line per layer: bits, group, bytes, relative weight error, and the leaves around the rounded weight."""
+    """One line per layer: dtype, group, bytes, relative weight error, and the leaves around the quantized weight."""
     width = max([len(row["name"]) for row in rows], default=0)
     head = f"{'layer':{width}}  {'dtype':>6} {'group':>8} {'weights':>10} {'bytes':>9} {'rel. error':>10}"
     lines = [
@@ -16,7 +16,7 @@ def layer_table(rows: list[dict]) -> str:
 
 
 def scores(results: dict) -> str:
-    """What `evaluate` found, one figure a line."""
+    """The scores that `evaluate` measured, one per line."""
     if "miou" in results:
         lines = [(name, f"mIoU {value:.4f}") for name, value in results["miou"].items()]
         return aligned([*lines, ("instances", f"{results['instances']} in {results['images']} images")])
@@ -25,11 +25,12 @@ def scores(results: dict) -> str:
 
 
 def aligned(lines: list[tuple[str, str]]) -> str:
+    """One line for each (name, text), with all texts in one column."""
     return "\n".join(f"{name:<11} {text}" for name, text in lines)
 
 
 def totals(summary: dict) -> str:
-    """The figures of the whole model, one a line."""
+    """Sizes and scores of the whole model, one per line. summary: of a package, or metrics.json."""
     size = summary["bytes_quantized"] + summary["bytes_unquantized"]
     lines = [
         ("model", f"{summary['model']['name']} {summary['model']['version']} from {summary['model']['checkpoint']}"),
@@ -54,5 +55,5 @@ def totals(summary: dict) -> str:
         for kind, scores in results.get("video", {}).items():
             lines.append(("J&F", f"{scores['j&f']:.2f} ({kind})"))
     if summary["random_weights"]:
-        lines.append(("warning", "the weights are RANDOM: no figure here says anything about a trained model"))
+        lines.append(("warning", "the weights are RANDOM: no result here says anything about a trained model"))
     return aligned(lines)

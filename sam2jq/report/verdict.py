@@ -1,12 +1,12 @@
-"""A run in a few words and figures."""
+"""The summary at the top of a page: scheme, size, scores, and warnings."""
 
-SMALL_IMAGES, SMALL_CLIPS = 100, 20  # fewer leave room for chance
+SMALL_IMAGES, SMALL_CLIPS = 100, 20  # with fewer, a page warns that scores are noisy
 AGREEMENT = "mask IoU with full precision"
 PROMPTS = ("box", "1 click", "3 clicks")
 
 
 def scheme(metrics: dict) -> str:
-    """What was done to a model, as "W4A8 g128, GPTQ, smoothing"; W3-8 where layers differ in bits."""
+    """The quantization scheme, as "W4A8 g128, GPTQ, smooth"; W3-8 where layers differ in bits."""
     wgts, rows = metrics["config"]["quant"]["wgts"], metrics["layers"]
     inputs = span({int(row["inputs"][-1]) for row in rows if row["inputs"]} or {16})
     parts = [f"W{span({row['bits'] for row in rows} or {32})}A{inputs} {group(wgts['group_shapes'])}"]
@@ -17,12 +17,12 @@ def scheme(metrics: dict) -> str:
 
 
 def span(widths: set[int]) -> str:
-    """The only one, as "4", or the least and the greatest, as "3-8"."""
+    """The width as "4" if there is one, else the lowest and the highest as "3-8"."""
     return "-".join(map(str, sorted({min(widths), max(widths)})))
 
 
 def group(shapes: list[list[int]]) -> str:
-    """What shares a scale: "g128", "per channel" or "per tensor"."""
+    """Which weights share a scale: "g128", "per channel" or "per tensor"."""
     [[rows, size]] = shapes
     return "per tensor" if rows == -1 else "per channel" if size == -1 else f"g{size}"
 
@@ -33,9 +33,10 @@ def megabytes(metrics: dict) -> tuple[float, float]:
 
 
 def scores(metrics: dict) -> list[dict]:
-    """[{"name", "before", "after", "change", "behind"}], in percent: mIoU by prompt, J&F, and agreement, as measured.
+    """[{"name", "before", "after", "change", "behind"}] of the measured scores, in percent: mIoU by prompt, J&F, mask
+    IoU with full precision. "behind" says what the score was measured on.
 
-    results["kinds"] names the two models whose scores are before and after.
+    results["kinds"] names the models of "before" and "after".
     """
     results, rows = metrics["results"], []
     of_kinds = lambda scores: [scores[kind] for kind in results["kinds"]]
@@ -57,7 +58,7 @@ def scores(metrics: dict) -> list[dict]:
 
 
 def sample(results: dict, key: str, noun: str) -> str:
-    """What a score was measured on, as "16 images, 58 objects, scenes:7"."""
+    """The data that a score was measured on, as "16 images, 58 objects, scenes:7"."""
     numbers = count(results[f"{key}_{noun}s"], noun), count(results[f"{key}_objects"], "object")
     return ", ".join([*numbers, results[f"{key}_data"]])
 
@@ -67,20 +68,22 @@ def score(name: str, before: float, after: float, behind: str) -> dict:
 
 
 def warnings(metrics: dict) -> list[str]:
-    """What a reader must know before believing a figure."""
-    results, found = metrics["results"], []
+    """Sentences on what makes the scores of a run unreliable; [] if nothing does."""
+    results, texts = metrics["results"], []
     if metrics["random_weights"]:
-        found.append("The weights are RANDOM: no figure here says anything about a trained model.")
+        texts.append("The weights are RANDOM: no result here says anything about a trained model.")
     images = results.get("miou_images", results["images"])
     if images < SMALL_IMAGES:
-        found.append(f"Small sample: {count(images, 'image')}. A point more or less may be chance.")
+        texts.append(f"Small sample: {count(images, 'image')}. A difference of a point may be noise.")
     if results.get("video_clips", SMALL_CLIPS) < SMALL_CLIPS:
-        found.append(f"Small sample: {count(results['video_clips'], 'clip')}. Points of J&F may be chance.")
+        texts.append(
+            f"Small sample: {count(results['video_clips'], 'clip')}. Differences of a few points of J&F may be noise."
+        )
     if "miou" not in results:
-        found.append("No true masks were given (measure.images), so masks are compared with full precision only.")
+        texts.append("No ground-truth masks were given (measure.images): masks are only compared with full precision.")
     elif not results["held_out"]:
-        found.append("mIoU was measured on the images of calibration: give others as measure.images.")
-    return found
+        texts.append("mIoU was measured on the calibration images: set measure.images to others.")
+    return texts
 
 
 def count(number: int, noun: str) -> str:

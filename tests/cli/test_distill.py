@@ -9,12 +9,15 @@ import torch
 
 from converters.exports.package import load_package
 from sam2jq import build, layers
-from sam2jq.cli.distill import find_clips, find_student_calibration, quantize_student
-from sam2jq.cli.main import main, stage
+from sam2jq.cli.distill import device_setting, find_clips, find_student_calibration, quantize_student
+from sam2jq.cli.main import main
+from sam2jq.cli.run_folder import stage
 from sam2jq.config.distill import DistillConfig
 from sam2jq.config.loader import load
 from sam2jq.distillation import trainer as cdpq
 from sam2jq.distillation.init_student import check_pair, start
+from sam2jq.distillation.targets import DistillBatch
+from sam2jq.errors import UserError
 from sam2jq.models.sam2 import init_params
 from sam2jq.quant.algorithms.activations import ActQuantized
 from sam2jq.quant.algorithms.fake_quant import fake_quant_layers, trainable_mask
@@ -136,6 +139,53 @@ def test_bad_data_is_one_line_before_any_work(flags, message, tmp_path, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "message"),
+    [
+        ("cpu", "gpu", "teacher.device cpu and student.device gpu: teacher and student run on one device"),
+        ("auto", "tpu", "student.device tpu: no such device here"),
+        ("tpu", "auto", "teacher.device tpu: no such device here"),
+    ],
+)
+def test_teacher_and_student_run_on_one_device(teacher, student, message, tmp_path, capsys):
+    devices = ["--teacher.device", teacher, "--student.device", student]
+    assert main(["distill", *NANO, *FEW, *devices, "--output.root", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_whichever_device_is_set_counts():
+    assert device_setting(config()) == ("teacher.device", "auto")
+    assert device_setting(config("--student.device", "cpu")) == ("student.device", "cpu")
+    assert device_setting(config("--teacher.device", "cpu", "--student.device", "cpu")) == ("teacher.device", "cpu")
+
+
+def test_the_teacher_gets_frames_in_its_dtype_and_the_student_as_they_are(params, monkeypatch):
+    def targets(model, params, frames, key, **_):
+        return DistillBatch(frames, None, {"got": jnp.zeros(1, frames.dtype)})
+
+    monkeypatch.setattr(cdpq, "make_targets", targets)
+    how = config(*FEW, "--teacher.dtype", "bfloat16")
+    teacher = cdpq.Teacher(build("nano"), params, dtype=how.teacher.dtype)
+    [batch] = cdpq.make_target_batches(teacher, find_clips(how)[0], how.distill, 0, None)(iter([np.array([0])]))
+    assert batch.outputs["got"].dtype == jnp.bfloat16
+    assert batch.frames.dtype == np.float32
+
+
+def test_distill_gives_the_teacher_the_dtype_of_its_setting(tmp_path, monkeypatch):
+    """The setting was accepted and ignored."""
+    taken = []
+
+    def stop(config, folder, teacher, *rest):
+        taken.append(teacher.dtype)
+        raise UserError("enough")
+
+    monkeypatch.setattr("sam2jq.cli.distill.train_student", stop)
+    where = ["--output.root", str(tmp_path / "out"), "--cache.root", str(tmp_path / "cache")]
+    assert main(["distill", *NANO, *FEW, *where, "--teacher.dtype", "bfloat16"]) == 2
+    assert taken == ["bfloat16"]
 
 
 @pytest.mark.slow  # compiles the gradient of a whole SAM 2: minutes

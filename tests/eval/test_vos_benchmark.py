@@ -91,7 +91,7 @@ def test_bad_input_is_one_line(arguments, message, tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert message in error
-    assert not list(tmp_path.glob("out/*"))
+    assert all(path.name.endswith(".failed") for path in tmp_path.glob("out/*"))
 
 
 def test_a_missing_split_names_those_that_are_there(sav):

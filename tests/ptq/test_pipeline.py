@@ -9,7 +9,8 @@ import torch
 
 from converters.exports.nunchaku_model import load_nunchaku
 from converters.exports.package import load_package
-from sam2jq.cli.main import main, replay
+from sam2jq.cli.loading import replay_bits
+from sam2jq.cli.main import main
 from sam2jq.config.loader import load
 from sam2jq.tree import layer_name
 
@@ -104,12 +105,12 @@ def test_a_run_leaves_nunchakus_files_and_deepcompressors(thorough):
 
 def test_the_bits_of_a_package_are_replayed(thorough):
     flags = ["--model.name", "nano", "--quant.calib.path", "scenes:0", "--quant.bits_from", str(thorough)]
-    found = replay(load(None, flags).quant)
+    found = replay_bits(load(None, flags).quant)
     assert found.bits_from == ""
     assert found.wgts.bits == {row["name"]: 4 for row in json.loads((thorough / "metrics.json").read_text())["layers"]}
     assert found.ipts.bits == {}  # which are not rounded
     chosen = load(thorough / "config.yaml", []).quant.ipts.bits
     assert len(set(chosen.values())) > 1
-    assert replay(load(None, [*flags, "--quant.ipts.dtype", "sint8"]).quant).ipts.bits == chosen
+    assert replay_bits(load(None, [*flags, "--quant.ipts.dtype", "sint8"]).quant).ipts.bits == chosen
     with pytest.raises(ValueError, match="quant.bits_from: the package sets all bits"):
         load(None, [*flags, "--quant.wgts.target_bits", "3"])

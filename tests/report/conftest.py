@@ -9,6 +9,7 @@ from PIL import Image
 from sam2jq.config import loader
 from sam2jq.eval.gallery import Gallery, Shown
 from sam2jq.report.run import save_run
+from sam2jq.report.schema import RunMetrics
 
 MARKUP = """<img src=x onerror="document.title='ran'">.jpg"""  # a file may be named so
 LAYERS = {
@@ -28,7 +29,7 @@ def write_run(root: Path, name: str, bits: int = 4, miou: float = 0.6, **changes
     folder = root / name
     folder.mkdir()
     Image.effect_noise((64, 48), 60).convert("RGB").save(root / MARKUP, "JPEG")
-    save_run(folder, metrics(bits, miou) | changes, gallery(str(root / MARKUP)))
+    save_run(folder, RunMetrics(**metrics(bits, miou) | changes), gallery(str(root / MARKUP)))
     return folder
 
 
@@ -53,6 +54,7 @@ def metrics(bits: int, miou: float) -> dict:
     scores = lambda iou: {"box": iou, "1 click": iou - 0.1, "3 clicks": iou + 0.05}
     return {
         "model": asked["model"] | {"image_size": 256},
+        "names": "original",
         "checkpoint": "c0ffee",
         "images_id": "1",
         "truth_id": "1",
@@ -63,6 +65,8 @@ def metrics(bits: int, miou: float) -> dict:
         "random_weights": False,
         "layers": layers,
         "unquantized": ["sam_mask_decoder.conv_s1"],
+        "parameters": 3_000_000,
+        "quantized_weights": 2_975_000,
         "effective_bits": bits + 0.2,
         "bytes_float32": 12_000_000,
         "bytes_quantized": 375_000 * bits,

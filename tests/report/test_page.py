@@ -1,8 +1,12 @@
 import json
 import re
+import shutil
 
+import pytest
+
+from sam2jq.errors import UserError
 from sam2jq.report.page import run_page
-from sam2jq.report.run import layer_rows, merged, read_metrics
+from sam2jq.report.run import NEEDED, layer_rows, merged, read_metrics
 from sam2jq.report.verdict import scheme, scores, warnings
 
 from .conftest import metrics
@@ -25,6 +29,39 @@ def test_a_page_is_one_file_that_names_no_other(make_run):
 def test_a_page_is_made_again_from_the_folder_to_the_byte(make_run):
     folder = make_run("a")
     assert run_page(folder, read_metrics(folder)) == (folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc/hostname", "../secret.jpg", "gallery/../../secret.jpg", "link.jpg", "linked/s.jpg"]
+)
+def test_a_page_takes_no_picture_from_outside_the_folder_of_its_run(make_run, tmp_path, name):
+    """metrics.json may come from elsewhere, and the page embeds what it names."""
+    folder = make_run("a")
+    (tmp_path / "secret").mkdir()
+    for secret in (tmp_path / "secret.jpg", tmp_path / "secret" / "s.jpg"):
+        shutil.copy(folder / "gallery/00_photo.jpg", secret)
+    (folder / "link.jpg").symlink_to(tmp_path / "secret.jpg")
+    (folder / "linked").symlink_to(tmp_path / "secret")
+    path = folder / "metrics.json"
+    found = json.loads(path.read_text())
+    found["gallery"][0]["files"]["photo"] = name
+    path.write_text(json.dumps(found))
+    for make in (lambda: read_metrics(folder), lambda: run_page(folder, found)):
+        with pytest.raises(UserError, match=re.escape(f"names the file {name!r}, which is not in the run's folder")):
+            make()
+
+
+def test_a_run_may_be_read_through_a_link_to_its_folder(make_run, tmp_path):
+    folder = make_run("a")
+    (tmp_path / "link").symlink_to(folder)
+    assert run_page(tmp_path / "link", read_metrics(tmp_path / "link")) == (folder / "report.html").read_text()
+
+
+def test_optional_keys_are_absent_where_they_were_not_set(make_run):
+    for name, changes in {"a": {}, "b": {"history": HISTORY, "input_ranges": {}, "effective_bits": None}}.items():
+        keys = json.loads((make_run(name, **changes) / "metrics.json").read_text()).keys()
+        assert {"report_version", "effective_bits", *NEEDED} <= keys
+        assert {"history", "input_ranges"} & keys == ({"history", "input_ranges"} & changes.keys())
 
 
 def test_names_with_markup_stay_text(make_run):
@@ -54,7 +91,7 @@ def test_what_makes_figures_doubtful_is_said():
     found = metrics(4, 0.6)
     assert [text.split(":")[0] for text in warnings(found)] == [
         "Small sample",
-        "mIoU was measured on the images of calibration",
+        "mIoU was measured on the calibration images",
     ]
     large = found["results"] | {"miou_images": 500, "held_out": True}
     assert warnings(found | {"results": large}) == []

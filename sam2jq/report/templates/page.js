@@ -32,8 +32,8 @@ for (const input of document.querySelectorAll("input[data-filter]")) {
   const rows = [...document.getElementById(input.dataset.filter).tBodies[0].rows];
   const count = document.querySelector(`[data-count="${input.dataset.filter}"]`);
   const filter = () => {
-    const wanted = input.value.toLowerCase();
-    for (const row of rows) row.hidden = !row.textContent.toLowerCase().includes(wanted);
+    const query = input.value.toLowerCase();
+    for (const row of rows) row.hidden = !row.textContent.toLowerCase().includes(query);
     count.textContent = `${rows.filter((row) => !row.hidden).length} of ${rows.length} shown`;
   };
   input.addEventListener("input", filter);

@@ -1,0 +1,51 @@
+"""Command-line arguments that several commands share."""
+
+import argparse
+import shlex
+from collections.abc import Callable
+
+from sam2jq.errors import UserError
+
+
+def add_config(parser: argparse.ArgumentParser, example: str = "") -> None:
+    parser.add_argument("--config", help=f"YAML file with settings; every key is also a flag{example}")
+
+
+def add_prompts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--points", nargs="+", type=numbers(2), default=[], metavar="X,Y", help="clicks, in pixels")
+    parser.add_argument("--labels", nargs="+", type=int, metavar="L", help="1 foreground (default), 0 background")
+    parser.add_argument("--box", type=numbers(4), metavar="X0,Y0,X1,Y1", help="a box, in pixels")
+
+
+def prompt_labels(args: argparse.Namespace) -> list[int]:
+    """One label for each of args.points. Raises UserError if there is no prompt, or the counts differ."""
+    if not args.points and args.box is None:
+        raise UserError("no prompt: give --points X,Y [X,Y ...] or --box X0,Y0,X1,Y1")
+    labels = args.labels or [1] * len(args.points)
+    if len(labels) != len(args.points):
+        raise UserError(f"{len(args.points)} points but {len(labels)} labels: give one label each")
+    return labels
+
+
+def numbers(count: int) -> Callable[[str], list[float]]:
+    """A parser of `count` numbers separated by commas."""
+
+    def parse(argument: str) -> list[float]:
+        parsed = [float(part) for part in argument.split(",")]
+        if len(parsed) != count:
+            raise argparse.ArgumentTypeError(f"{argument!r} is not {count} numbers separated by commas")
+        return parsed
+
+    return parse
+
+
+def refuse_flags(args: argparse.Namespace, flags: list[str]) -> None:
+    """Raises UserError if a command without settings was given any."""
+    if flags:
+        raise UserError(f"{args.command} does not take {flags[0]}")
+
+
+def command_line(args: argparse.Namespace, flags: list[str]) -> str:
+    """The command that was given, quoted for a shell."""
+    config = ["--config", args.config] if args.config else []
+    return shlex.join(["sam2jq", args.command, *config, *flags])

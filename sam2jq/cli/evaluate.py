@@ -1,0 +1,65 @@
+"""`sam2jq evaluate`: mIoU of prompted objects on images, or J&F of tracked objects on videos."""
+
+import argparse
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from tqdm import tqdm
+
+from sam2jq.cli.arguments import add_config
+from sam2jq.cli.loading import load_model
+from sam2jq.cli.run_folder import job_folder, job_path, stage
+from sam2jq.config import loader
+from sam2jq.config.run import EvaluateConfig
+from sam2jq.data.sav import write_mask
+from sam2jq.eval.evaluate import evaluate_clips, evaluate_images, find_clips, find_samples
+from sam2jq.predictors.video import VideoPredictor
+from sam2jq.quant.algorithms.activations import materialize_weights
+from sam2jq.report import text
+
+SCHEMA = EvaluateConfig
+log = logging.getLogger("sam2jq")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
+
+
+def run(args: argparse.Namespace, flags: list[str]) -> None:
+    """Writes metrics.json, and the masks of videos, to <output.root>/<job>/."""
+    config = loader.load(args.config, flags, EvaluateConfig)
+    final = job_path(config.output, args.config, f"evaluate_{config.task}")
+    with job_folder(final, loader.dump(config)) as folder:
+        results = evaluate(config, folder)
+        (folder / "metrics.json").write_text(json.dumps(results, indent=1))
+        log.info("\n%s", text.scores(results))
+    log.info("\nwritten     %s", final)
+
+
+def evaluate(config: EvaluateConfig, folder: Path) -> dict:
+    """The scores of the checkpoint on the data that `config` names; masks of videos are written into `folder`."""
+    images = config.task == "image"
+    with stage("data", config.data):
+        if images:
+            samples = find_samples(config.data, config.num_samples)
+        else:
+            samples = find_clips(config.data, config.split, config.num_samples)
+    model, checkpoint = load_model(config.model, config.cache.root)
+    params, progress = materialize_weights(checkpoint.params), tqdm(samples, leave=False, disable=None)
+    with stage("evaluate", f"{len(samples)} {'images' if images else 'clips'}"):
+        if images:
+            return evaluate_images(model, params, progress, config.model.dtype)
+        predictor = VideoPredictor(model, params, dtype=config.model.dtype)
+        return evaluate_clips(predictor, progress, mask_writer(folder) if config.masks else None)
+
+
+def mask_writer(folder: Path) -> Callable:
+    """A function (clip, object, frame name, mask) that writes masks/<clip>/<object>/<frame>.png below `folder`, as the
+    SA-V evaluator reads them."""
+
+    def write(clip: str, name: str, frame: str, mask) -> None:
+        write_mask(folder / "masks" / clip.replace(":", "_") / name / f"{frame}.png", mask)
+
+    return write

@@ -1,0 +1,29 @@
+"""`sam2jq export`: a package in another format."""
+
+import argparse
+import logging
+from pathlib import Path
+
+from converters.exports import EXPORTS
+from sam2jq.cli.arguments import refuse_flags
+
+SCHEMA = None
+log = logging.getLogger("sam2jq")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    formats = "; ".join(f"{name}: {export.help}" for name, export in EXPORTS.items())
+    parser.add_argument("--package", required=True, help="a package, .safetensors or .pt, or the folder of a run")
+    parser.add_argument("--to", required=True, choices=EXPORTS, help=formats)
+    parser.add_argument("--out", required=True, help="the folder to write into")
+
+
+def run(args: argparse.Namespace, flags: list[str]) -> None:
+    """Writes a package in the format `args.to` into the folder `args.out`."""
+    from sam2jq import api
+
+    refuse_flags(args, flags)
+    metadata = api.open_package(args.package).metadata
+    model, params = api.load(args.package)
+    EXPORTS[args.to].write(Path(args.out), model, params, metadata)
+    log.info("written     %s", args.out)

@@ -1,0 +1,125 @@
+"""`sam2jq quantize`: post-training quantization of a checkpoint, and what it lost."""
+
+import argparse
+import logging
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from sam2jq.cli.arguments import add_config, command_line
+from sam2jq.cli.finish import MeasuredRun, finish_run, run_metadata
+from sam2jq.cli.loading import load_model, replay_bits
+from sam2jq.cli.run_folder import job_folder, job_path, stage
+from sam2jq.config import loader
+from sam2jq.config.run import Config
+from sam2jq.eval.fidelity import find_ground_truth, ground_truth_id, layer_figures, measure
+from sam2jq.models.sam2 import SAM2, TRUNK_LINEAR
+from sam2jq.ptq.pipeline import FOLDED, UNROUNDED, Quantized, smoothing_exponents
+from sam2jq.ptq.recipe import gptq_onto, weight_specs
+from sam2jq.ptq.run import CalibrationImages, find_calibration, run_ptq
+from sam2jq.quant.algorithms.activations import materialize_weights
+from sam2jq.quant.leaves import materialize_params
+from sam2jq.report import text
+from sam2jq.tree import fingerprint, flatten, kernels, layer_name, unflatten
+
+SCHEMA = Config
+MEASURED_STAGES = ("weights", "inputs", "outputs")  # after which scores with known masks are taken
+log = logging.getLogger("sam2jq")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config(parser, ", such as --quant.calib.path DIR")
+
+
+def run(args: argparse.Namespace, flags: list[str]) -> None:
+    """Quantizes a checkpoint and writes <output.root>/<job>/."""
+    config = loader.load(args.config, flags)
+    final = job_path(config.output, args.config, "quantize")
+    with job_folder(final, loader.dump(config)) as folder:
+        quantize(config, folder, command_line(args, flags))
+    log.info("\nwritten     %s (all layers: sam2jq inspect %s)\nreport      %s", final, final, final / "report.html")
+
+
+def quantize(config: Config, folder: Path, command: str) -> None:
+    """Calibrates, quantizes, measures, and writes the files of a run into `folder`."""
+    record = []
+    timed = partial(stage, record=record)
+    with timed("images", config.quant.calib.path):
+        images = find_calibration(config.quant.calib, config.seed)
+        ground_truth = find_ground_truth(config)
+    asked = replace(config, quant=replay_bits(config.quant))
+    model, checkpoint = load_model(config.model, config.cache.root, config.quant.calib.image_size)
+    full = materialize_params(checkpoint.params)
+    done = calibrate_and_quantize(model, full, asked, images, timed)
+    config = replace(asked, quant=done.config)
+    (folder / "config.yaml").write_text(loader.dump(config))  # again, with the bits that were chosen for a target
+
+    layers = layer_figures(done.params_by_stage.get(FOLDED, full), done.params, done.stats)
+    variants = {"full precision": full} | {
+        name: materialize_weights(done.params_by_stage[name])
+        for name in MEASURED_STAGES
+        if name in done.params_by_stage
+    }
+    if config.convert_nunchaku:
+        variants["nunchaku"] = convert_nunchaku(config, model, checkpoint, full, done, folder)
+    names = [item.frames[0] for item in images.items]
+    results, errors, gallery = measure(model, variants, done.params_by_stage, names, ground_truth, config, timed)
+    ranges = {layer: [float(s.low.min()), float(s.high.max())] for layer, s in done.stats.items()}
+    about, size = loader.to_dict(config.model), model.variant.image_size
+    measured = MeasuredRun(
+        run_metadata(about, size, checkpoint, full, loader.to_dict(config), results, input_ranges=ranges),
+        done.params,
+        full,
+        layers,
+        errors,
+        gallery,
+        record,
+        names,
+        images_id=fingerprint({}, images.ids),
+        truth_id=ground_truth_id(ground_truth),
+        asked=loader.to_dict(asked),
+        command=command,
+        alphas=smoothing_exponents(done, full),
+    )
+    metrics = finish_run(folder, measured, exports(config, done, checkpoint), timed).to_dict()
+    rows = sorted(metrics["layers"], key=lambda row: -row["relative_error"])
+    log.info("\n%s\n\nworst layers\n%s", text.totals(metrics), text.layer_table(rows[:5]))
+
+
+def calibrate_and_quantize(model: SAM2, full: dict, config: Config, images: CalibrationImages, on_stage) -> Quantized:
+    """`run_ptq` with the settings of `config`; nunchaku's kernels round on a grid of their own, from Gram matrices."""
+    needs = {"gram"} if config.convert_nunchaku else ()
+    where = {"seed": config.seed, "cache_root": config.cache.root}
+    return run_ptq(model, full, config.quant, images, **where, on_stage=on_stage, needs=needs)
+
+
+def exports(config: Config, done: Quantized, checkpoint) -> dict:
+    """{file name: function that writes it into a folder}, of the files beside the package."""
+    from converters.exports.deepcompressor import save_deepcompressor
+    from converters.exports.vanilla import save_vanilla
+
+    if not config.save_model:
+        return {}
+    return {
+        "vanilla.pt": lambda folder: save_vanilla(folder / "vanilla.pt", done.params, checkpoint.random),
+        "cache": lambda folder: save_deepcompressor(folder / "cache", done.params, checkpoint.names),
+    }
+
+
+def convert_nunchaku(config: Config, model: SAM2, checkpoint, full: dict, done: Quantized, folder: Path) -> dict:
+    """Writes nunchaku/ and returns the params tree that its kernels compute with.
+
+    The trunk's linears are rounded, with GPTQ, from the tree before rounding onto nunchaku's grid, signed int4 in
+    groups of 64, whatever the grid of the config. All other layers are those of `full`.
+    """
+    from converters.exports.nunchaku_model import GRID, computed_by_kernels, in_file_precision, save_nunchaku
+
+    flat = flatten(done.params_by_stage[UNROUNDED])
+    layers = [k for k in weight_specs(config.quant.wgts, map(layer_name, kernels(flat))) if TRUNK_LINEAR.fullmatch(k)]
+    with stage("nunchaku", f"{len(layers)} linears onto {GRID.dtype} [[1, {GRID.group}]] with GPTQ"):
+        chosen = {path: in_file_precision(leaf) for path, leaf in kernels(flat).items() if layer_name(path) in layers}
+        rounded = flatten(gptq_onto(GRID, config.quant.wgts, layers).apply(unflatten(flat | chosen), done.stats))
+        tree = flatten(full) | {path: leaf for path, leaf in rounded.items() if layer_name(path) in layers}
+        about = loader.to_dict(config.model) | {"image_size": model.variant.image_size}
+        save_nunchaku(folder / "nunchaku", unflatten(tree), about, checkpoint.names)
+        return computed_by_kernels(full, folder / "nunchaku")

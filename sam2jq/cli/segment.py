@@ -1,0 +1,48 @@
+"""`sam2jq segment`: masks of one image from clicks or a box."""
+
+import argparse
+import logging
+from pathlib import Path
+
+from PIL import Image
+
+from sam2jq.cli.arguments import add_prompts, prompt_labels
+from sam2jq.cli.loading import load_model
+from sam2jq.config import loader
+from sam2jq.config.run import SegmentConfig
+from sam2jq.data import read_image
+from sam2jq.files import atomic_write
+from sam2jq.predictors.image import ImagePredictor
+from sam2jq.quant.algorithms.activations import materialize_weights
+from sam2jq.report import figures
+
+SCHEMA = SegmentConfig
+log = logging.getLogger("sam2jq")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("image", help="an image file, or scenes:<seed>/0000 for a synthetic one")
+    add_prompts(parser)
+    parser.add_argument("--multimask", action="store_true", help="three masks for an ambiguous prompt")
+    parser.add_argument("--out", default="mask.png", help="the image with its masks to write (mask.png)")
+
+
+def run(args: argparse.Namespace, flags: list[str]) -> None:
+    """Writes the image with the predicted masks drawn on it to `args.out`."""
+    labels = prompt_labels(args)
+    image = read_image(args.image)
+    config = loader.load(None, flags, SegmentConfig)
+    model, checkpoint = load_model(config.model, config.cache.root)
+    predictor = ImagePredictor(model, materialize_weights(checkpoint.params), dtype=config.model.dtype)
+    predictor.set_image(image)
+    points = {"point_coords": args.points, "point_labels": labels} if args.points else {}
+    masks, scores, _ = predictor.predict(**points, box=args.box, multimask_output=args.multimask)
+    picture = figures.overlay(image, masks > 0)
+    figures.draw_prompts(picture, args.points, labels, args.box)
+    if checkpoint.random:
+        figures.write(picture, "random weights")
+    with atomic_write(args.out) as temporary:
+        picture.save(temporary, format=Image.registered_extensions().get(Path(args.out).suffix.lower(), "PNG"))
+    for mask, score in zip(masks, scores):
+        log.info("mask        %.1f %% of the image, estimated IoU %.3f", 100 * mask.mean(), score)
+    log.info("written     %s", args.out)

@@ -1,0 +1,38 @@
+"""`sam2jq export`."""
+
+import jax
+import numpy as np
+import pytest
+
+from converters.checkpoint import load_checkpoint
+from sam2jq import build
+from sam2jq.cli.main import main
+
+from .conftest import failure
+
+
+@pytest.mark.parametrize(
+    ("to", "files"),
+    [
+        ("vanilla", {"vanilla.pt"}),
+        ("safetensors", {"model.safetensors"}),
+        ("deepcompressor", {"model.pt", "scale.pt", "smooth.pt", "branch.pt"}),
+        ("nunchaku", {"hiera_blocks.safetensors", "unquantized_layers.safetensors"}),
+    ],
+)
+def test_a_package_is_exported_to_other_formats(job, tmp_path, capsys, to, files):
+    assert main(["export", "--package", str(job), "--to", to, "--out", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == files
+    if to in ("vanilla", "safetensors"):
+        made, own = (
+            load_checkpoint(str(path), build("nano")).params for path in (tmp_path / files.pop(), job / "vanilla.pt")
+        )
+        assert jax.tree.all(jax.tree.map(np.array_equal, made, own))
+    if to == "nunchaku":
+        assert "28 linears stood on another grid and were rounded a second time" in capsys.readouterr().out
+
+
+def test_an_export_of_nothing_is_an_error(tmp_path, capsys):
+    error = failure(capsys, "export", "--package", str(tmp_path), "--to", "vanilla", "--out", str(tmp_path / "out"))
+    assert "no package at" in error
+    assert not (tmp_path / "out").exists()
