@@ -14,7 +14,9 @@ from sam2jq.cli.run_folder import job_folder, job_path, stage
 from sam2jq.config import loader
 from sam2jq.config.run import EvaluateConfig
 from sam2jq.data.sav import write_mask
-from sam2jq.eval.evaluate import evaluate_clips, evaluate_images, find_clips, find_samples
+from sam2jq.data.sources import find_clips, find_samples
+from sam2jq.eval.image_benchmark import evaluate_images
+from sam2jq.eval.vos_benchmark import evaluate_clips
 from sam2jq.predictors.video import VideoPredictor
 from sam2jq.quant.algorithms.activations import materialize_weights
 from sam2jq.report import text

@@ -11,9 +11,9 @@ from sam2jq.cli.loading import load_model
 from sam2jq.cli.run_folder import stage
 from sam2jq.config import loader
 from sam2jq.config.run import SegmentConfig
+from sam2jq.data.sources import drawn_video
 from sam2jq.data.video import open_video
 from sam2jq.errors import UserError
-from sam2jq.eval.evaluate import drawn_video
 from sam2jq.files import atomic_write
 from sam2jq.predictors.video import VideoPredictor
 from sam2jq.quant.algorithms.activations import materialize_weights

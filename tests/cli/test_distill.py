@@ -16,7 +16,6 @@ from sam2jq.config.distill import DistillConfig
 from sam2jq.config.loader import load
 from sam2jq.distillation import trainer as cdpq
 from sam2jq.distillation.init_student import check_pair, start
-from sam2jq.distillation.targets import DistillBatch
 from sam2jq.errors import UserError
 from sam2jq.models.sam2 import init_params
 from sam2jq.quant.algorithms.activations import ActQuantized
@@ -160,18 +159,6 @@ def test_whichever_device_is_set_counts():
     assert device_setting(config()) == ("teacher.device", "auto")
     assert device_setting(config("--student.device", "cpu")) == ("student.device", "cpu")
     assert device_setting(config("--teacher.device", "cpu", "--student.device", "cpu")) == ("teacher.device", "cpu")
-
-
-def test_the_teacher_gets_frames_in_its_dtype_and_the_student_as_they_are(params, monkeypatch):
-    def targets(model, params, frames, key, **_):
-        return DistillBatch(frames, None, {"got": jnp.zeros(1, frames.dtype)})
-
-    monkeypatch.setattr(cdpq, "make_targets", targets)
-    how = config(*FEW, "--teacher.dtype", "bfloat16")
-    teacher = cdpq.Teacher(build("nano"), params, dtype=how.teacher.dtype)
-    [batch] = cdpq.make_target_batches(teacher, find_clips(how)[0], how.distill, 0, None)(iter([np.array([0])]))
-    assert batch.outputs["got"].dtype == jnp.bfloat16
-    assert batch.frames.dtype == np.float32
 
 
 def test_distill_gives_the_teacher_the_dtype_of_its_setting(tmp_path, monkeypatch):

@@ -95,7 +95,10 @@ def test_a_run_repeats_to_the_bit(job, flags, capsys):
         (["--model.name", "tiny"], r"does not fit the model; it is nano 2\.1: give --model.name nano"),
         (["--model.version", "2.0"], r"it is nano 2\.1: give --model.name nano --model.version 2\.1"),
         (["--quant.calib.num-samples", "3"], "holds 2 images, fewer than num_samples 3"),
-        (["--convert-nunchaku", "--quant.rotation.transforms", "[hadamard]"], "kernels do not rotate"),
+        (
+            ["--convert-nunchaku", "--quant.rotation.transforms", "[hadamard]"],
+            "nunchaku's kernels cannot rotate inputs",
+        ),
         (["--quant.wgts.target_bits", "1.5"], "layers have 2 to 8 bits, so 1.5 is out of reach"),
         (["--quant.ipts.dtype", "uint8", "--quant.ipts.static", "true"], r"set group_shapes to \[\[-1, -1\]\]"),
         (["--quant.wgts.group_shapes", "[[1, 0]]"], r"group_shapes \[\[1, 0\]\]: allowed are"),
