@@ -19,7 +19,8 @@ from sam2jq.tree import flatten
 FLAGS = {
     "teacher.name": "nano", "student.name": "nano", "data.image_size": 64,
     "data.train": "scenes:11", "data.val": "scenes:21", "data.train_samples": 4, "data.val_samples": 2,
-    "quant.initial_bits": 5, "quant.target_roots": "[sam_mask_decoder]",
+    "quant.initial_bits": 5, "quant.wgts.skips": "[image_encoder, memory_attention, memory_encoder]",
+    "quant.target_roots": "[sam_mask_decoder]",
     "distill.prompts": 2, "distill.objects": 1, "distill.window": 1, "distill.candidates": 2,
     "distill.layer_threshold": 9, "distill.impact_threshold": 9, "distill.impact_budget": 99,
     "train.epochs": 2, "train.batch_size": 2, "measure.images": "scenes:1001", "measure.num_images": 1,

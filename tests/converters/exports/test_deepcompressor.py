@@ -18,7 +18,7 @@ from sam2jq.quant.error import relative_error
 from sam2jq.quant.leaves import materialize_params
 from sam2jq.quant.qtensor import dequantize, quantize
 from sam2jq.quant.spec import QuantSpec
-from sam2jq.tree import flatten, kernels, unflatten
+from sam2jq.tree import flatten, unflatten
 
 W4 = QuantSpec(4, group_size=16)
 BLOCK = "image_encoder.trunk/blocks.0"
@@ -43,17 +43,17 @@ def nano():
 def quantized(nano):
     """nano with every class of leaf: rotated with and without signs, smoothed, with branches on convolutions too."""
     flat = flatten(nano)
-    leaves = {path: quantize(w, W4) for path, w in kernels(flat).items()}
     qkv, proj, fc1, fc2 = (
         f"{BLOCK}/{name}/kernel" for name in ("attn/qkv", "attn/proj", "mlp/layers.0", "mlp/layers.1")
     )
+    conv, up = "image_encoder.neck/convs.0.conv/kernel", "sam_mask_decoder/output_upscaling.0/kernel"
+    leaves = {path: quantize(flat[path], W4) for path in (qkv, proj, fc1, fc2, conv, up)}
     signs, scale = jnp.sign(normal(3, 32)), jnp.exp(normal(4, 32))
     act = ActQuantized(leaves[qkv], None, None, QuantSpec(8, False))
     leaves[qkv] = OutQuantized(Rotated(Smoothed(branch(act, flat[qkv].shape), scale), signs), QuantSpec(8))
     leaves[proj] = Rotated(branch(leaves[proj], flat[proj].shape), None)
     leaves[fc1] = Smoothed(leaves[fc1], scale)
     leaves[fc2] = Rotated(leaves[fc2], jnp.sign(normal(5, 128)))
-    conv, up = "image_encoder.neck/convs.0.conv/kernel", "sam_mask_decoder/output_upscaling.0/kernel"
     leaves |= {path: branch(leaves[path], flat[path].shape) for path in (conv, up)}
     return unflatten(flat | leaves)
 
@@ -89,7 +89,8 @@ def test_the_model_file_holds_what_was_rounded_and_the_rotation_file_the_signs(t
 def test_without_a_rotation_there_are_four_files(tmp_path, nano, names):
     save_deepcompressor(tmp_path, nano, names)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["branch.pt", "model.pt", "scale.pt", "smooth.pt"]
-    assert all(torch.equal(load_deepcompressor(tmp_path)[key], x) for key, x in to_torch(nano).items())
+    got = load_deepcompressor(tmp_path)
+    assert all(torch.equal(got[key], x) for key, x in to_torch(nano).items())
 
 
 def test_an_order_of_leaves_that_the_files_cannot_hold_is_refused(tmp_path, nano):
