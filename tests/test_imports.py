@@ -3,27 +3,19 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 # each package may import those after it
-ORDER = [
-    "cli",
-    "api",
-    "report",
-    "converters",
-    "eval",
-    "distillation",
-    "ptq",
-    "predictors",
-    "training",
-    "config",
-    "models",
-]
-ORDER += ["quant", "io", "data", "files", "tree", "errors"]
+ORDER = ["cli", "api", "report", "converters", "eval", "distillation", "ptq", "predictors", "training", "config"]
+ORDER += ["models", "quant", "io", "data", "files", "tree", "errors"]
 FILES = sorted([*(ROOT / "sam2jq").rglob("*.py"), *(ROOT / "converters").rglob("*.py")])
+
+
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES}
 
 
 def package(module: str) -> str | None:
@@ -49,6 +41,26 @@ def test_imports_go_one_way(path):
     for other in filter(None, map(package, imported(path))):
         if own is not None and other != own:
             assert ORDER.index(other) > ORDER.index(own), f"{own} imports {other}"
+
+
+def loaded(path: Path) -> set[str]:
+    """The modules of the project that a file imports when it is imported: not those inside functions or for types."""
+    statements = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {alias.name for node in statements if isinstance(node, ast.Import) for alias in node.names}
+    for node in statements:
+        if isinstance(node, ast.ImportFrom):
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names & MODULES.keys()
+
+
+def test_no_two_files_import_each_other():
+    graph = {name: loaded(path) for name, path in MODULES.items()}
+    assert sum(map(len, graph.values())) > 300
+    TopologicalSorter(graph).prepare()  # raises CycleError with the files of a cycle
+
+
+def test_no_file_is_longer_than_350_lines():
+    assert {str(path.relative_to(ROOT)) for path in FILES if len(path.read_text().splitlines()) > 350} == set()
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
