@@ -8,7 +8,7 @@ from sam2jq.config.quant import QuantConfig, WeightsConfig
 from sam2jq.errors import ConfigError, one_of, suggest
 from sam2jq.quant.algorithms.activations import InputsConfig, quantize_activations, quantize_outputs
 from sam2jq.quant.algorithms.bias_correction import bias_correction
-from sam2jq.quant.algorithms.gptq import GptqConfig, gptq
+from sam2jq.quant.algorithms.gptq import gptq
 from sam2jq.quant.algorithms.lowrank import low_rank
 from sam2jq.quant.algorithms.ridge import ridge
 from sam2jq.quant.algorithms.rotate import rotate
@@ -18,10 +18,11 @@ from sam2jq.quant.spec import QuantSpec, parse_spec
 from sam2jq.quant.transform import NamedChain, Transform, named_chain
 from sam2jq.tree import flatten, kernels, layer_name, under
 
-# The rounding algorithms, chosen by `wgts.rounding`: ({layer: spec}, the section `wgts`) -> Transform
-ROUNDING: dict[str, Callable[[Mapping[str, QuantSpec], WeightsConfig], Transform]] = {
-    "nearest": lambda specs, wgts: rtn(specs),
-    "gptq": lambda specs, wgts: gptq(specs, wgts.kernel_gptq or GptqConfig()),
+# The rounding algorithms by the names in `wgts.rounding`: functions of {layer: spec}, and of the algorithm's own section
+# if it has one, that return a Transform
+ROUNDING: dict[str, Callable[..., Transform]] = {
+    "nearest": rtn,
+    "gptq": gptq,
 }
 
 
@@ -71,7 +72,8 @@ def rounding(config: WeightsConfig, specs: Mapping[str, QuantSpec]) -> Transform
     """
     name = config.rounding or ("nearest" if config.kernel_gptq is None else "gptq")
     one_of("wgts.rounding", name, ROUNDING)
-    transform = ROUNDING[name](specs, config)
+    sections = {"gptq": config.kernel_gptq}
+    transform = ROUNDING[name](specs, *filter(None, [sections.get(name)]))
     transform = bias_correction(transform, specs) if config.bias_correction else transform
     return transform._replace(description=f"{config.dtype} {config.group_shapes}, {transform.description}")
 
