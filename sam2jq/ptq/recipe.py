@@ -18,8 +18,8 @@ from sam2jq.quant.spec import QuantSpec, parse_spec
 from sam2jq.quant.transform import NamedChain, Transform, named_chain
 from sam2jq.tree import flatten, kernels, layer_name, under
 
-# The rounding algorithms by the names in `wgts.rounding`: functions of {layer: spec}, and of the algorithm's own section
-# if it has one, that return a Transform
+# The rounding algorithms by the names in `wgts.rounding`: functions of {layer: spec}, and of the algorithm's own
+# section if it has one, that return a Transform
 ROUNDING: dict[str, Callable[..., Transform]] = {
     "nearest": rtn,
     "gptq": gptq,
@@ -72,8 +72,8 @@ def rounding(config: WeightsConfig, specs: Mapping[str, QuantSpec]) -> Transform
     """
     name = config.rounding or ("nearest" if config.kernel_gptq is None else "gptq")
     one_of("wgts.rounding", name, ROUNDING)
-    sections = {"gptq": config.kernel_gptq}
-    transform = ROUNDING[name](specs, *filter(None, [sections.get(name)]))
+    own_section = {"gptq": config.kernel_gptq}.get(name)
+    transform = ROUNDING[name](specs) if own_section is None else ROUNDING[name](specs, own_section)
     transform = bias_correction(transform, specs) if config.bias_correction else transform
     return transform._replace(description=f"{config.dtype} {config.group_shapes}, {transform.description}")
 
