@@ -198,7 +198,7 @@ def download(repository: str) -> Path:
 def random_seed(source: str) -> int:
     """The seed in random:<seed>. Raises UserError if it is no whole number."""
     seed = source.removeprefix("random:")
-    if not seed.isdigit():
+    if not (seed.isascii() and seed.isdigit()):
         raise UserError(f"checkpoint {source!r}: the seed must be a whole number, as in random:0")
     return int(seed)
 

@@ -1,6 +1,8 @@
 """Torch files: read without running code, written atomically."""
 
 import pickle
+import zipfile
+import zlib
 from pathlib import Path
 
 import torch
@@ -15,11 +17,25 @@ def save_torch(path: str | Path, content: dict) -> None:
         torch.save(content, temporary)
 
 
+def check_archive(path: str | Path) -> None:
+    """Raises UserError if the content of a torch file does not match its checksums, which torch.load ignores."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+        raise UserError(f"{path} is damaged ({error}): copy or fetch it again") from error
+    if damaged:
+        raise UserError(f"{path} is damaged: {damaged} does not match its checksum; copy or fetch it again")
+
+
 def load_torch(path: str | Path) -> object:
     """The content of a torch file, on the CPU: tensors and plain containers only (`weights_only=True`).
 
     Raises UserError if the file holds anything else or is damaged.
     """
+    with open(path, "rb") as file:
+        if file.read(1) not in (b"P", b"\x80"):  # the first bytes of a zip archive, and of a pickle
+            raise UserError(f"{path} is not a readable torch file, maybe truncated: fetch or copy it again")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -27,5 +43,7 @@ def load_torch(path: str | Path) -> object:
             f"{path} holds more than tensors and could run code when loaded; it was not loaded: "
             "save it again as {'model': state_dict} from a source you trust"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # torch's unpickler raises errors of many classes for damaged files
         raise UserError(f"{path} is not a readable torch file, maybe truncated: fetch or copy it again") from error

@@ -68,7 +68,13 @@ def quantize(
     from sam2jq.config.quant import QuantConfig
     from sam2jq.eval.fidelity import layer_figures
     from sam2jq.ptq.pipeline import FOLDED, quantize_params, transform_params
+    from sam2jq.ptq.run import with_bits_of
+    from sam2jq.quant.transform import check_transform
 
+    if not isinstance(transform, QuantConfig):
+        check_transform(transform)
+    elif transform.bits_from:
+        transform = with_bits_of(transform, open_package(transform.bits_from).summary()["layers"])
     clips = Clips(images, num_images, seed, model.variant.image_size)
     plain = jax.tree.map(lambda node: materialize(node) if is_dataclass(node) else node, params, is_leaf=is_dataclass)
     if isinstance(transform, QuantConfig):
@@ -87,7 +93,7 @@ class Clips:
 
         if isinstance(images, str | Path):
             images = find_images(str(images), num_images, seed)
-        self.images = list(images)
+        self.images = [] if images is None else list(images)
         self.size = size
 
     def __call__(self, start: int) -> Iterator[np.ndarray]:
@@ -157,7 +163,7 @@ def choose_model(weights, source: str, name: str | None, version: str | None, im
     if wrong:
         raise UserError(f"{source} holds a model of {' and '.join(wrong)}")
     known_name, known_version = str(about.get("name") or name), about.get("version") or version or "2.1"
-    return build(known_name, known_version, image_size or about.get("image_size"))
+    return build(known_name, known_version, about.get("image_size") if image_size is None else image_size)
 
 
 def save(path: str | Path, model: SAM2, params: dict, metadata: Mapping | None = None) -> None:
@@ -170,7 +176,10 @@ def save(path: str | Path, model: SAM2, params: dict, metadata: Mapping | None =
     """
     about = {"versions": {"sam2jq": __version__}, **(metadata or {})}
     errors = about.pop("relative_errors", {})
-    about["model"] = dict(about.get("model", {})) | describe_model(model)
+    given = about.get("model", {})
+    if not isinstance(given, Mapping):
+        raise UserError(f"{path}: model in the metadata is a mapping such as {{'checkpoint': name}}, got {given!r}")
+    about["model"] = dict(given) | describe_model(model)
     match Path(path).suffix:
         case ".safetensors":
             write_package(path, pack_params(params, errors, about))

@@ -203,3 +203,74 @@ def test_quantize_names_what_is_wrong_with_its_images():
 
 def test_every_public_name_resolves():
     assert all(getattr(sam2jq, name) is not None for name in sam2jq.__all__)
+
+
+def test_a_chain_of_nothing_changes_nothing():
+    model, params = sam2jq.load("demo")
+    for empty in (sam2jq.chain(), sam2jq.named_chain()):
+        same_params, report = sam2jq.quantize(model, params, empty)
+        assert same(same_params, params)
+        assert report.layers == {}
+
+
+def test_quantize_refuses_what_is_no_transform():
+    model, params = sam2jq.load("demo")
+    for wrong in (None, "gptq", sam2jq.gptq, W4):
+        with pytest.raises(sam2jq.UserError, match="expected a transform"):
+            sam2jq.quantize(model, params, wrong)
+
+
+def test_a_recipe_takes_the_bits_of_the_package_that_it_names(tmp_path, demo):
+    model, small = demo
+    sam2jq.save(tmp_path / "p.safetensors", model, small)
+    recipe = sam2jq.QuantConfig(bits_from=str(tmp_path / "p.safetensors"))  # sint8 otherwise
+    again, _ = sam2jq.quantize(model, sam2jq.load("demo")[1], recipe)
+    specs = [leaf.spec.bits for leaf in jax.tree.leaves(again, is_leaf=is_quantized) if is_quantized(leaf)]
+    assert set(specs) == {4}
+
+
+def is_quantized(leaf) -> bool:
+    return isinstance(leaf, sam2jq.QTensor)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_package_with_one_wrong_bit_is_not_loaded(tmp_path, demo, suffix):
+    path = tmp_path / f"p{suffix}"
+    sam2jq.save(path, *demo)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    for read in (sam2jq.load, open_package):
+        with pytest.raises(sam2jq.UserError, match="is damaged"):
+            read(path)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_metadata_that_is_not_plain_is_refused_before_it_is_written(tmp_path, demo, suffix):
+    path = tmp_path / f"p{suffix}"
+    for metadata in ({"config": {"path": tmp_path}}, {"results": {"a": np.float32(1)}}, {"model": None}):
+        with pytest.raises(sam2jq.UserError, match="metadata"):
+            sam2jq.save(path, *demo, metadata)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("name", ["package", "p.sam2jq", "P.SAFETENSORS"])
+def test_a_native_package_is_known_by_its_content(tmp_path, demo, name):
+    sam2jq.save(tmp_path / "p.safetensors", *demo)
+    (tmp_path / "p.safetensors").rename(tmp_path / name)
+    model, params = sam2jq.load(tmp_path / name)
+    assert model == demo[0]
+    assert same(params, demo[1])
+    assert open_package(tmp_path / name).summary()["quantized_weights"]
+
+
+def test_a_text_file_is_no_torch_file(tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(sam2jq.UserError, match="not a readable torch file"):
+        sam2jq.load(tmp_path / "notes.txt")
+
+
+@pytest.mark.parametrize("size", [0, -64, 65, "64"])
+def test_an_image_size_that_cannot_be_is_an_error(size):
+    with pytest.raises(sam2jq.UserError, match="image_size must be a multiple of 32"):
+        sam2jq.load("demo", image_size=size)

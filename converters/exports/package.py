@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from converters.names import array, tensor, to_layout, torch_key
-from converters.torch_files import load_torch, save_torch
+from converters.torch_files import check_archive, load_torch, save_torch
 from sam2jq.errors import UserError
 from sam2jq.quant.leaves import materialize
 from sam2jq.quant.package import (
@@ -103,6 +103,7 @@ def open_package(content: dict, path: str | Path) -> TorchPackage:
             f"{path} has package version {content.get('format_version')}, this sam2jq reads {FORMAT_VERSION}: "
             "quantize again, or use the version that wrote it"
         )
+    check_archive(path)
     try:
         layers = {
             name: PackedLayer(entry["path"], map_parts(entry["leaf"], array, torch.Tensor), entry["error"])

@@ -5,7 +5,8 @@ import inspect
 import itertools
 import json
 from pathlib import Path
-from typing import get_args, get_type_hints
+from types import UnionType
+from typing import get_args, get_origin, get_type_hints
 
 import draccus
 import yaml
@@ -88,6 +89,12 @@ def decode(settings: dict, schema: type, path: str = ""):
 
 def decode_value(value: object, hint: object, key: str) -> object:
     """`value` as the type `hint`. Raises ConfigError that names `key`."""
+    if value is None and hint is str:
+        return ""  # as in --model.checkpoint ""
+    if value is None and type(None) not in get_args(hint):
+        raise ConfigError(f"{key}: null is not allowed: give a value, or leave the key out for its default")
+    if isinstance(value, dict | list) and str in (hint, *get_args(hint)) and get_origin(hint) in (None, UnionType):
+        raise ConfigError(f"{key} must be text, got {value}: quote it if it holds a colon, a comma or brackets")
     try:
         return draccus.decode(hint, value)
     except Exception as error:  # draccus raises plain Exceptions too

@@ -217,8 +217,8 @@ def build(name: str, version: str = "2.1", image_size: int | None = None) -> SAM
     if version not in VERSIONS:
         raise UserError(f"unknown version {version!r}; allowed: {', '.join(VERSIONS)}")
     variant = size if image_size is None else replace(size, image_size=image_size)
-    if variant.image_size < 32 or variant.image_size % 32:
-        raise UserError(f"image_size must be a multiple of 32 pixels, got {image_size}")
+    if not isinstance(variant.image_size, int) or variant.image_size < 32 or variant.image_size % 32:
+        raise UserError(f"image_size must be a multiple of 32 pixels, got {image_size!r}")
     return SAM2(variant, version)
 
 

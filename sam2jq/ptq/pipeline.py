@@ -67,7 +67,7 @@ def transform_params(
     if stages.needs:
         with on_stage("calibrate", "statistics of the inputs of every layer"):
             stats = calibrated(model, materialize_params(params), clips, stages.needs, cache, None)
-    return Quantized(dict(stages.steps(params, stats)), stats)
+    return Quantized(dict(stages.steps(params, stats)) or {"transform": params}, stats)  # a chain may be empty
 
 
 def quantize_params(

@@ -1,5 +1,6 @@
 """Native packages: every array of a quantized model in one safetensors file, read and written without torch."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass
@@ -114,14 +115,15 @@ def read_package(path: str | Path) -> Package:
 
 
 def is_native(path: str | Path) -> bool:
-    """Whether a file says in its safetensors header that it is a native package."""
-    return Path(path).suffix == ".safetensors" and read_metadata(path).get("format") == FORMAT
+    """Whether a file, whatever its name, says in its safetensors header that it is a native package."""
+    return read_metadata(path).get("format") == FORMAT
 
 
 def complete_metadata(metadata: Mapping, path: str | Path) -> dict:
     """`metadata` with DEFAULTS for what it leaves out.
 
-    Raises UserError if metadata["model"] lacks a key of MODEL_KEYS, or if a value has another type.
+    Raises UserError if metadata["model"] lacks a key of MODEL_KEYS, or if a value has another type or is
+    not plain.
     """
     model = metadata.get("model")
     model = dict(model) if isinstance(model, Mapping) else {}
@@ -130,9 +132,19 @@ def complete_metadata(metadata: Mapping, path: str | Path) -> dict:
     problems += [key for key, default in DEFAULTS.items() if type(full[key]) is not type(default)]
     if full["names"] not in ("original", "huggingface"):
         problems.append("names")
+    problems += [key for key, value in full.items() if key not in problems and not is_plain(value)]
     if problems:
         raise UserError(f"{path}: a package's metadata lacks a valid {', '.join(problems)}: write it with sam2jq.save")
     return full | {"model": {"checkpoint": "unknown"} | model}
+
+
+def is_plain(value: object) -> bool:
+    """Whether a value is made of what JSON has: numbers, text, booleans, None, lists and dicts."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def summarize(metadata: dict, layers: Mapping[str, PackedLayer], tensors: Mapping) -> dict:

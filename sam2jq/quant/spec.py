@@ -29,10 +29,12 @@ class QuantSpec:
     scales: str = "float32"  # "float32", "bfloat16", or "e4m3": 8-bit floats times one number per tensor, as in nvfp4
 
     def __post_init__(self):
-        if not 2 <= self.bits <= 8:
-            raise UserError(f"bits must be in 2..8, got {self.bits}")
-        if self.group_size is not None and self.group_size < 1:
-            raise UserError(f"group_size must be at least 1, got {self.group_size}")
+        if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+            raise UserError(f"bits must be a whole number in 2..8, got {self.bits!r}")
+        if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 1):
+            raise UserError(f"group_size must be a whole number, at least 1, got {self.group_size!r}")
+        if self.codes not in ("int", "float"):
+            raise UserError(f"codes must be int or float, got {self.codes!r}")
         if self.per_tensor and self.group_size is not None:
             raise UserError("per_tensor is one scale for all: leave group_size out")
         if self.codes == "float" and not (self.bits in (4, 8) and self.symmetric):

@@ -8,13 +8,14 @@ A layer is named as its torch module, such as "image_encoder.trunk.blocks.0.attn
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import reduce, singledispatch
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
-from sam2jq.errors import UserError
+from sam2jq.errors import UserError, suggest
 from sam2jq.quant.leaves import unwrap
 from sam2jq.quant.stats import Stats
 from sam2jq.tree import flatten, kernels, layer_name, unflatten
@@ -62,7 +63,9 @@ class NamedChain(NamedTuple):
 
 
 def chain(*transforms: Transform | NamedChain) -> Transform:
-    """A Transform that applies `transforms` left to right."""
+    """A Transform that applies `transforms` left to right. Raises UserError if one of them is no transform."""
+    for transform in transforms:
+        check_transform(transform)
 
     def apply(params: dict, stats: Mapping[str, Stats]) -> dict:
         return reduce(lambda params, transform: transform.apply(params, stats), transforms, params)
@@ -71,11 +74,19 @@ def chain(*transforms: Transform | NamedChain) -> Transform:
     return Transform(needs, apply, ", ".join(transform.description for transform in transforms))
 
 
+def check_transform(transform: object) -> None:
+    """Raises UserError unless `transform` is a Transform or a NamedChain."""
+    if not isinstance(transform, Transform | NamedChain):
+        raise UserError(f"expected a transform, as sam2jq.gptq(...) returns it, got {transform!r:.80}")
+
+
 def named_chain(*stages: tuple[str, Transform]) -> NamedChain:
     """A NamedChain of (name, transform) pairs, applied left to right.
 
-    Raises UserError if two stages have one name.
+    Raises UserError if two stages have one name, or if one holds no transform.
     """
+    for _, transform in stages:
+        check_transform(transform)
     names = [name for name, _ in stages]
     if len(set(names)) < len(names):
         raise UserError(f"stages of a chain need different names, got {', '.join(names)}")
@@ -106,6 +117,7 @@ def each_layer(
         chosen = specs
         if not isinstance(specs, Mapping):
             chosen = dict.fromkeys(match_layers(params, match, dense_only), specs)
+        check_layers(chosen, paths)
         missing = [layer for layer in chosen if needs and layer not in stats]
         if missing:
             raise UserError(f"calibration has no statistics of {', '.join(missing[:10])}: these layers never ran")
@@ -120,14 +132,33 @@ def each_layer(
     return Transform(frozenset(needs), apply, description)
 
 
+def check_layers(layers: Iterable[str], known: Iterable[str]) -> None:
+    """Raises UserError if one of `layers`, to which specs were given, is not among `known`, those of the params."""
+    known = set(known)
+    unknown = [layer for layer in layers if layer not in known]
+    if unknown:
+        raise UserError(f"the params have no layer {', '.join(unknown[:10])}{suggest(unknown[0], known)}")
+
+
+def check_unrounded(w: object, layer: str = "") -> None:
+    """Raises UserError, which names `layer`, if `w` is not an array, because an earlier transform rounded it."""
+    if not isinstance(w, jax.Array | np.ndarray):
+        where = f"layer {layer}: " if layer else ""
+        raise UserError(f"{where}the weight is rounded already, it is a {type(w).__name__}: round each layer once")
+
+
 def match_layers(params: dict, match: str, dense_only: bool = False) -> list[str]:
     """The layers of `params` whose name matches the regular expression `match`, with `dense_only` the Dense ones.
 
     Raises UserError if there is none.
     """
+    try:
+        pattern = re.compile(match)
+    except re.error as error:
+        raise UserError(f"match {match!r} is not a regular expression: {error}") from error
     layers = {layer_name(path): leaf for path, leaf in kernels(flatten(params)).items()}
     is_dense = lambda leaf: jax.tree.leaves(unwrap(leaf)[0])[0].ndim == 2
-    found = [k for k, leaf in layers.items() if re.fullmatch(match, k) and (is_dense(leaf) or not dense_only)]
+    found = [k for k, leaf in layers.items() if pattern.fullmatch(k) and (is_dense(leaf) or not dense_only)]
     if not found:
         raise UserError(f"match {match!r} fits no layer; layers are named like {', '.join(list(layers)[:3])}")
     return found

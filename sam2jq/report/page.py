@@ -63,7 +63,7 @@ def pictures(folder: Path, shown: dict) -> dict:
     paths = {name: file_inside(folder, file) for name, file in shown["files"].items()}
     with Image.open(paths["photo"]) as photo:
         width, height = photo.size
-    before, after = (np.asarray(Image.open(paths[name])) for name in ("before", "after"))
+    before, after = (read_picture(paths[name], (height, width)) for name in ("before", "after"))
     layers = {
         "before": tint([(before, BEFORE)]),
         "after": tint([(after, AFTER)]),
@@ -76,6 +76,15 @@ def pictures(folder: Path, shown: dict) -> dict:
     return uris | {"photo": photo, "width": width, "height": height, "middle": middle}
 
 
+def read_picture(path: Path, size: tuple[int, int]) -> np.ndarray:
+    """The mask, bool [H, W], in a picture of a gallery. Raises UserError unless it is one of `size` (H, W)."""
+    with Image.open(path) as picture:
+        mask = np.asarray(picture)
+    if mask.dtype != bool or mask.shape != size:
+        raise UserError(f"{path} is not a mask of {size[1]} x {size[0]} pixels, the size of its photograph")
+    return mask
+
+
 def file_inside(folder: Path, name: str) -> Path:
     """The path of `name` in `folder`.
 
@@ -84,7 +93,12 @@ def file_inside(folder: Path, name: str) -> Path:
     """
     parts = str(name).replace("\\", "/").split("/")
     path = folder / str(name)
-    if Path(str(name)).is_absolute() or ".." in parts or not path.resolve().is_relative_to(folder.resolve()):
+    if (
+        "\0" in str(name)
+        or Path(str(name)).is_absolute()
+        or ".." in parts
+        or not path.resolve().is_relative_to(folder.resolve())
+    ):
         raise UserError(f"{folder / 'metrics.json'} names the file {str(name)!r}, which is not in the run's folder")
     return path
 

@@ -118,10 +118,27 @@ def read_metrics(folder: Path) -> dict:
 def missing_parts(folder: Path, metrics: dict) -> list[str]:
     """Keys of `metrics` and picture files in `folder` that a page needs and that are not there.
 
-    Raises UserError if a picture's name leads out of the folder.
+    Raises UserError if a picture's name leads out of the folder, or if an entry of the gallery is not one.
     """
     missing = [key for key in NEEDED if key not in metrics]
     if not {"miou", "mask_iou"} & set(metrics.get("results", ())):
         missing.append("results.miou and results.mask_iou")
-    names = [name for shown in metrics.get("gallery", ()) for name in shown["files"].values()]
+    gallery = metrics.get("gallery", [])
+    if not isinstance(gallery, list):
+        raise UserError(f"{folder / 'metrics.json'}: gallery is not a list of masks: quantize again")
+    for index, shown in enumerate(gallery):
+        if not is_shown(shown):
+            raise UserError(f"{folder / 'metrics.json'}: entry {index} of the gallery does not describe a mask: "
+                            "quantize again")  # fmt: skip
+    names = [name for shown in gallery for name in shown["files"].values()]
     return missing + [name for name in names if not file_inside(folder, name).is_file()]
+
+
+def is_shown(shown: object) -> bool:
+    """Whether `shown` is an entry of the gallery as `save_shown` returns it."""
+    match shown:
+        case {"image": str(), "click": [int() | float(), int() | float()], "iou": int() | float(), "why": str(),
+              "truth": None | {"before": int() | float(), "after": int() | float()},
+              "files": {"photo": str(), "before": str(), "after": str()}}:  # fmt: skip
+            return True
+    return False

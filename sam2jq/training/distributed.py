@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 
 import jax
 from jax._src import distributed  # the only way to the store of the coordination service
@@ -15,9 +15,9 @@ from jax.experimental import multihost_utils
 from sam2jq.config.distill import DistributedConfig
 from sam2jq.errors import UserError
 
-FAILED, SEEN, DONE = "sam2jq/failed", "sam2jq/seen/", "sam2jq/done/"  # keys in the store of the coordination service
+FAILED, DONE = "sam2jq/failed", "sam2jq/done/"  # keys in the store of the coordination service
 POLL_SECONDS = 0.5
-GRACE_SECONDS = 5  # that a failed process waits for the others to learn of it
+GRACE_SECONDS = 10  # that processes wait for each other to disconnect after a failure
 
 
 def initialize_distributed(config: DistributedConfig) -> None:
@@ -108,45 +108,56 @@ def fails_together() -> Iterator[None]:
     if client is None:
         yield
         return
-    index, count, ended = jax.process_index(), jax.process_count(), Event()
-    Thread(target=exit_on_failure, args=(client, index, ended), daemon=True).start()
+    index, count, ended, leaving = jax.process_index(), jax.process_count(), Event(), Lock()
+    Thread(target=exit_on_failure, args=(client, ended, leaving), daemon=True).start()
     try:
         yield
         client.key_value_set(f"{DONE}{index}", "")
         wait_for_keys(client, DONE, count)
     except BaseException as error:
-        ended.set()
-        announce_failure(client, index, count, error)
+        with leaving:  # never entered if another process failed first: `exit_on_failure` ends this one
+            ended.set()
+            announce_failure(client, index, error)
         raise
     ended.set()
 
 
-def announce_failure(client, index: int, count: int, error: BaseException) -> None:
-    """Tells the other processes of `error` and waits GRACE_SECONDS at most until all have read it.
-
-    Then this process forgets the coordination service: at exit, jax would wait for processes that ended already.
-    """
+def announce_failure(client, index: int, error: BaseException) -> None:
+    """Tells the other processes of `error` and disconnects together with them."""
     message = " ".join(str(error).split()) or type(error).__name__
     client.key_value_set(FAILED, f"process {index} failed: {message}", allow_overwrite=True)
-    wait_for_keys(client, SEEN, count - 1, GRACE_SECONDS)
-    distributed.global_state.client = None
+    disconnect()
 
 
-def exit_on_failure(client, index: int, ended: Event) -> None:
+def exit_on_failure(client, ended: Event, leaving: Lock) -> None:
     """Ends this process once another one has announced its failure."""
     while not ended.wait(POLL_SECONDS):
         try:
             message = dict(client.key_value_dir_get(FAILED.rpartition("/")[0])).get(FAILED)
         except jax.errors.JaxRuntimeError:  # no connection to process 0: jax ends this process if it stays so
             continue
-        if message:
-            print(f"sam2jq: error: distributed: {message}", file=sys.stderr, flush=True)
-            client.key_value_set(f"{SEEN}{index}", "")
-            os._exit(2)
+        if not message:
+            continue
+        with leaving:
+            if not ended.is_set():
+                print(f"sam2jq: error: distributed: {message}", file=sys.stderr, flush=True)
+                disconnect()
+                os._exit(2)
 
 
-def wait_for_keys(client, prefix: str, count: int, seconds: float = float("inf")) -> None:
-    """Returns once the store holds `count` keys that start with `prefix`, or after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while len(client.key_value_dir_get(prefix)) < count and time.monotonic() < deadline:
+def disconnect() -> None:
+    """Leaves the coordination service as soon as all processes do, or after GRACE_SECONDS.
+
+    jax aborts each process that is still connected when process 0, which runs the service, ends. So process 0 must not
+    end before the process that failed has left; and a process that has left can end when it likes.
+    """
+    leave = Thread(target=distributed.global_state.shutdown, daemon=True)
+    leave.start()
+    leave.join(GRACE_SECONDS)
+    distributed.global_state.client = None  # if a process is missing: at exit, jax would wait for it
+
+
+def wait_for_keys(client, prefix: str, count: int) -> None:
+    """Returns once the store holds `count` keys that start with `prefix`."""
+    while len(client.key_value_dir_get(prefix)) < count:
         time.sleep(POLL_SECONDS / 5)

@@ -80,6 +80,12 @@ def test_a_version_may_be_written_as_a_number_and_a_switch_without_a_value():
         (["--model.checkpoint", ""], "model.checkpoint is not set"),
         (["--quant.calib.path="], "quant.calib.path is not set"),
         (["tiny"], "unexpected argument 'tiny'"),
+        (["--seed", "null"], "seed: null is not allowed"),
+        (["--output", "{job: x, root: [a]}"], "output.root must be text"),
+        (["--quant.wgts.dtype="], "quant.wgts.dtype '': allowed are"),
+        (["--quant.wgts.skips", "null"], "quant.wgts.skips: null is not allowed"),
+        (["--quant.calib.path", "scenes:"], "quant.calib.path must be text, got {'scenes': None}: quote it"),
+        (["--quant.wgts.rounding", "[gptq]"], "quant.wgts.rounding must be text"),
     ],
 )
 def test_a_wrong_setting_is_named_in_one_line(flags, message):

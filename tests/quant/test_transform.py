@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam2jq.quant.algorithms.activations import materialize_weights, quantize_activations
+from sam2jq.errors import UserError
+from sam2jq.quant.algorithms.activations import materialize_weights, quantize_activations, quantize_outputs
 from sam2jq.quant.algorithms.gptq import GptqConfig, gptq
 from sam2jq.quant.algorithms.lowrank import LowRankConfig, low_rank
 from sam2jq.quant.algorithms.ridge import ridge
@@ -110,6 +111,44 @@ def test_a_chain_needs_what_its_parts_need_and_applies_them_from_left_to_right()
     both = chain(Transform(frozenset({"gram"}), note("a")), Transform(frozenset({"tokens"}), note("b")))
     assert both.needs == {"gram", "tokens"}
     assert both.apply({}, {})["said"] == "ab"
+
+
+@pytest.mark.parametrize("first", ["gptq", "rtn"])
+@pytest.mark.parametrize("second", [ORDER["gptq"], ORDER["rtn"], ridge(0.1)], ids=["gptq", "rtn", "ridge"])
+def test_a_layer_is_rounded_once(params, stats, first, second):
+    once = ORDER[first].apply(params, stats)
+    with pytest.raises(UserError, match="^layer a: the weight is rounded already, it is a QTensor"):
+        second.apply(once, stats)
+
+
+@pytest.mark.parametrize("make", [rtn, gptq, quantize_activations, quantize_outputs])
+def test_a_spec_for_a_layer_that_does_not_exist_is_an_error(params, stats, make):
+    with pytest.raises(UserError, match="the params have no layer nope"):
+        make({"nope": QuantSpec(4)}).apply(params, stats | {"nope": stats["a"]})
+
+
+def test_rotation_of_a_layer_that_does_not_exist_is_an_error(params, stats):
+    with pytest.raises(UserError, match="the params have no layer nope"):
+        rotate(layers=["nope"]).apply(params, stats)
+
+
+def test_a_pattern_that_is_no_regular_expression_is_an_error(params, stats):
+    with pytest.raises(UserError, match="is not a regular expression"):
+        rtn(QuantSpec(4), match="(").apply(params, stats)
+
+
+@pytest.mark.parametrize("wrong", [[rtn(QuantSpec(4))], None, gptq, QuantSpec(4)], ids=str)
+def test_what_is_no_transform_is_refused_when_a_chain_is_made(wrong):
+    for make in (lambda: chain(wrong), lambda: named_chain(("weights", wrong))):
+        with pytest.raises(UserError, match="expected a transform"):
+            make()
+
+
+@pytest.mark.parametrize("fields", [{"bits": 4.5}, {"bits": "4"}, {"bits": 4, "group_size": 64.0},
+                                    {"bits": 4, "codes": "hex"}], ids=str)  # fmt: skip
+def test_a_spec_with_fields_of_another_kind_is_an_error(fields):
+    with pytest.raises(UserError, match="whole number|codes must be"):
+        QuantSpec(**fields)
 
 
 def test_an_error_names_the_layer(params, stats):

@@ -3,6 +3,7 @@ import re
 import shutil
 
 import pytest
+from PIL import Image
 
 from sam2jq.errors import UserError
 from sam2jq.report.page import run_page
@@ -32,7 +33,7 @@ def test_a_page_is_made_again_from_the_folder_to_the_byte(make_run):
 
 
 @pytest.mark.parametrize(
-    "name", ["/etc/hostname", "../secret.jpg", "gallery/../../secret.jpg", "link.jpg", "linked/s.jpg"]
+    "name", ["/etc/hostname", "a\0b", "../secret.jpg", "gallery/../../secret.jpg", "link.jpg", "linked/s.jpg"]
 )
 def test_a_page_takes_no_picture_from_outside_the_folder_of_its_run(make_run, tmp_path, name):
     """metrics.json may come from elsewhere, and the page embeds what it names."""
@@ -49,6 +50,34 @@ def test_a_page_takes_no_picture_from_outside_the_folder_of_its_run(make_run, tm
     for make in (lambda: read_metrics(folder), lambda: run_page(folder, found)):
         with pytest.raises(UserError, match=re.escape(f"names the file {name!r}, which is not in the run's folder")):
             make()
+
+
+def set_shown(folder, changes):
+    """Changes the first entry of the gallery in a run's metrics.json."""
+    path = folder / "metrics.json"
+    found = json.loads(path.read_text())
+    found["gallery"][0] = found["gallery"][0] | changes if isinstance(changes, dict) else changes
+    path.write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize("changes", [
+    None, "x", [], {"files": None}, {"files": {}}, {"files": ["gallery/00_photo.jpg"]},
+    {"files": {"photo": "gallery/00_photo.jpg", "before": 1, "after": None}}, {"click": None}, {"click": [1]},
+    {"click": ["a", "b"]}, {"iou": "high"}, {"truth": {}}, {"truth": 1}, {"image": 3},
+])  # fmt: skip
+def test_a_malformed_entry_of_the_gallery_is_named_in_one_line(make_run, changes):
+    folder = make_run("a")
+    set_shown(folder, changes)
+    with pytest.raises(UserError, match="metrics.json: entry 0 of the gallery does not describe a mask"):
+        read_metrics(folder)
+
+
+def test_a_picture_of_the_gallery_that_is_no_mask_of_its_photograph_is_named(make_run):
+    folder = make_run("a")
+    for picture in (Image.new("1", (3, 3)), Image.new("RGB", (64, 48))):
+        picture.save(folder / "gallery/00_before.png")
+        with pytest.raises(UserError, match="00_before.png is not a mask of 64 x 48 pixels"):
+            run_page(folder, read_metrics(folder))
 
 
 def test_a_run_may_be_read_through_a_link_to_its_folder(make_run, tmp_path):

@@ -35,7 +35,7 @@ from sam2jq.quant.qtensor import (
 )
 from sam2jq.quant.spec import QuantSpec
 from sam2jq.quant.stats import Stats
-from sam2jq.quant.transform import Transform, each_layer
+from sam2jq.quant.transform import Transform, check_unrounded, each_layer
 
 Array = jax.Array
 RATIOS = tuple(1 - i / 100 for i in range(61))  # tried shares of a group's range; at 2 bits the best are about 0.5
@@ -74,8 +74,10 @@ def gptq_kernel(w: Array, stats: Stats, spec: QuantSpec, config: GptqConfig = Gp
     Scales and zero points are those of rounding to nearest, unless config.search_range. Inputs that were 0 throughout
     calibration are rounded to nearest, since they may be nonzero later (ReLU).
 
-    Raises UserError if numbers are not finite, or if no damping makes the Gram matrix positive definite.
+    Raises UserError if `w` is rounded already, if numbers are not finite, or if no damping makes the Gram matrix
+    positive definite.
     """
+    check_unrounded(w)
     for name, array in {"weight": w, "Gram matrix": stats.gram}.items():
         if not np.isfinite(array).all():
             raise UserError(f"the {name} holds NaN or infinity: look at the checkpoint and the calibration images")

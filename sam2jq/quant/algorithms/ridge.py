@@ -10,7 +10,7 @@ from jax.scipy.linalg import cho_factor, cho_solve
 
 from sam2jq.errors import UserError
 from sam2jq.quant.stats import Stats
-from sam2jq.quant.transform import Transform, each_layer
+from sam2jq.quant.transform import Transform, check_unrounded, each_layer
 
 Array = jax.Array
 
@@ -25,8 +25,10 @@ def ridge_kernel(w: Array, stats: Stats, strength: float) -> Array:
     """(G + lambda I)^-1 G W with lambda = strength * mean(diag G), for `w` [*reduce, out].
 
     Outputs hardly change, while the weights of inputs that are nearly always 0 shrink. So the rest is rounded on a
-    finer grid. Raises UserError if the result is not finite.
+    finer grid. Raises UserError if `w` is rounded already, or if the result
+    is not finite.
     """
+    check_unrounded(w)
     if not strength >= 0:
         raise UserError(f"the strength of the ridge must not be negative, got {strength}")
     shrunk = _ridge(w, stats.gram, strength)

@@ -5,9 +5,10 @@ from functools import partial
 
 import jax
 
+from sam2jq.quant.leaves import base_weight
 from sam2jq.quant.qtensor import quantize
 from sam2jq.quant.spec import QuantSpec
-from sam2jq.quant.transform import Transform, map_base_weight, match_layers
+from sam2jq.quant.transform import Transform, check_layers, check_unrounded, map_base_weight, match_layers
 from sam2jq.tree import flatten, kernels, layer_name, unflatten
 
 
@@ -21,15 +22,21 @@ def rtn(weights: QuantSpec | Mapping[str, QuantSpec], *, match: str = ".*") -> T
         specs = weights
         if not isinstance(weights, Mapping):
             specs = dict.fromkeys(match_layers(params, match), weights)
+        check_layers(specs, map(layer_name, kernels(flatten(params))))
         return round_weights(params, specs)
 
     return Transform(frozenset(), apply, "to nearest")
 
 
 def round_weights(params: dict, specs: Mapping[str, QuantSpec]) -> dict:
-    """`params` with the kernel of each layer in `specs`, or the innermost kernel of its leaf, rounded to nearest."""
+    """`params` with the kernel of each layer in `specs`, or the innermost kernel of its leaf, rounded to nearest.
+
+    Raises UserError if one is rounded already.
+    """
     flat = flatten(params)
     chosen = {path: kernel for path, kernel in kernels(flat).items() if layer_name(path) in specs}
+    for path, kernel in chosen.items():
+        check_unrounded(base_weight(kernel), layer_name(path))
     rounded = _quantize_all(list(chosen.values()), tuple(specs[layer_name(path)] for path in chosen))
     return unflatten(flat | dict(zip(chosen, rounded)))
 
