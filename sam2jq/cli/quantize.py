@@ -112,14 +112,14 @@ def convert_nunchaku(config: Config, model: SAM2, checkpoint, full: dict, done: 
     The trunk's linears are rounded, with GPTQ, from the tree before rounding onto nunchaku's grid, signed int4 in
     groups of 64, whatever the grid of the config. All other layers are those of `full`.
     """
-    from converters.exports.nunchaku_model import GRID, computed_by_kernels, in_file_precision, save_nunchaku
+    from converters.exports.nunchaku_model import GRID, round_factors, save_nunchaku, simulate_nunchaku
 
     flat = flatten(done.params_by_stage[UNROUNDED])
     layers = [k for k in weight_specs(config.quant.wgts, map(layer_name, kernels(flat))) if TRUNK_LINEAR.fullmatch(k)]
     with stage("nunchaku", f"{len(layers)} linears onto {GRID.dtype} [[1, {GRID.group}]] with GPTQ"):
-        chosen = {path: in_file_precision(leaf) for path, leaf in kernels(flat).items() if layer_name(path) in layers}
+        chosen = {path: round_factors(leaf) for path, leaf in kernels(flat).items() if layer_name(path) in layers}
         rounded = flatten(gptq_onto(GRID, config.quant.wgts, layers).apply(unflatten(flat | chosen), done.stats))
         tree = flatten(full) | {path: leaf for path, leaf in rounded.items() if layer_name(path) in layers}
         about = loader.to_dict(config.model) | {"image_size": model.variant.image_size}
         save_nunchaku(folder / "nunchaku", unflatten(tree), about, checkpoint.names)
-        return computed_by_kernels(full, folder / "nunchaku")
+        return simulate_nunchaku(full, folder / "nunchaku")
