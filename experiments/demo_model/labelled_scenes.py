@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam2jq.data.synthetic.scenes import MAX_OBJECTS, build_world, pointable, render
+from sam2jq.data.synthetic.scenes import MAX_OBJECTS, build_world, promptable_objects, render
 
 Array = jax.Array
 MIN_AREA = 0.005  # of the image: objects that show less than this are not prompted
@@ -31,7 +31,7 @@ def draw_labelled_clip(seed: int, frames: int, size: int) -> tuple[np.ndarray, n
     world = build_world(seed)
     images, owners = zip(*[render(world, t * (1 + seed % 4), size) for t in range(frames)])
     number = np.zeros(MAX_OBJECTS + 1, np.uint8)
-    listed = pointable(owners[0])
+    listed = promptable_objects(owners[0])
     number[listed] = np.arange(1, len(listed) + 1)
     return np.stack(images), number[np.stack(owners)]
 

@@ -12,7 +12,7 @@ from sam2jq.cli.loading import load_model, replay_bits
 from sam2jq.cli.run_folder import job_folder, job_path, stage
 from sam2jq.config import loader
 from sam2jq.config.run import Config
-from sam2jq.eval.fidelity import find_ground_truth, ground_truth_id, layer_figures, measure
+from sam2jq.eval.fidelity import find_ground_truth, ground_truth_id, layer_errors, measure
 from sam2jq.models.sam2 import SAM2, TRUNK_LINEAR
 from sam2jq.ptq.pipeline import FOLDED, UNROUNDED, Quantized, smoothing_exponents
 from sam2jq.ptq.recipe import gptq_onto, weight_specs
@@ -54,7 +54,7 @@ def quantize(config: Config, folder: Path, command: str) -> None:
     config = replace(asked, quant=done.config)
     (folder / "config.yaml").write_text(loader.dump(config))  # again, with the bits that were chosen for a target
 
-    layers = layer_figures(done.params_by_stage.get(FOLDED, full), done.params, done.stats)
+    layers = layer_errors(done.params_by_stage.get(FOLDED, full), done.params, done.stats)
     variants = {"full precision": full} | {
         name: materialize_weights(done.params_by_stage[name])
         for name in MEASURED_STAGES
