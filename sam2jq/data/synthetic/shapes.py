@@ -145,7 +145,7 @@ def noise(rng, u, v):
 
 @functools.cache
 def noise_tile():
-    """Periodic noise of amplitude 1 / frequency^1.5, float32 [(TILE + 1)^2]; the last row and column equal the first."""
+    """Periodic noise of amplitude 1 / frequency^1.5, float32 [(TILE + 1)^2]; the last row and column are the first."""
     spectrum = np.fft.rfft2(np.random.default_rng(0).standard_normal((TILE, TILE)))
     frequency = TILE * np.hypot(np.fft.fftfreq(TILE)[:, None], np.fft.rfftfreq(TILE))
     tile = np.fft.irfft2(spectrum / np.maximum(frequency, 3) ** 1.5)
