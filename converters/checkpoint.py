@@ -34,7 +34,7 @@ class Checkpoint(NamedTuple):
 
     params: dict
     source: str
-    random: bool  # whether the weights were drawn, not trained; all figures made with them say so
+    random: bool  # whether the weights are random, not trained; results computed with them are marked
     names: str = "original"  # or "huggingface": the naming style of the source's tensors
 
 
@@ -225,7 +225,7 @@ def _hint(got: Mapping[str, tuple]) -> str:
 
 
 def leaf_shapes(leaves: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
-    """The torch shapes of the kernels that weight leaves stand for, by torch key."""
+    """{torch key: torch shape} of the kernels that the weight leaves represent."""
     return {torch_key(p): to_layout(p, np.broadcast_to(0, full_shape(leaf))).shape for p, leaf in leaves.items()}
 
 
@@ -235,5 +235,6 @@ def is_float(x: np.ndarray) -> bool:
 
 
 def _of_package(package, tensors: dict[str, np.ndarray]) -> Weights:
+    """The `Weights` of a package whose unquantized tensors are `tensors`."""
     about = package.metadata
     return Weights(tensors, package.leaves(), about["random_weights"], about["names"], about["model"])

@@ -1,4 +1,4 @@
-"""What the tables of this folder share: how the demo model is scored, and a log that a stopped table goes on from."""
+"""Scores of the demo model and a log of finished runs, both used by the tables of this folder."""
 
 import hashlib
 import json
@@ -18,29 +18,29 @@ from sam2jq.predictors.video import VideoPredictor
 from sam2jq.quant.algorithms.activations import materialize_weights
 from sam2jq.tree import flatten, kernels, layer_name
 
-ABOUT = {"model": {"name": "nano", "version": "2.1", "image_size": 256}}  # what a package's metadata must hold
-Data = tuple[str, int]  # where it is, and how much of it
+ABOUT = {"model": {"name": "nano", "version": "2.1", "image_size": 256}}  # the metadata that a package needs
+Data = tuple[str, int]  # (data source, number of images or clips)
 
 
 @cache
-def drawn(data: str, count: int) -> list[LabeledImage]:
-    """Samples that are drawn once, for all runs."""
+def cached_samples(data: str, count: int) -> list[LabeledImage]:
+    """The first `count` images of `data` with masks; each is read once per process."""
     return [sample._replace(read=cache(sample.read)) for sample in find_samples(data, count)]
 
 
 def measure(model: SAM2, params: dict, images: Data, clips: Data | None = None) -> dict[str, float]:
-    """mIoU of each prompt and, of `clips`, J&F, in percent; and bits a weight as a package holds them."""
-    scores = evaluate_images(model, materialize_weights(params), drawn(*images))["miou"]
-    found = {prompt: 100 * value for prompt, value in scores.items()} | {"bits": effective_bits(params)}
+    """{prompt: mIoU in percent, "bits": bits per weight in a package, "J&F": in percent, if there are `clips`}."""
+    scores = evaluate_images(model, materialize_weights(params), cached_samples(*images))["miou"]
+    results = {prompt: 100 * value for prompt, value in scores.items()} | {"bits": effective_bits(params)}
     if clips:
         data, count = clips
         predictor = VideoPredictor(model, materialize_weights(params))
-        found["J&F"] = evaluate_clips(predictor, find_clips(data, "", count), None)["j&f"]
-    return found
+        results["J&F"] = evaluate_clips(predictor, find_clips(data, "", count), None)["j&f"]
+    return results
 
 
 def effective_bits(params: dict) -> float:
-    """Bits a weight that a package takes for the quantized layers, with scales, zeros and branches; 32 without any."""
+    """Bits per weight of the quantized layers in a package, scales and low-rank branches included; 32 without any."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "package.pt"
         save_package(path, params, dict.fromkeys(map(layer_name, kernels(flatten(params))), 0.0), ABOUT)
@@ -48,7 +48,7 @@ def effective_bits(params: dict) -> float:
 
 
 class Runs(dict[str, dict]):
-    """{name of a run: its row} of a file of JSON lines, without those that were made on other weights of nano."""
+    """{run: its row} of a file of JSON lines, without runs made with other weights of nano."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -57,7 +57,7 @@ class Runs(dict[str, dict]):
         super().__init__((row["run"], row) for row in rows if row["weights"] == self.weights)
 
     def add(self, run: str, row: dict) -> None:
-        """Writes `row` down, and lets go of what its run compiled: ten models' programs do not fit into a process."""
+        """Adds a row, also to the file, and clears compiled programs: those of ten models do not fit in memory."""
         self[run] = {"weights": self.weights, "run": run} | row
         with self.path.open("a") as file:
             print(json.dumps(self[run]), file=file)

@@ -66,7 +66,7 @@ def quantize(
     Raises UserError that names the layer, the key or the image.
     """
     from sam2jq.config.quant import QuantConfig
-    from sam2jq.eval.fidelity import layer_figures
+    from sam2jq.eval.fidelity import layer_errors
     from sam2jq.ptq.pipeline import FOLDED, quantize_params, transform_params
     from sam2jq.ptq.run import with_bits_of
     from sam2jq.quant.transform import check_transform
@@ -81,7 +81,7 @@ def quantize(
         done = quantize_params(model, plain, transform, clips, seed=seed)
     else:
         done = transform_params(model, params, transform, clips)
-    figures = layer_figures(done.params_by_stage.get(FOLDED, plain), done.params, done.stats)
+    figures = layer_errors(done.params_by_stage.get(FOLDED, plain), done.params, done.stats)
     return done.params, Report({layer: LayerError(**row) for layer, row in figures.items()})
 
 

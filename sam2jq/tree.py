@@ -1,4 +1,4 @@
-"""Params trees by name: flat views, dotted prefixes, and the pytree dataclass that weight leaves are made of."""
+"""Params trees by name: flat views, dotted prefixes, and the decorator for pytree dataclasses such as weight leaves."""
 
 import dataclasses
 import hashlib
@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 
 def flatten(tree: dict) -> dict[str, object]:
-    """{"trunk/blocks.0/attn/qkv/kernel": leaf}; weight leaves such as QTensor stay whole."""
+    """{"trunk/blocks.0/attn/qkv/kernel": leaf}; weight leaves such as QTensor are not flattened."""
     return flatten_dict(tree, sep="/")
 
 
@@ -35,7 +35,7 @@ def bias_path(path: str) -> str:
 
 
 def under(layer: str, prefix: str) -> bool:
-    """Whether a dotted prefix names `layer`, a module around it, or its parameter; `blocks.1` is not `blocks.10`."""
+    """Whether a dotted prefix names `layer`, a parent module, or its weight; `blocks.1` is no prefix of `blocks.10`."""
     return f"{layer}.weight.".startswith(f"{prefix}.")
 
 

@@ -25,14 +25,14 @@ def demo():
     return model, load_checkpoint("demo", model).params
 
 
-def test_different_clicks_give_different_masks_that_hold_the_click(demo):
-    held, overlaps = [], []
+def test_different_clicks_give_different_masks_that_contain_the_click(demo):
+    hits, overlaps = [], []
     for index in range(6):
         scene = draw_scene(scene_seed(f"scenes:1001/{index:04d}"))
-        found = segment_objects(*demo, scene.image, scene.masks)["1 click"]
-        held += [mask[interior_point(wanted)[0][::-1]] for mask, wanted in zip(found, scene.masks)]
-        overlaps += [iou(a, b) for i, a in enumerate(found) for b in found[:i]]
-    assert np.mean(held) >= 0.9
+        masks = segment_objects(*demo, scene.image, scene.masks)["1 click"]
+        hits += [mask[interior_point(truth)[0][::-1]] for mask, truth in zip(masks, scene.masks)]
+        overlaps += [iou(a, b) for i, a in enumerate(masks) for b in masks[:i]]
+    assert np.mean(hits) >= 0.9
     assert np.mean(overlaps) <= 0.15
 
 
@@ -50,7 +50,7 @@ def test_a_clip_scores_as_measured(demo):
 
 
 @pytest.mark.slow  # experiments/rtn/table.md has all widths
-def test_two_bits_hurt_and_eight_do_not(demo):
+def test_eight_bits_keep_the_miou_and_two_bits_lower_it(demo):
     model, params = demo
     scores = {}
     for bits in (8, 2):

@@ -19,7 +19,7 @@ def test_unflatten_inverts_flatten():
     [("t.blocks.1", True), ("t.blocks", True), ("t.blocks.1.attn", True), ("t.blocks.1.attn.weight", True)]
     + [("t.blocks.10", False), ("t.block", False), ("blocks.1", False), ("t.blocks.1.at", False)],
 )
-def test_a_prefix_ends_at_a_dot(prefix, names):
+def test_a_prefix_matches_whole_names_only(prefix, names):
     assert under("t.blocks.1.attn", prefix) is names
 
 
@@ -41,7 +41,7 @@ def test_static_fields_of_a_pytree_are_no_leaves():
 
 
 def test_classes_with_equal_fields_have_different_structures():
-    """Or one would at times be computed by the program compiled for the other."""
+    """Otherwise jit may run the program of one class for the other."""
 
     @pytree(static=["name"])
     class Leaf:

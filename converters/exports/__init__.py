@@ -41,13 +41,13 @@ def write_deepcompressor(out: Path, model: SAM2, params: dict, metadata: dict) -
 
 
 def write_nunchaku(out: Path, model: SAM2, params: dict, metadata: dict) -> None:
-    """Warns about trunk linears that are on another grid than the kernels', which it rounds a second time."""
-    from converters.exports.nunchaku_model import onto_grid, save_nunchaku
+    """Warns about linear layers of the trunk that are not on the grid of the kernels: it rounds them a second time."""
+    from converters.exports.nunchaku_model import requantize_to_grid, save_nunchaku
 
-    params, again = onto_grid(params)
+    params, again = requantize_to_grid(params)
     if again:
         log.warning(
-            "nunchaku    %d linears stood on another grid and were rounded a second time, to nearest: "
+            "nunchaku    %d linear layers were on another grid and were rounded a second time, to nearest: "
             "quantize --convert-nunchaku rounds them once, with GPTQ",
             len(again),
         )

@@ -1,7 +1,7 @@
-"""Four-bit linears as nunchaku's run time reads them: packed and unpacked.
+"""4-bit linear layers in the memory layout of nunchaku's CUDA kernels: packing and unpacking.
 
-Letters: N outputs, K inputs, R rank; Np, Kp, Rp with padding; h16 the 16-bit float of the file. Sources:
-deepcompressor/backend/nunchaku, which writes such files, and nunchaku's kernels.
+Letters: N outputs, K inputs, R rank; Np, Kp, Rp with padding; h16 the 16-bit float of the file (bfloat16 or float16).
+Sources: deepcompressor/backend/nunchaku, which writes such files, and nunchaku's kernels.
 """
 
 import math
@@ -18,7 +18,7 @@ from sam2jq.quant.spec import E2M1
 Array = np.ndarray
 BF16, E4M3 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
 INT4_GROUP, NVFP4_GROUP = 64, 16
-# what tensors are called -> what the first generation of files called them
+# {name of a tensor: its name in the first version of the format}
 OLD_NAMES = {"smooth_factor": "smooth", "smooth_factor_orig": "smooth_orig"} | {
     "proj_down": "lora_down",
     "proj_up": "lora_up",
@@ -26,44 +26,45 @@ OLD_NAMES = {"smooth_factor": "smooth", "smooth_factor_orig": "smooth_orig"} | {
 
 
 class Layout(NamedTuple):
-    """Where the entries of a matrix [rows, columns] lie: padded with `fill` to whole tiles, split into axes, reordered.
+    """The memory layout of a matrix [rows, columns]: pad with `pad_value` to whole tiles, split into axes, transpose.
 
-    rows, columns: the axes each is split into, slowest first, with their lengths; the first counts what is left.
-    order: the same axes, slowest first, as they lie in the file. turned: the file calls its shape [columns, rows].
+    rows, columns: the axes that each is split into, slowest first, with their lengths; the length of the first follows
+    from the matrix. order: the order of these axes in the file, slowest first. tile: (rows, columns) of a tile.
+    transposed: whether the shape in the file is [columns, rows].
     """
 
     rows: str
     columns: str
     order: str
     tile: tuple[int, int]
-    fill: int = 0
-    turned: bool = False
+    pad_value: int = 0
+    transposed: bool = False
 
 
 # t: tiles of 128 outputs, s: tiles of inputs. A warp's 32 lanes are 8 rows l of 4 lanes m; a lane's four registers are
 # the halves i, j of a 16-row tile, and e counts the entries of a register: 8 codes of 4 bits, 4 of 8 bits.
 WEIGHT4 = Layout("t p8 i2 l8", "s j2 m4 e8", "t s p l m i j e", tile=(128, 128))
 WEIGHT8 = Layout("t p8 i2 l8", "s j2 m4 e4", "t s p l m i j e", tile=(128, 64))
-# a lane m finds the scales of the outputs it adds up side by side: two neighbours b of each half i
-SCALES = Layout("t p8 i2 m4 b2", "g", "t g p m i b", tile=(128, 2), fill=1, turned=True)
-VECTOR = SCALES._replace(tile=(128, 1))  # bias, smooth, scales of channels: matrices of one column
-# nvfp4's: quarters a of a tile, their 8-row parts q; four groups v make a 32-bit word
-MICRO_SCALES = Layout("t a4 q4 l8", "u v4", "t u l q a v", tile=(128, 8), fill=1, turned=True)
-# 16 x 16 tiles, by channel c and then by rank r in both: down is [R, K], up [N, R]
-DOWN = Layout("r i2 l8", "c j2 m4 b2", "c r l m i j b", tile=(16, 128), turned=True)
+# the scales of the outputs that a lane m accumulates are adjacent: two neighbours b of each half i
+SCALES = Layout("t p8 i2 m4 b2", "g", "t g p m i b", tile=(128, 2), pad_value=1, transposed=True)
+VECTOR = SCALES._replace(tile=(128, 1))  # bias, smooth and channel scales are matrices of one column
+# of nvfp4: quarters a of a tile, their 8-row parts q; the scales of four groups v form a 32-bit word
+MICRO_SCALES = Layout("t a4 q4 l8", "u v4", "t u l q a v", tile=(128, 8), pad_value=1, transposed=True)
+# 16 x 16 tiles, ordered by channel c, then by rank r, in both: down is [R, K], up [N, R]
+DOWN = Layout("r i2 l8", "c j2 m4 b2", "c r l m i j b", tile=(16, 128), transposed=True)
 UP = Layout("c i2 l8", "r j2 m4 b2", "c r l m i j b", tile=(128, 16))
-# W4A16: four outputs n side by side; the nibbles q of a 16-bit word are 8 inputs apart
+# W4A16: four adjacent outputs n; the nibbles q of a 16-bit word are 8 inputs apart
 AWQ = Layout("t n4", "s j2 q4 e8", "t s n j e q", tile=(4, 64))
 
 
-def padded(x: Array, tile: tuple[int, ...], fill: int = 0) -> Array:
-    """`x` with `fill` appended along its axes until they are whole tiles, at least one."""
+def pad_to_tiles(x: Array, tile: tuple[int, ...], value: int = 0) -> Array:
+    """`x` padded with `value` at the end of each axis to a whole number of tiles, at least one."""
     extra = [-(-max(n, 1) // step) * step - n for n, step in zip(x.shape, tile, strict=True)]
-    return np.pad(x, [(0, n) for n in extra], constant_values=fill)
+    return np.pad(x, [(0, n) for n in extra], constant_values=value)
 
 
 def axis_lengths(layout: Layout, shape: tuple[int, int]) -> dict[str, int]:
-    """The length of each axis that a padded matrix of this shape is split into, slowest first."""
+    """{axis: its length} of the axes that a padded matrix of this shape is split into, slowest first."""
     lengths = {}
     for axes, total in zip((layout.rows, layout.columns), shape, strict=True):
         first, *rest = axes.split()
@@ -73,44 +74,48 @@ def axis_lengths(layout: Layout, shape: tuple[int, int]) -> dict[str, int]:
 
 
 def pack_matrix(x: Array, layout: Layout) -> Array:
-    """`x` [rows, columns] padded and in the file's order, under the shape the file gives it."""
-    x = padded(x, layout.tile, layout.fill)
+    """`x` [rows, columns] padded, in the order and shape of the file."""
+    x = pad_to_tiles(x, layout.tile, layout.pad_value)
     lengths = axis_lengths(layout, x.shape)
     axes = [list(lengths).index(name) for name in layout.order.split()]
-    return x.reshape(*lengths.values()).transpose(axes).reshape(x.shape[::-1] if layout.turned else x.shape)
+    return x.reshape(*lengths.values()).transpose(axes).reshape(x.shape[::-1] if layout.transposed else x.shape)
 
 
 def unpack_matrix(packed: Array, layout: Layout) -> Array:
-    """Inverse of `pack_matrix`: [rows, columns] with the padding."""
-    shape = packed.shape[::-1] if layout.turned else packed.shape
+    """Inverse of `pack_matrix`: [rows, columns], padding included."""
+    shape = packed.shape[::-1] if layout.transposed else packed.shape
     lengths, order = axis_lengths(layout, shape), layout.order.split()
     return packed.reshape([lengths[name] for name in order]).transpose(list(map(order.index, lengths))).reshape(shape)
 
 
 def pack_vector(x: Array) -> Array:
-    """`x` [c] in the file's order, padded with ones to whole 128."""
+    """`x` [c] in the order of the file, padded with ones to a multiple of 128."""
     return pack_matrix(x[:, None], VECTOR)[0]
 
 
 def unpack_vector(packed: Array) -> Array:
-    """Inverse of `pack_vector`, with the padding."""
+    """Inverse of `pack_vector`, padding included."""
     return unpack_matrix(packed[None], VECTOR)[:, 0]
 
 
 def pack_codes(codes: Array, layout: Layout = WEIGHT4) -> Array:
-    """int8 [Np, Kp / 2]: the low four bits of codes [N, K], int4 or e2m1, two in a byte, the first in its low half."""
+    """int8 [Np, Kp / 2]: the low four bits of codes [N, K], int4 or e2m1, two a byte, the first in the low half."""
     codes = pack_matrix(codes.astype(np.int8), layout) & 15
     return codes[:, 0::2] | codes[:, 1::2] << 4
 
 
 def unpack_codes(packed: Array, layout: Layout = WEIGHT4) -> Array:
-    """Inverse of `pack_codes` for codes -8..7, int8 [Np, Kp]; `& 15` makes unsigned ones of them."""
+    """Inverse of `pack_codes`: signed codes -8..7, int8 [Np, Kp]; `& 15` turns them into unsigned codes."""
     pairs = np.stack([packed << 4 >> 4, packed >> 4], axis=-1)  # int8 shifts keep the sign
     return unpack_matrix(pairs.reshape(len(packed), -1), layout)
 
 
-def nearest_codes(weight: Array, scales: Array, outer: Array | None = None) -> Array:
-    """int8 [N, K], codes of `Layer` next to its smoothed residual weight: int4 half to even, e2m1 half towards 0."""
+def round_to_codes(weight: Array, scales: Array, outer: Array | None = None) -> Array:
+    """int8 codes [N, K] of a weight [N, K], smoothed and without its low-rank part: the nearest values on the grid.
+
+    scales, outer: as in `Layer`. Ties of int4 go to even, those of e2m1 towards 0.
+    Raises UserError if a value is NaN or outside the grid.
+    """
     f32, group = np.float32, INT4_GROUP if outer is None else NVFP4_GROUP
     steps = weight.astype(f32) if outer is None else weight.astype(f32) / np.reshape(outer, (-1, 1)).astype(f32)
     steps = steps / scales.astype(f32).repeat(group, axis=1)[:, : weight.shape[1]]
@@ -120,14 +125,15 @@ def nearest_codes(weight: Array, scales: Array, outer: Array | None = None) -> A
         return np.rint(steps).astype(np.int8)
     magnitudes = np.array(E2M1, f32)
     codes = np.searchsorted((magnitudes[1:] + magnitudes[:-1]) / 2, abs(steps)).astype(np.int8)
-    return np.where((steps < 0) & (codes > 0), codes | 8, codes)  # no -0
+    return np.where((steps < 0) & (codes > 0), codes | 8, codes)  # -0 becomes 0
 
 
 class Layer(NamedTuple):
-    """A 4-bit linear in its logical order, W = (codes * scales * outer + up @ down) / smooth.
+    """A 4-bit linear layer in logical order, W = (codes * scales * outer + up @ down) / smooth.
 
-    codes: [N, K], -8..7, or bits of e2m1, 0..15, where there is an `outer`; scales: [N, ceil(K / 64)], / 16 for e2m1;
-    bias: [N]; smooth: [K]; down: [R, K], up: [N, R]; outer: nvfp4's scale of the tensor, [], or of each output, [N].
+    codes: [N, K], int4 in -8..7; with `outer` (nvfp4) the bits of e2m1, 0..15. scales: [N, ceil(K / 64)] for int4,
+    [N, ceil(K / 16)] for nvfp4. bias: [N]. smooth: [K]. down: [R, K]. up: [N, R]. outer: the second scale of nvfp4,
+    one for the tensor, [], or one for each output, [N]; None for int4.
     """
 
     codes: Array
@@ -140,19 +146,21 @@ class Layer(NamedTuple):
 
 
 def pack_layer(layer: Layer, *, shift: float = 0, smooth_fused: bool = False, dtype=BF16) -> dict[str, Array]:
-    """The tensors of one W4A4 linear in the file; `dtype` is its h16. Scales and smooth should be h16 values already.
+    """{name: tensor} of one W4A4 linear layer in the file; its scales and smooth should be h16 values already.
 
-    shift: what the fused MLP adds to the inputs of fc2, 0.171875; `bias` is then that of the shifted layer,
-    b - shift * W.sum(1). smooth_fused: the layer before divides by smooth, so that neither this one nor its branch may.
+    shift: the constant that the fused MLP kernel adds to the inputs of fc2, 0.171875; `bias` must then be that of the
+    shifted layer, b - shift * W.sum(1). smooth_fused: whether the layer before divides by smooth; then neither this
+    layer nor its low-rank branch does. dtype: the h16.
+    Raises UserError if the layer is invalid (`check_layer`) or a value is not finite in the dtype of the file.
     """
     check_layer(layer)
-    # the kernel multiplies `down` with inputs that are not divided by smooth: the factor is
+    # the kernel multiplies `down` by inputs that are not divided by smooth, so `down` is divided instead
     smooth = np.ones_like(layer.smooth) if smooth_fused else layer.smooth
     down = layer.down.astype(np.float64) / smooth.astype(np.float64)
     bias = layer.bias
-    if shift:  # the branch sees inputs without it
+    if shift:  # the low-rank branch reads inputs without the shift
         bias = bias.astype(np.float64) + layer.up.astype(np.float64) @ down.sum(1) * shift
-    h16 = lambda x: np.asarray(x, np.float32).astype(dtype)  # by way of float32, as torch rounds float64
+    h16 = lambda x: np.asarray(x, np.float32).astype(dtype)  # through float32, as torch converts float64
     tensors = {
         "qweight": pack_codes(layer.codes),
         "bias": pack_vector(h16(bias)),
@@ -174,7 +182,7 @@ def pack_layer(layer: Layer, *, shift: float = 0, smooth_fused: bool = False, dt
 
 
 def check_layer(layer: Layer) -> None:
-    """ValueError: lists every field of another shape than the codes ask for, or of values that no kernel takes."""
+    """Raises UserError that lists every field whose shape does not match the codes or whose values are invalid."""
     outputs, inputs = layer.codes.shape
     group, low, high = (INT4_GROUP, -8, 7) if layer.outer is None else (NVFP4_GROUP, 0, 15)
     expected = {"scales": (outputs, -(-inputs // group)), "bias": (outputs,), "smooth": (inputs,)}
@@ -191,9 +199,10 @@ def check_layer(layer: Layer) -> None:
 
 
 def unpack_layer(tensors: Mapping[str, Array], in_features: int, out_features: int) -> Layer:
-    """Inverse of `pack_layer` without shift and fusion, in float32; the rank keeps its padding.
+    """Inverse of `pack_layer` without `shift` and `smooth_fused`, in float32; the rank keeps its padding.
 
-    `down` is float64, multiplied by smooth again: packing the layer once more gives the same bits.
+    `down` is float64 and multiplied by smooth, so that packing the result gives the same bits.
+    Raises UserError if a tensor is missing, extra or of another shape.
     """
     check_tensors(tensors, in_features, out_features)
     nvfp4 = tensors["wscales"].dtype == E4M3
@@ -218,7 +227,7 @@ def unpack_layer(tensors: Mapping[str, Array], in_features: int, out_features: i
 
 
 def check_tensors(tensors: Mapping[str, Array], in_features: int, out_features: int) -> None:
-    """ValueError: lists the tensors that are missing, extra or of another shape than a layer of this size has."""
+    """Raises UserError that lists tensors that are missing, extra, or of the wrong shape for a layer of this size."""
     outputs, inputs = (-(-n // 128) * 128 for n in (out_features, in_features))
     rank = tensors["proj_down"].shape[-1] if "proj_down" in tensors else 16
     nvfp4 = "wscales" in tensors and tensors["wscales"].dtype == E4M3
@@ -233,7 +242,10 @@ def check_tensors(tensors: Mapping[str, Array], in_features: int, out_features: 
 
 
 def pack_awq(codes: Array, scales: Array, *, zero: int = 7, dtype=BF16) -> dict[str, Array]:
-    """The tensors, without bias, of a W4A16 linear (codes - zero) * scales: codes 0..15 [N, K], scales [N, K / 64]."""
+    """{name: tensor} of a W4A16 linear layer, W = (codes - zero) * scales, without bias.
+
+    codes: [N, K] in 0..15; scales: [N, K / 64]. Raises UserError if a shape does not fit.
+    """
     outputs, inputs = codes.shape
     if outputs % 4 or inputs % INT4_GROUP or scales.shape != (outputs, inputs // INT4_GROUP):
         raise UserError(f"W4A16 takes N % 4 == K % 64 == 0 and [N, K / 64] scales, not {codes.shape}, {scales.shape}")
@@ -243,6 +255,6 @@ def pack_awq(codes: Array, scales: Array, *, zero: int = 7, dtype=BF16) -> dict[
 
 
 def unpack_awq(tensors: Mapping[str, Array]) -> tuple[Array, Array, Array]:
-    """codes [N, K], scales and zeros [N, K / 64] of W = codes * scales + zeros."""
+    """(codes [N, K], scales [N, K / 64], zeros [N, K / 64]) of W = codes * scales + zeros."""
     packed = tensors["qweight"].view(np.int8).reshape(4 * len(tensors["qweight"]), -1)
     return unpack_codes(packed, AWQ) & 15, *(tensors[name].astype(np.float32).T for name in ("wscales", "wzeros"))

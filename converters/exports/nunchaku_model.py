@@ -1,4 +1,4 @@
-"""A quantized Hiera as nunchaku's two files, and what its run time computes with them.
+"""A quantized Hiera in nunchaku's two files, and a simulation of the kernels that run them.
 
 Letters: M tokens, K inputs, N outputs, R rank, G groups of 64 inputs; h16 bfloat16.
 """
@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from converters import hf
 from converters.exports.nunchaku import BF16, INT4_GROUP, Layer, pack_layer, unpack_layer
 from converters.names import array, tensor, to_torch, torch_key
-from converters.torch_files import atomic_write
 from sam2jq.errors import UserError
+from sam2jq.files import atomic_write
 from sam2jq.models.sam2 import TRUNK_LINEAR
 from sam2jq.quant.algorithms.lowrank import LowRank
 from sam2jq.quant.algorithms.rotate import Rotated
@@ -31,25 +31,28 @@ from sam2jq.quant.spec import QuantSpec
 from sam2jq.tree import bias_path, flatten, kernels, layer_name, pytree, unflatten
 
 BLOCKS, REST = "hiera_blocks.safetensors", "unquantized_layers.safetensors"
-GRID = QuantSpec(4, group_size=INT4_GROUP, scales="bfloat16")  # the one that the kernels know
+GRID = QuantSpec(4, group_size=INT4_GROUP, scales="bfloat16")  # the only grid that the kernels support
+INT4 = {"dtype": "int4", "scale_dtype": None, "group_size": INT4_GROUP}  # of weights and of activations, for the header
 NORM = re.compile(r".*\.blocks\.\d+\.(layer_)?norm[12]\.(weight|bias)")
 MODEL_CLASS = "NunchakuSam2HieraModel"
-WHY_NOT_ROTATED = "nunchaku's kernels do not rotate what enters a layer: quantize without quant.rotation for such files"
+WHY_NOT_ROTATED = (
+    "nunchaku's kernels do not rotate the inputs of a layer: quantize without quant.rotation for such files"
+)
 
 
 def save_nunchaku(folder: Path, params: dict, model: Mapping, names: str) -> None:
-    """Writes BLOCKS, the trunk's linears that stand on GRID and the norms of its blocks, and REST, all other tensors.
+    """Writes BLOCKS, the trunk's linear layers on GRID and the norms of its blocks, and REST, all other tensors.
 
-    model: what the files' metadata says of it. names: "original" or "huggingface", in which tensors are called. Leaves
-    elsewhere than in the trunk are written as what they stand for.
-    ValueError: a rotated layer, or no trunk linear on GRID.
+    model: name, version and image_size for the files' metadata. names: the naming style, "original" or "huggingface".
+    Weight leaves outside the trunk are dequantized.
+    Raises UserError if a trunk layer is rotated, or if no linear layer of the trunk is on GRID.
     """
     flat = flatten(params)
-    chosen = [p for p, leaf in kernels(flat).items() if TRUNK_LINEAR.fullmatch(layer_name(p)) and on_grid(leaf)]
+    chosen = [p for p, leaf in kernels(flat).items() if TRUNK_LINEAR.fullmatch(layer_name(p)) and is_on_grid(leaf)]
     if not chosen:
-        raise UserError("no linear of the trunk is quantized: nunchaku files would hold nothing that is")
+        raise UserError("no linear layer of the trunk is quantized to int4: nunchaku files hold only such layers")
     layers = {p: to_layer(flat[p], flat[bias_path(p)]) for p in chosen}
-    rank = max(16, *(-(-len(layer.down) // 16) * 16 for layer in layers.values()))  # one for all: loaders are strict
+    rank = max(16, *(-(-len(layer.down) // 16) * 16 for layer in layers.values()))  # loaders expect one rank
     rest = to_torch(materialize_params(params))
     for path in chosen:
         del rest[torch_key(path)], rest[torch_key(bias_path(path))]
@@ -69,7 +72,7 @@ def save_nunchaku(folder: Path, params: dict, model: Mapping, names: str) -> Non
     header = {
         "model_class": MODEL_CLASS,
         "config": json.dumps({"_class_name": MODEL_CLASS, **model, "names": names, "linears": sizes}),
-        "quantization_config": json.dumps({"method": "svdquant", "weight": side(), "activation": side(), "rank": rank}),
+        "quantization_config": json.dumps({"method": "svdquant", "weight": INT4, "activation": INT4, "rank": rank}),
     }
     for name, tensors in ((BLOCKS, linears | norms), (REST, {k: t for k, t in rest.items() if k not in norms})):
         with atomic_write(folder / name) as temporary:
@@ -77,41 +80,36 @@ def save_nunchaku(folder: Path, params: dict, model: Mapping, names: str) -> Non
 
 
 def load_nunchaku(folder: Path) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, torch.Tensor], dict]:
-    """The packed tensors of each linear by its name in the files, all other tensors, and the config in the header."""
-    everything = {}
+    """({linear layer: its packed tensors}, all other tensors, the config in the header) of the files in `folder`."""
+    tensors = {}
     for file in (BLOCKS, REST):
         with safe_open(folder / file, "pt") as opened:
-            everything |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             config = json.loads(opened.metadata()["config"])
     linears = {name: {} for name in config["linears"]}
-    for key in list(everything):
+    for key in list(tensors):
         module, _, part = key.rpartition(".")
         if module in linears:
-            linears[module][part] = array(everything.pop(key))
-    return linears, everything, config
-
-
-def side() -> dict:
-    """How weights, and activations, are rounded, as the files' header says it."""
-    return {"dtype": "int4", "scale_dtype": None, "group_size": INT4_GROUP}
+            linears[module][part] = array(tensors.pop(key))
+    return linears, tensors, config
 
 
 def module_name(path: str, names: str) -> str:
-    """The module of a kernel's path in the naming style `names`."""
+    """The torch module of the kernel at `path`; names: the naming style, "original" or "huggingface"."""
     key = torch_key(path)
     return (hf.to_hf({key: torch.empty(0)}).popitem()[0] if names == "huggingface" else key).removesuffix(".weight")
 
 
 def with_rank(layer: Layer, rank: int) -> Layer:
-    """`layer` with factors of that rank, zeros appended."""
+    """`layer` with its low-rank factors padded with zeros to `rank`."""
     return layer._replace(
         down=np.pad(layer.down, ((0, rank - len(layer.down)), (0, 0))),
         up=np.pad(layer.up, ((0, 0), (0, rank - layer.up.shape[1]))),
     )
 
 
-def on_grid(leaf) -> bool:
-    """Whether a leaf's codes can stand in the file as they are; ValueError for a rotated one."""
+def is_on_grid(leaf) -> bool:
+    """Whether the codes of a leaf can be written to the file unchanged. Raises UserError if the layer is rotated."""
     inner, around = unwrap(leaf)
     if Rotated in around:
         raise UserError(WHY_NOT_ROTATED)
@@ -120,7 +118,7 @@ def on_grid(leaf) -> bool:
 
 
 def to_layer(leaf, bias) -> Layer:
-    """The linear of a leaf on GRID and its bias [N], in the file's terms."""
+    """The `Layer` of a leaf on GRID and its bias [N]."""
     q, around = unwrap(leaf)
     inputs, outputs = q.qvalue.shape
     smooth = np.asarray(around[Smoothed].scale) if Smoothed in around else np.ones(inputs, np.float32)
@@ -131,13 +129,14 @@ def to_layer(leaf, bias) -> Layer:
     return Layer(np.asarray(q.qvalue).T, h16(q.scale).T, np.asarray(bias), h16(smooth), down.T, up.T)
 
 
-def onto_grid(params: dict) -> tuple[dict, list[str]]:
-    """`params` with the trunk's linears that stand on another grid rounded once more, to nearest, onto GRID; and which.
+def requantize_to_grid(params: dict) -> tuple[dict, list[str]]:
+    """`params` with the trunk's linear layers that are on another grid rounded to nearest on GRID, and their names.
 
-    Each keeps its smoothing and its branch; how activations are rounded is up to the kernels.
+    They keep their smoothing and their low-rank branch. Quantizers of activations are dropped: the kernels have their
+    own.
     """
 
-    def change(leaf):
+    def requantize(leaf):
         q, around = unwrap(leaf)
         w = jax.jit(quantize, static_argnums=1)(jnp.asarray(dequantize(q)), GRID)
         if LowRank in around:
@@ -148,35 +147,38 @@ def onto_grid(params: dict) -> tuple[dict, list[str]]:
     others = {
         path: leaf
         for path, leaf in kernels(flat).items()
-        if TRUNK_LINEAR.fullmatch(layer_name(path)) and isinstance(unwrap(leaf)[0], QTensor) and not on_grid(leaf)
+        if TRUNK_LINEAR.fullmatch(layer_name(path)) and isinstance(unwrap(leaf)[0], QTensor) and not is_on_grid(leaf)
     }
-    return unflatten(flat | {path: change(leaf) for path, leaf in others.items()}), list(map(layer_name, others))
+    return unflatten(flat | {path: requantize(leaf) for path, leaf in others.items()}), list(map(layer_name, others))
 
 
-def in_file_precision(leaf):
-    """A leaf that is yet to be rounded with its smoothing and its branch in h16, and the rest made up to the same sum.
+def round_factors(leaf):
+    """`leaf`, not yet quantized, with smoothing and low-rank factors in h16 and a residual that keeps the same weight.
 
-    So what the file cannot hold of them is not lost but left to the codes.
+    The rounding errors of the factors thus become part of the residual, which is quantized afterwards.
+    Raises UserError if the layer is rotated.
     """
     inner, around = unwrap(leaf)
     if Rotated in around:
         raise UserError(WHY_NOT_ROTATED)
     h16 = lambda x: lax.reduce_precision(jnp.asarray(x), exponent_bits=8, mantissa_bits=7)
-    whole_weight = materialize(leaf)
+    weight = materialize(leaf)
     smooth = h16(around[Smoothed].scale) if Smoothed in around else jnp.ones(len(inner))
-    rest = whole_weight * smooth[:, None]
+    residual = weight * smooth[:, None]
     if LowRank in around:
         before = around[Smoothed].scale if Smoothed in around else 1.0
         down = h16((around[LowRank].down.T / before).T) * smooth[:, None]  # the file holds it divided by smooth
         up = h16(around[LowRank].up)
-        rest = LowRank(rest - jnp.matmul(down, up, precision="highest"), down, up)
-    return Smoothed(rest, smooth) if Smoothed in around else rest
+        residual = LowRank(residual - jnp.matmul(down, up, precision="highest"), down, up)
+    return Smoothed(residual, smooth) if Smoothed in around else residual
 
 
 @pytree()
 class Kernel:
-    """A linear as the run time computes it: its codes [K, N], scales [G, N], bias [N], smooth [K], and the factors
-    down [K, R], of inputs not yet divided by smooth, and up [R, N].
+    """A linear layer as the kernels compute it.
+
+    codes: [K, N]. scales: [G, N]. bias: [N]. smooth: [K]. down: [K, R], applied to inputs not divided by smooth.
+    up: [R, N].
     """
 
     codes: jax.Array
@@ -188,9 +190,9 @@ class Kernel:
 
 
 def read_kernel(tensors: Mapping[str, np.ndarray], in_features: int, out_features: int) -> Kernel:
-    """What one linear's tensors in the file hold."""
+    """The `Kernel` of the tensors of one linear layer in the file."""
     layer = unpack_layer(tensors, in_features, out_features)
-    down = layer.down / layer.smooth  # as it stands there
+    down = layer.down / layer.smooth  # as it is stored
     return Kernel(*map(jnp.asarray, (layer.codes.T, layer.scales.T, layer.bias, layer.smooth)),
                   jnp.asarray(down.T, jnp.float32), jnp.asarray(layer.up.T))  # fmt: skip
 
@@ -204,25 +206,26 @@ def _(w: Kernel) -> jax.Array:
 @apply_kernel.register
 def _(w: Kernel, x: jax.Array, product) -> jax.Array:
     if product is not dense:
-        raise UserError("nunchaku computes linears only")
-    return (kernel_output(w, x) - w.bias).astype(x.dtype)  # the layer around adds the bias
+        raise UserError("nunchaku's kernels compute linear layers only")
+    return (kernel_output(w, x) - w.bias).astype(x.dtype)  # the Dense module adds the bias
 
 
 def kernel_output(w: Kernel, x: jax.Array) -> jax.Array:
-    """f32 [..., N], of h16 values: what the kernels compute for x [..., K], rounded to h16 wherever they round.
+    """float32 [..., N], of h16 values: the output for x [..., K], rounded to h16 wherever the kernels round.
 
-    Activations in 4 bits with a scale for each token and 64 channels; products exact in integers; groups added up in
-    h16, one after the other; then the bias; the branch, which reads x itself, in float32.
+    Activations are quantized to 4 bits with one scale for each token and 64 channels. Products are exact in integers.
+    Groups are summed in h16, one after the other, then the bias is added. The low-rank branch reads the unquantized x
+    and is computed in float32.
     """
     h16 = lambda y: lax.reduce_precision(y, exponent_bits=8, mantissa_bits=7)
     product = lambda a, b: jnp.matmul(a, b, precision="highest")
     tokens, inputs = x.reshape(-1, x.shape[-1]).astype(jnp.float32), len(w.codes)
     tokens = h16(tokens)
-    fill = [(0, 0), (0, -inputs % INT4_GROUP)]
-    groups = jnp.pad(h16(tokens / w.smooth), fill).reshape(len(tokens), -1, INT4_GROUP)
+    padding = [(0, 0), (0, -inputs % INT4_GROUP)]
+    groups = jnp.pad(h16(tokens / w.smooth), padding).reshape(len(tokens), -1, INT4_GROUP)
     scale = jnp.abs(groups).max(-1) * jnp.float32(1 / 7)  # [M, G]
     steps = jnp.clip(jnp.round(groups / jnp.where(scale > 0, scale, 1)[..., None]), -8, 7)
-    codes = jnp.pad(w.codes.astype(jnp.float32), fill[::-1]).reshape(-1, INT4_GROUP, w.codes.shape[1])
+    codes = jnp.pad(w.codes.astype(jnp.float32), padding[::-1]).reshape(-1, INT4_GROUP, w.codes.shape[1])
 
     def add(total: jax.Array, group: tuple) -> tuple[jax.Array, None]:
         step, code, activation_scale, weight_scale = group
@@ -235,8 +238,8 @@ def kernel_output(w: Kernel, x: jax.Array) -> jax.Array:
     return out.reshape(*x.shape[:-1], -1)
 
 
-def computed_by_kernels(params: dict, folder: Path) -> dict:
-    """`params` with the linears in `folder` as the run time computes them, and all else as it is in the files."""
+def simulate_nunchaku(params: dict, folder: Path) -> dict:
+    """`params` with the linear layers in `folder` as `Kernel` leaves and all other weights dequantized."""
     linears, _, config = load_nunchaku(folder)
     flat = flatten(materialize_params(params))
     for path in kernels(flat):

@@ -1,4 +1,4 @@
-"""Quantized params as an ordinary SAM 2: its state dict, and the original model it loads in."""
+"""Quantized params as a plain state dict for the original SAM 2 code, and a builder for the original model."""
 
 import os
 from functools import cache
@@ -36,16 +36,16 @@ NANO = (
 
 
 def save_vanilla(path: str | Path, params: dict, random: bool = False) -> None:
-    """Writes {"model": state_dict} of what `params` stand for: loads strictly in build_sam2, needs nothing of ours.
+    """Writes {"model": state_dict} with dequantized weights. build_sam2 loads the file strictly, without this package.
 
-    A note beside the weights, which build_sam2 does not read, says where they are random.
+    random: whether the weights are random; then the file also has {"random_weights": True}, which build_sam2 ignores.
     """
     note = {"random_weights": True} if random else {}
     save_torch(path, {"model": to_torch(materialize_params(params))} | note)
 
 
 def hydra_config(name: str, version: str = "2.1", image_size: int | None = None) -> tuple[str, list[str]]:
-    """The config file and the `hydra_overrides_extra` that make build_sam2 build a size of ours."""
+    """(config file, `hydra_overrides_extra`) with which build_sam2 builds the model called `name`."""
     name = variant_name(name)
     overrides = list(NANO) if name == "nano" else []
     size = image_size or VARIANTS[name].image_size
@@ -73,11 +73,12 @@ def build_original(
     return make(config, checkpoint, device="cpu", hydra_overrides_extra=overrides)
 
 
-@cache  # an operator lives as long as its library object
+@cache  # the operators exist as long as the library object
 def define_torchvision_operators() -> torch.library.Library | None:
-    """torchvision's nms and qnms declared where its binary cannot be loaded, as beside a CPU build of torch.
+    """The library that declares torchvision's nms and qnms if its binary cannot be loaded; None if it can.
 
-    Its Python side stops at import without them; SAM 2 itself calls neither.
+    The binary does not load beside a CPU build of torch. torchvision's import fails without the two operators; SAM 2
+    itself calls neither.
     """
     try:
         import torchvision  # noqa: F401

@@ -55,21 +55,21 @@ def jax_step(student_name: str, teacher_name: str, image: np.ndarray, remat: boo
     (targets, other), (params, rest) = encoder_of(init_params(teacher, 0)), encoder_of(init_params(model, 1))
     targets |= other
     layers = [layer_name(path) for path in kernels(flatten(params))]
-    begin = init_fake_quant(params, dict.fromkeys(layers, QuantSpec(BITS)))
+    student = init_fake_quant(params, dict.fromkeys(layers, QuantSpec(BITS)))
     encode = lambda model, params, x: model.apply({"params": params}, x, method="encode_image")
 
-    marks = trainable_mask(begin, clipping=False)
-    frozen = jax.tree.map(lambda mark: not mark, marks)
+    frozen = jax.tree.map(lambda trained: not trained, trainable_mask(student, clipping=False))
 
     def loss(params, batch, key):
-        image, targets, rest = batch  # not constants of the program, whose compilation would hold them several times
-        wanted = encode(teacher, targets, image)
+        image, targets, rest = (
+            batch  # as arguments: constants of the program would be in memory several times during compilation
+        )
+        expected = encode(teacher, targets, image)
         got = encode(model, unflatten(rest | flatten(materialize_weights(stop_gradient_where(params, frozen)))), image)
-        return sum(relative_square_error(a, b) for a, b in zip(got, wanted)) / 3, {}
+        return sum(relative_square_error(a, b) for a, b in zip(got, expected)) / 3, {}
 
-    stays = jax.tree.map(lambda mark: not mark, marks)
-    optimizer = optax.chain(optax.adamw(RATE, weight_decay=0), optax.masked(optax.set_to_zero(), stays))
-    step, state = make_train_step(loss, optimizer), init_state(begin, optimizer, 0)
+    optimizer = optax.chain(optax.adamw(RATE, weight_decay=0), optax.masked(optax.set_to_zero(), frozen))
+    step, state = make_train_step(loss, optimizer), init_state(student, optimizer, 0)
 
     def run() -> float:
         nonlocal state
@@ -79,7 +79,7 @@ def jax_step(student_name: str, teacher_name: str, image: np.ndarray, remat: boo
     return run
 
 
-class Rounded(torch.nn.Module):
+class FakeQuant(torch.nn.Module):
     """Rounds weights to 4 bits, one scale an output channel, with straight-through gradients."""
 
     def __init__(self, axis: int):
@@ -102,17 +102,17 @@ def torch_step(student_name: str, teacher_name: str, image: np.ndarray):
     parts = [*model.image_encoder.modules(), model.sam_mask_decoder.conv_s0, model.sam_mask_decoder.conv_s1]
     for part in parts:
         if isinstance(part, torch.nn.Conv2d | torch.nn.Linear):
-            torch.nn.utils.parametrize.register_parametrization(part, "weight", Rounded(0))
-    learned = [p for part in (model.image_encoder, *parts[-2:]) for p in part.parameters()]
-    optimizer = torch.optim.AdamW(learned, lr=RATE, weight_decay=0)
+            torch.nn.utils.parametrize.register_parametrization(part, "weight", FakeQuant(0))
+    trainable = [p for part in (model.image_encoder, *parts[-2:]) for p in part.parameters()]
+    optimizer = torch.optim.AdamW(trainable, lr=RATE, weight_decay=0)
     batch = torch.from_numpy(image).permute(0, 3, 1, 2)
 
     def run() -> float:
         optimizer.zero_grad()
         with torch.no_grad():
-            wanted = teacher.forward_image(batch)["backbone_fpn"]
+            expected = teacher.forward_image(batch)["backbone_fpn"]
         got = model.forward_image(batch)["backbone_fpn"]
-        loss = sum(torch.square(a - b).sum() / (torch.square(b).sum() + 1e-12) for a, b in zip(got, wanted)) / 3
+        loss = sum(torch.square(a - b).sum() / (torch.square(b).sum() + 1e-12) for a, b in zip(got, expected)) / 3
         loss.backward()
         optimizer.step()
         return float(loss.detach())
@@ -126,9 +126,9 @@ STEPS = {"sam2jq": jax_step, "sam2jq, `train.remat`": partial(jax_step, remat=Tr
 def work(run: Callable[[], float]) -> None:
     """Takes a step for each line of stdin and prints its seconds and its loss; at the end, the peak memory in kB."""
     for _ in sys.stdin:
-        begin = time.perf_counter()
+        start = time.perf_counter()
         loss = run()
-        print(time.perf_counter() - begin, loss, flush=True)
+        print(time.perf_counter() - start, loss, flush=True)
     print(proc("self/status", "VmHWM").split()[0])
 
 
@@ -168,8 +168,8 @@ def main() -> None:
     memory = {name: worker.peak_gigabytes() for name, worker in workers.items()}
     times = {name: [turn[name][0] for turn in turns] for name in STEPS}
     losses = {name: [turn[name][1] for turn in (first, *turns)] for name in STEPS}
-    wanted = losses["torch"]
-    apart = max(abs(a / b - 1) for found in losses.values() for a, b in zip(found, wanted))
+    reference = losses["torch"]
+    difference = max(abs(a / b - 1) for values in losses.values() for a, b in zip(values, reference))
     tunables = os.environ.get("GLIBC_TUNABLES")
     prefix = f"GLIBC_TUNABLES={tunables} " if tunables else ""
     lines = [
@@ -181,16 +181,16 @@ def main() -> None:
         f"torch {version('torch')};",
         f"{args.teacher} teaches {args.student}, 1024 x 1024, batch 1, float32, encoders only. Medians of {args.runs} "
         "steps in turn, each in a process of its own; ratio to torch: median (range) of the turns' ratios. Losses of "
-        f"the {args.runs + 1} steps differ by {apart:.1e} at most, relative ({wanted[0]:.4f} at the first, "
-        f"{wanted[-1]:.4f} at the last).",
+        f"the {args.runs + 1} steps differ by {difference:.1e} at most, relative ({reference[0]:.4f} at the first, "
+        f"{reference[-1]:.4f} at the last).",
         "",
         "| step | s | ratio | first step s | peak GB |",
         "|---|---|---|---|---|",
     ]
-    for name, found in times.items():
-        ratios = [a / b for a, b in zip(found, times["torch"])]
+    for name, values in times.items():
+        ratios = [a / b for a, b in zip(values, times["torch"])]
         lines.append(
-            f"| {name} | {statistics.median(found):.2f} | {statistics.median(ratios):.3f} ({min(ratios):.2f}-"
+            f"| {name} | {statistics.median(values):.2f} | {statistics.median(ratios):.3f} ({min(ratios):.2f}-"
             f"{max(ratios):.2f}) | {first[name][0]:.0f} | {memory[name]:.2f} |"
         )
     print("\n".join(lines))

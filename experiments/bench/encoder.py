@@ -1,9 +1,9 @@
-"""Times the jitted image encoder against torch's forward_image, in turn, and writes a table.
+"""Times the jitted image encoder and torch's forward_image in alternation, and writes a table.
 
 python experiments/bench/encoder.py [--models tiny base-plus] [--runs 10] [--out experiments/bench/encoder.md]
 
-1024 x 1024, batch 1, float32, random weights. Both frameworks live in one process and run A B A B, so that a
-machine that slows down slows both; peak memory is each one's own, measured in a process that runs only it.
+1024 x 1024, batch 1, float32, random weights. Both frameworks run in one process in the order A B A B, so that
+a change in the speed of the machine affects both. Peak memory is measured in a separate process for each framework.
 """
 
 import argparse
@@ -25,11 +25,11 @@ from sam2jq import VARIANTS, build, init_params
 SIDE = 1024
 
 
-def encoders(name: str, wanted: tuple[str, ...] = ("jax", "torch")) -> tuple[dict, float]:
-    """{"jax": f, "torch": f}, each running its encoder once to the end, and the seconds jax took to compile."""
+def encoders(name: str, frameworks: tuple[str, ...] = ("jax", "torch")) -> tuple[dict, float]:
+    """({"jax": f, "torch": f}, seconds to compile with jax); f() runs the image encoder once, to the end."""
     image = np.random.default_rng(0).standard_normal((1, SIDE, SIDE, 3)).astype(np.float32)
     functions, compile_seconds = {}, 0.0
-    if "jax" in wanted:
+    if "jax" in frameworks:
         model, batch = build(name), jax.device_put(image)
         params = init_params(model, 0)
         encode = jax.jit(lambda params, x: model.apply({"params": params}, x, method="encode_image"))
@@ -37,7 +37,7 @@ def encoders(name: str, wanted: tuple[str, ...] = ("jax", "torch")) -> tuple[dic
         compiled = encode.lower(params, batch).compile()
         compile_seconds = time.perf_counter() - begin
         functions["jax"] = lambda: jax.block_until_ready(compiled(params, batch))
-    if "torch" in wanted:
+    if "torch" in frameworks:
         original = build_original(name)
         tensor = torch.from_numpy(image).permute(0, 3, 1, 2)
         functions["torch"] = torch.no_grad()(lambda: original.forward_image(tensor))
@@ -45,13 +45,14 @@ def encoders(name: str, wanted: tuple[str, ...] = ("jax", "torch")) -> tuple[dic
 
 
 def seconds(run) -> float:
+    """The duration of run()."""
     begin = time.perf_counter()
     run()
     return time.perf_counter() - begin
 
 
 def peak_gigabytes(name: str, framework: str) -> float:
-    """Of a fresh process that loads the weights and runs one framework's encoder twice."""
+    """The peak memory, in GB, of a new process that loads the weights and runs the encoder of one framework twice."""
     command = [sys.executable, __file__, "--alone", framework, "--models", name]
     return 1024 * int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]) / 1e9
 
@@ -82,7 +83,7 @@ def main() -> None:
         functions, _ = encoders(args.models[0], (args.alone,))
         for _ in range(2):
             functions[args.alone]()
-        print(proc("self/status", "VmHWM").split()[0])  # ru_maxrss would count the parent's
+        print(proc("self/status", "VmHWM").split()[0])  # ru_maxrss includes the memory of the parent process
         return
     lines = [
         "# Image encoder: sam2jq against torch",

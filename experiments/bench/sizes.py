@@ -2,7 +2,7 @@
 
 python experiments/bench/sizes.py > experiments/bench/sizes.md
 
-Sizes do not depend on the weights' values, so random ones serve.
+Sizes do not depend on the values of the weights, so random weights are used.
 """
 
 import tempfile
@@ -16,6 +16,7 @@ MB = 1e6
 
 
 def row(name: str) -> str:
+    """One line of the table."""
     params = init_params(build(name), 0)
     names = layers(params)
     cells = []

@@ -44,6 +44,7 @@ PTQ = "experiments/nano_w3a16.yaml"  # the best settings found at 3 bits
 
 
 def grid(dtype: str, inputs: str | None) -> dict:
+    """{"wgts": config, "ipts": config} of weights and inputs of these dtypes."""
     return {"wgts": WeightsConfig(dtype=dtype, **GROUPS), "ipts": InputsConfig(dtype=inputs)}
 
 
@@ -57,23 +58,23 @@ STARTS = {
 LEFT_OUT = {
     ("to 3.5", "to nearest"),
     ("to 3", "to nearest"),
-    ("W4A8", "PTQ"),
-}  # the last loses no quality
-ROWS = [(name, kind) for name in STARTS for kind in ("to nearest", "PTQ") if (name, kind) not in LEFT_OUT]
+    ("W4A8", "PTQ"),  # this quantization loses no quality
+}
+ROWS = [(name, method) for name in STARTS for method in ("to nearest", "PTQ") if (name, method) not in LEFT_OUT]
 NANO = ModelConfig("nano")
 FIXED = {"confidence_method": "fixed"}
 LOWERED = {"impact_threshold": 3.0, "impact_budget": 1000.0, "impact_floor": 0.05, "layer_threshold": 0.3}
 
 
-def config_of(name: str, seed: int, kind: str) -> DistillConfig:
+def config_of(name: str, seed: int, method: str) -> DistillConfig:
     """The settings of a row. A student that starts close to its teacher gets a lower learning rate."""
-    falls = name.startswith("to ")
-    rate = 1e-3 if kind == "to nearest" or name == "W2A16" else 1e-4
+    lowered = name.startswith("to ")
+    rate = 1e-3 if method == "to nearest" or name == "W2A16" else 1e-4
     data = DataConfig(f"scenes:{11 + seed}", "scenes:21", TRAINED, 4)
-    quant = StudentConfig(**STARTS[name], min_bits=2, target_bits=float(name[3:]) if falls else None)
-    settings = DistillSection(**LOWERED if falls else FIXED, cooldown_epochs=3, cache_teacher=True)
+    quant = StudentConfig(**STARTS[name], min_bits=2, target_bits=float(name[3:]) if lowered else None)
+    settings = DistillSection(**LOWERED if lowered else FIXED, cooldown_epochs=3, cache_teacher=True)
     train = TrainConfig(epochs=5, batch_size=4, learning_rate=rate, checkpoint_every=10**6)
-    ptq = ptq_of(**STARTS[name]) if kind == "PTQ" else None
+    ptq = ptq_of(**STARTS[name]) if method == "PTQ" else None
     return DistillConfig(NANO, NANO, data, ptq, quant, settings, train, seed=seed)
 
 
@@ -84,8 +85,8 @@ def ptq_of(wgts: WeightsConfig, ipts: InputsConfig) -> QuantConfig:
     return replace(quant, wgts=mixed, ipts=ipts)
 
 
-def learned(model, full: dict, params: dict, config: DistillConfig, folder: Path) -> tuple[dict, dict]:
-    """`params` after distillation, and {"curve": [[step, validation loss, mean bits] after each epoch]}."""
+def distill_student(model, full: dict, params: dict, config: DistillConfig, folder: Path) -> tuple[dict, dict]:
+    """(params after distillation, {"curve": [[step, validation loss, mean bits] after each epoch]})."""
     find = partial(find_items, seed=config.seed)
     teacher, val = cdpq.Teacher(model, full), find(config.data.val, config.data.val_samples)
     task = cdpq.make_distill_task(model, teacher, find(config.data.train, TRAINED), val, config)
@@ -98,20 +99,20 @@ def learned(model, full: dict, params: dict, config: DistillConfig, folder: Path
 
 
 def draw_curves(runs: dict[str, dict], path: Path) -> None:
-    """Writes a plot of the validation loss of every run, one color a row of the table."""
+    """Writes a plot of the validation loss of every run, one color per row of the table."""
     plt.style.use("tableau-colorblind10")
     figure, (fixed, falls) = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
     bits = falls.twinx()
-    for i, (name, kind) in enumerate(ROWS):
+    for i, (name, method) in enumerate(ROWS):
         lowered = name.startswith("to ")
-        label = f"W4A16 PTQ, lowered {name} bits" if lowered else f"{name} {kind}"
-        for run in filter(None, (runs.get(f"{name} {kind} distilled {seed}") for seed in SEEDS)):
+        label = f"W4A16 PTQ, lowered {name} bits" if lowered else f"{name} {method}"
+        for run in filter(None, (runs.get(f"{name} {method} distilled {seed}") for seed in SEEDS)):
             steps, losses, means = zip(*run["curve"])
-            about = {"color": f"C{i}", "alpha": 0.8}
-            (falls if lowered else fixed).plot(steps, losses, **about, label=label)
-            label = None  # one legend entry a row
+            style = {"color": f"C{i}", "alpha": 0.8}
+            (falls if lowered else fixed).plot(steps, losses, **style, label=label)
+            label = None  # one legend entry per row
             if lowered:
-                bits.plot(steps, means, "--", **about)
+                bits.plot(steps, means, "--", **style)
     fixed.set(xlabel="step", ylabel="held-out loss", yscale="log", title="bits stay")
     falls.set(xlabel="step", ylabel="held-out loss", title="bits fall")
     bits.set(ylabel="mean bits a weight (dashed)")
@@ -127,41 +128,41 @@ def main() -> None:
 
     runs = Runs(Path(__file__).with_name("runs.jsonl"))
 
-    def run(mark: str, make: Callable[[], tuple[dict, dict]], clips: bool = True) -> None:
-        """Adds the scores of a model to `runs`. make() -> its params, and other results to store."""
-        if mark not in runs:
+    def run(label: str, make: Callable[[], tuple[dict, dict]], clips: bool = True) -> None:
+        """Adds the scores of a model to `runs` if they are missing. make() -> (params, other results to store)."""
+        if label not in runs:
             params, more = make()
-            runs.add(mark, {"scores": measure(model, params, IMAGES, CLIPS if clips else None)} | more)
+            runs.add(label, {"scores": measure(model, params, IMAGES, CLIPS if clips else None)} | more)
 
     @cache
-    def make_student(name: str, kind: str) -> dict:
+    def make_student(name: str, method: str) -> dict:
         if name == "to 3":
-            return make_student("to 3.5", kind)
-        config = config_of(name, 0, kind)
+            return make_student("to 3.5", method)
+        config = config_of(name, 0, method)
         if config.ptq:
             return quantize_student(model, full, config, find_calibration(config.ptq.calib, config.seed), stage)
         return to_quantized_params(start(full, config))
 
-    def distilled(name: str, kind: str, seed: int) -> tuple[dict, dict]:
-        folder = FOLDER / runs.weights / f"{name} {kind} {seed}"
-        return learned(model, full, make_student(name, kind), config_of(name, seed, kind), folder)
+    def distilled(name: str, method: str, seed: int) -> tuple[dict, dict]:
+        folder = FOLDER / runs.weights / f"{name} {method} {seed}"
+        return distill_student(model, full, make_student(name, method), config_of(name, seed, method), folder)
 
     selected = [name for name in sys.argv[1:] if name != "--kept"] or STARTS
-    rows = [(name, kind) for name, kind in ROWS if name in selected]
+    rows = [(name, method) for name, method in ROWS if name in selected]
     if "--kept" not in sys.argv:
         run("full", lambda: (full, {}))
-        for seed, (name, kind) in itertools.product(SEEDS, rows):  # every row once before the second seed
+        for seed, (name, method) in itertools.product(SEEDS, rows):  # every row once before the second seed
             if name != "to 3":
-                run(f"{name} {kind}", lambda at=(name, kind): (make_student(*at), {}))
-            run(f"{name} {kind} distilled {seed}", partial(distilled, name, kind, seed), clips=seed == 0)
+                run(f"{name} {method}", lambda at=(name, method): (make_student(*at), {}))
+            run(f"{name} {method} distilled {seed}", partial(distilled, name, method, seed), clips=seed == 0)
 
     columns, base = ("box", "1 click", "3 clicks", "J&F"), runs["full"]["scores"]
     print("| weights, inputs | | runs | bits a weight | box mIoU | 1 click | 3 clicks | J&F |")
     print("|---|---|---|---|---|---|---|---|")
     print("| float32 | | | 32 | " + " | ".join(f"{base[c]:.1f}" for c in columns) + " |")
 
-    def log_fn(name: str, what: str, marks: Sequence[str]) -> None:
-        results, cells = [runs[mark]["scores"] for mark in marks if mark in runs], []
+    def print_row(name: str, what: str, labels: Sequence[str]) -> None:
+        results, cells = [runs[label]["scores"] for label in labels if label in runs], []
         if not results:
             return
         for column in columns:
@@ -171,11 +172,11 @@ def main() -> None:
         bits = statistics.median(result["bits"] for result in results)
         print(f"| {name} | {what} | {len(results)} | {bits:.2f} | " + " | ".join(cells) + " |")
 
-    for name, kind in rows:
+    for name, method in rows:
         shown, after = ("W4A16", f"lowered {name} bits") if name.startswith("to ") else (name, "distilled")
         if name != "to 3":
-            log_fn(shown, kind, [f"{name} {kind}"])
-        log_fn(shown, f"{kind}, {after}", [f"{name} {kind} distilled {seed}" for seed in SEEDS])
+            print_row(shown, method, [f"{name} {method}"])
+        print_row(shown, f"{method}, {after}", [f"{name} {method} distilled {seed}" for seed in SEEDS])
     draw_curves(runs, Path(__file__).with_name("curves.png"))
     print(
         "\nnano: the first row in percent, the others the change in points. "

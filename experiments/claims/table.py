@@ -1,4 +1,4 @@
-"""What docs/claims.md's commands measured, as its table: a row for each model and scheme, "-" where a run is missing.
+"""Prints the table of docs/claims.md from the runs of its commands: a row per model and scheme, "-" for missing runs.
 
 python experiments/claims/table.py
 """
@@ -18,7 +18,7 @@ def read(folder: str) -> dict:
 
 
 def row(size: str, scheme: str) -> list[float | None]:
-    """The figures of COLUMNS."""
+    """The values of COLUMNS; None where a run is missing."""
     run = read(f"sam2/hiera_{size}_{scheme}")
     coco, val, test = (read(f"claims/{size}_{scheme}_{data}") for data in ("coco", "sav_val", "sav_test"))
     mb = (run["bytes_quantized"] + run["bytes_unquantized"]) / 1e6 if run else None

@@ -1,4 +1,4 @@
-"""Drawn scenes and clips with labels, from which the demo model learns.
+"""Drawn scenes and clips with labels, to train the demo model.
 
 Letters: B clips a batch, T frames, S side of the image in pixels, P prompts.
 """
@@ -14,13 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam2jq.data.synthetic.scenes import MAX_OBJECTS, build_world, pointable, render
+from sam2jq.data.synthetic.scenes import MAX_OBJECTS, build_world, promptable_objects, render
 
 Array = jax.Array
-MIN_AREA = 0.005  # of the image: objects that show less than this are not prompted
+MIN_AREA = 0.005  # of the image: objects of which less is visible are not prompted
 
 
 class Batch(NamedTuple):
+    """A batch of clips."""
+
     images: np.ndarray  # uint8 [B, T, S, S, 3]
     labels: np.ndarray  # uint8 [B, T, S, S]: the number of the visible object, 0 for background
 
@@ -31,23 +33,25 @@ def draw_labelled_clip(seed: int, frames: int, size: int) -> tuple[np.ndarray, n
     world = build_world(seed)
     images, owners = zip(*[render(world, t * (1 + seed % 4), size) for t in range(frames)])
     number = np.zeros(MAX_OBJECTS + 1, np.uint8)
-    listed = pointable(owners[0])
+    listed = promptable_objects(owners[0])
     number[listed] = np.arange(1, len(listed) + 1)
     return np.stack(images), number[np.stack(owners)]
 
 
-def generate_batches(clips: int, frames: int, size: int, first: int, ahead: int = 8) -> Iterator[Batch]:
-    """Yields batches of clips of seeds first, first + 1, ..., drawn `ahead` batches ahead by another process."""
+def generate_batches(clips: int, frames: int, size: int, first: int, prefetch: int = 8) -> Iterator[Batch]:
+    """Yields batches of clips of seeds first, first + 1, ..., drawn by another process `prefetch` batches ahead."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         pending = deque()
         for seed in itertools.count(first, clips):
             seeds = range(seed, seed + clips)
             pending.append(pool.map(draw_labelled_clip, seeds, [frames] * clips, [size] * clips))
-            if len(pending) > ahead:
+            if len(pending) > prefetch:
                 yield Batch(*map(np.stack, zip(*pending.popleft())))
 
 
 class Targets(NamedTuple):
+    """The masks that prompts are trained to give."""
+
     masks: Array  # bool [P, S, S]
     coverage: Array  # [P, S / 4, S / 4]: the share of each cell that the object covers
 

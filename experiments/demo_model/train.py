@@ -56,7 +56,7 @@ class Phase(NamedTuple):
     stays fixed.
     """
 
-    scenes: int  # the seed of its drawn scenes; 7 to 9 are what quantization is calibrated on
+    scenes: int  # the seed of its scenes; quantization is calibrated on those of seeds 7 to 9
     size: int
     steps: int
     clips: int
@@ -145,10 +145,10 @@ def prompt_loss(model: SAM2, phase: Phase, params: dict, maps: list[Array], labe
         "box": (prompts.jitter_boxes(box, prompts.boxes(masks), phase.size), jnp.tile(jnp.array([[2, 3]]), (half, 1))),
     }
     total, metrics = 0.0, {}
-    for name, (points, kinds) in starts.items():
+    for name, (points, point_labels) in starts.items():
         mask_input = None
         for i in range(phase.rounds):
-            out = apply(maps, (points, kinds), mask_input, method="decode_all_masks")
+            out = apply(maps, (points, point_labels), mask_input, method="decode_all_masks")
             total += mask_loss(out.masks[:, :1], out.ious[:, :1], coverage, phase.shape).mean()
             if i == 0:
                 total += mask_loss(out.masks[:, 1:], out.ious[:, 1:], coverage, phase.shape).mean()
@@ -158,8 +158,9 @@ def prompt_loss(model: SAM2, phase: Phase, params: dict, maps: list[Array], labe
             logits = jax.lax.stop_gradient(chosen)
             metrics[f"{name}{i}"] = soft_iou(logits, coverage).mean()
             metrics[f"influence_{name}{i}"] = logits.std(0).mean() / logits.std((1, 2)).mean()
-            point, kind = prompts.sample_correction_clicks(keys.pop(), logits, coverage, phase.size)
-            points, kinds = jnp.concatenate([points, point], 1), jnp.concatenate([kinds, kind], 1)
+            point, point_label = prompts.sample_correction_clicks(keys.pop(), logits, coverage, phase.size)
+            points = jnp.concatenate([points, point], 1)
+            point_labels = jnp.concatenate([point_labels, point_label], 1)
             mask_input = jnp.clip(logits, -LOGIT_LIMIT, LOGIT_LIMIT)[..., None]
     shortcut_loss = phase.shape(guides[1], coverage).mean() if guides else 0.0
     return total / (2 * phase.rounds) + shortcut_loss, metrics
@@ -172,12 +173,12 @@ def best_mask(out: Decoded) -> Array:
 
 
 def clip_loss(model: SAM2, phase: Phase, params: dict, maps: list[Array], labels: Array, key: Array):
-    """The loss [] of tracking objects through one clip, and its metrics; half are given by masks, half by clicks."""
+    """The loss [] of tracking objects through one clip, and its metrics; half the prompts are masks, half clicks."""
     pick, key = jax.random.split(key)
     order = jnp.arange(phase.objects) + jax.random.randint(pick, (), 0, MAX_OBJECTS)
     which = order % jnp.maximum(labels[0].max(), 1)
     masks, coverage = jax.tree.map(lambda leaf: leaf[:, which], jax.vmap(each_object)(labels))  # [T, O, ...]
-    there = masks.any((2, 3))
+    is_visible = masks.any((2, 3))
     half, apply = phase.objects // 2, functools.partial(model.apply, {"params": params})
 
     def prompt_first_frame(sam: SAM2) -> tuple[FrameOutput, Array]:
@@ -200,20 +201,24 @@ def clip_loss(model: SAM2, phase: Phase, params: dict, maps: list[Array], labels
 
     prompted, decoded = apply(method=prompt_first_frame)
     bank = empty_bank(prompted, min(phase.frames, MEMORIES) - 1)
-    frames = jnp.arange(1, phase.frames), [level[1:] for level in maps], coverage[1:], there[1:]
+    frames = jnp.arange(1, phase.frames), [level[1:] for level in maps], coverage[1:], is_visible[1:]
     # unrolled: on a CPU convolutions take several times as long inside a loop
     _, (losses, ious, calls) = jax.lax.scan(step, bank, frames, unroll=True)
-    first, *_ = tracking_loss(phase, decoded, coverage[0, half:], there[0, half:])
-    metrics = {"track": ious.sum() / there[1:].sum(), "presence": calls.mean()}
+    first, *_ = tracking_loss(phase, decoded, coverage[0, half:], is_visible[0, half:])
+    metrics = {"track": ious.sum() / is_visible[1:].sum(), "presence": calls.mean()}
     return losses.mean() + first / phase.frames, metrics
 
 
-def tracking_loss(phase: Phase, decoded: Decoded, coverage: Array, there: Array) -> tuple[Array, Array, Array]:
+def tracking_loss(phase: Phase, decoded: Decoded, coverage: Array, is_visible: Array) -> tuple[Array, Array, Array]:
     """The loss [] of O objects, the IoU [O] of their best masks (0 if absent), and whether each score is right [O]."""
-    shape = jnp.where(there, mask_loss(decoded.masks, decoded.ious, coverage, phase.shape), 0.0).mean()
+    shape = jnp.where(is_visible, mask_loss(decoded.masks, decoded.ious, coverage, phase.shape), 0.0).mean()
     score = decoded.object_scores[:, 0]
-    presence = optax.sigmoid_binary_cross_entropy(score, there.astype(jnp.float32)).mean()
-    return shape + presence, jnp.where(there, soft_iou(best_mask(decoded), coverage), 0.0), (score > 0) == there
+    presence = optax.sigmoid_binary_cross_entropy(score, is_visible.astype(jnp.float32)).mean()
+    return (
+        shape + presence,
+        jnp.where(is_visible, soft_iou(best_mask(decoded), coverage), 0.0),
+        (score > 0) == is_visible,
+    )
 
 
 def empty_bank(prompted: FrameOutput, slots: int) -> MemoryBank:

@@ -1,4 +1,4 @@
-"""What each bit costs the demo model: round to nearest, one scale per output channel, all layers.
+"""Measures mask quality of the demo model by weight bits: round to nearest, one scale per output channel, all layers.
 
 python -m experiments.rtn.table > experiments/rtn/table.md
 """
@@ -17,6 +17,7 @@ COLUMNS = "box", "1 click", "3 clicks", "J&F"
 
 
 def row(model, params: dict, bits: int | None) -> str:
+    """One line of the table."""
     quantized = params
     if bits:
         specs = dict.fromkeys(layers(params), QuantSpec(bits))

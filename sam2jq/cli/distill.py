@@ -25,7 +25,7 @@ from sam2jq.distillation import trainer as cdpq
 from sam2jq.distillation.history import history
 from sam2jq.distillation.init_student import check_pair, collect_input_stats, start
 from sam2jq.errors import UserError
-from sam2jq.eval.fidelity import find_ground_truth, ground_truth_id, layer_figures, measure
+from sam2jq.eval.fidelity import find_ground_truth, ground_truth_id, layer_errors, measure
 from sam2jq.models.sam2 import SAM2
 from sam2jq.ptq.run import CalibrationImages, find_calibration, run_ptq
 from sam2jq.quant.algorithms.activations import materialize_weights
@@ -136,7 +136,7 @@ def measure_and_write(
         run_metadata(settings["model"], size, source, full, settings, results, history=past),
         params_by_stage["distill"],
         full,
-        layer_figures(full, params_by_stage["distill"], {}),
+        layer_errors(full, params_by_stage["distill"], {}),
         errors,
         gallery,
         timed.keywords["record"],

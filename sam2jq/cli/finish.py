@@ -24,7 +24,7 @@ class MeasuredRun:
     metadata: RunMetadata  # of the package
     params: dict  # the quantized params tree
     full: dict  # the full-precision params tree
-    layers: Mapping[str, dict]  # errors by layer, as `eval.fidelity.layer_figures` returns them
+    layers: Mapping[str, dict]  # errors by layer, as `eval.fidelity.layer_errors` returns them
     errors: Mapping[str, dict]  # errors by stage, as `eval.fidelity.measure` returns them
     gallery: Gallery  # masks to show
     record: list[dict]  # the stages so far, as `run_folder.stage` records them; grows while files are written

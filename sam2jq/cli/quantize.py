@@ -12,7 +12,7 @@ from sam2jq.cli.loading import load_model, replay_bits
 from sam2jq.cli.run_folder import job_folder, job_path, stage
 from sam2jq.config import loader
 from sam2jq.config.run import Config
-from sam2jq.eval.fidelity import find_ground_truth, ground_truth_id, layer_figures, measure
+from sam2jq.eval.fidelity import find_ground_truth, ground_truth_id, layer_errors, measure
 from sam2jq.models.sam2 import SAM2, TRUNK_LINEAR
 from sam2jq.ptq.pipeline import FOLDED, UNROUNDED, Quantized, smoothing_exponents
 from sam2jq.ptq.recipe import gptq_onto, weight_specs
@@ -54,7 +54,7 @@ def quantize(config: Config, folder: Path, command: str) -> None:
     config = replace(asked, quant=done.config)
     (folder / "config.yaml").write_text(loader.dump(config))  # again, with the bits that were chosen for a target
 
-    layers = layer_figures(done.params_by_stage.get(FOLDED, full), done.params, done.stats)
+    layers = layer_errors(done.params_by_stage.get(FOLDED, full), done.params, done.stats)
     variants = {"full precision": full} | {
         name: materialize_weights(done.params_by_stage[name])
         for name in MEASURED_STAGES
@@ -112,14 +112,14 @@ def convert_nunchaku(config: Config, model: SAM2, checkpoint, full: dict, done: 
     The trunk's linears are rounded, with GPTQ, from the tree before rounding onto nunchaku's grid, signed int4 in
     groups of 64, whatever the grid of the config. All other layers are those of `full`.
     """
-    from converters.exports.nunchaku_model import GRID, computed_by_kernels, in_file_precision, save_nunchaku
+    from converters.exports.nunchaku_model import GRID, round_factors, save_nunchaku, simulate_nunchaku
 
     flat = flatten(done.params_by_stage[UNROUNDED])
     layers = [k for k in weight_specs(config.quant.wgts, map(layer_name, kernels(flat))) if TRUNK_LINEAR.fullmatch(k)]
     with stage("nunchaku", f"{len(layers)} linears onto {GRID.dtype} [[1, {GRID.group}]] with GPTQ"):
-        chosen = {path: in_file_precision(leaf) for path, leaf in kernels(flat).items() if layer_name(path) in layers}
+        chosen = {path: round_factors(leaf) for path, leaf in kernels(flat).items() if layer_name(path) in layers}
         rounded = flatten(gptq_onto(GRID, config.quant.wgts, layers).apply(unflatten(flat | chosen), done.stats))
         tree = flatten(full) | {path: leaf for path, leaf in rounded.items() if layer_name(path) in layers}
         about = loader.to_dict(config.model) | {"image_size": model.variant.image_size}
         save_nunchaku(folder / "nunchaku", unflatten(tree), about, checkpoint.names)
-        return computed_by_kernels(full, folder / "nunchaku")
+        return simulate_nunchaku(full, folder / "nunchaku")

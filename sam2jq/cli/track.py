@@ -11,7 +11,7 @@ from sam2jq.cli.loading import load_model
 from sam2jq.cli.run_folder import stage
 from sam2jq.config import loader
 from sam2jq.config.run import SegmentConfig
-from sam2jq.data.sources import drawn_video
+from sam2jq.data.sources import scene_video
 from sam2jq.data.video import open_video
 from sam2jq.errors import UserError
 from sam2jq.files import atomic_write
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
     labels, out = prompt_labels(args), Path(args.out)
     if out.suffix.lower() not in (".gif", ".png"):
         raise UserError(f"--out {out}: give a name that ends in .gif or, for a strip of frames, in .png")
-    video = drawn_video(args.clip) if args.clip.startswith("scenes:") else open_video(args.clip)
+    video = scene_video(args.clip) if args.clip.startswith("scenes:") else open_video(args.clip)
     config = loader.load(None, flags, SegmentConfig)
     model, checkpoint = load_model(config.model, config.cache.root)
     predictor = VideoPredictor(model, materialize_weights(checkpoint.params), dtype=config.model.dtype)

@@ -32,7 +32,10 @@ class Instance(NamedTuple):
 
 
 def coco_images(root: str) -> list[CocoImage]:
-    """The images with at least one instance, sorted by path; masks are decoded later, by `read_instances`."""
+    """The images with at least one instance, sorted by path; `read_instances` decodes their masks.
+
+    Raises FileNotFoundError or UserError if a json or an image is missing or invalid.
+    """
     files = instance_files(Path(root))
     index = images_by_ending(Path(root))
     images = {}
@@ -133,7 +136,7 @@ def decode_mask(segmentation, size: tuple[int, int]) -> np.ndarray:
 
 
 def fill_polygons(polygons: list[list[float]], size: tuple[int, int]) -> np.ndarray:
-    """bool [H, W], the union of the polygons. Those of two points are skipped: pycocotools reads them as boxes."""
+    """bool [H, W], the union of the polygons. Polygons of two points are skipped: pycocotools reads them as boxes."""
     try:
         from pycocotools import mask
     except ModuleNotFoundError as error:
@@ -147,7 +150,8 @@ def fill_polygons(polygons: list[list[float]], size: tuple[int, int]) -> np.ndar
 def decode_runs(runs: list[int], size: tuple[int, int]) -> np.ndarray:
     """bool [H, W] from run lengths of false, true, false, ... in column-major order.
 
-    Not by pycocotools, which leaves the rest uninitialized where the runs do not fill the mask.
+    pycocotools is not used, because it leaves pixels uninitialized if the runs do not fill the mask. Raises UserError
+    then.
     """
     if sum(runs) != size[0] * size[1] or min(runs) < 0:
         raise UserError(f"its run lengths cover {sum(runs)} pixels, but the mask has {size[0] * size[1]}")
@@ -155,9 +159,9 @@ def decode_runs(runs: list[int], size: tuple[int, int]) -> np.ndarray:
 
 
 def run_lengths(text: str) -> list[int]:
-    """The run lengths in COCO's string: 5 bits per character, lowest first, with a continuation bit, then a sign.
+    """The run lengths in COCO's string: 5 bits per character, lowest first, a continuation bit, and a sign.
 
-    From the fourth on, each number is stored as the difference to the one two before.
+    From the fourth on, a number is stored as the difference to the one two places before.
     """
     runs, value, shift = [], 0, 0
     for code in text.encode():

@@ -1,4 +1,4 @@
-"""Frames and short clips for training: which ones, in what order, prefetched by threads."""
+"""Frames and short clips for training: selection, order, and prefetching by threads."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -15,13 +15,13 @@ from sam2jq.errors import UserError
 
 
 def split_of(root: str, split: str) -> str:
-    """The folder of a split in an SA-V root that has it, else `root`."""
+    """The folder of `split` in an SA-V root, or `root` itself if it has no such split."""
     inside = Path(root) / split
     return str(inside) if (inside / SAV_FRAMES).is_dir() else root
 
 
 def find_items(spec: str, num_samples: int | None, seed: int, frames: int = 1, stride: int = 1) -> list[Item]:
-    """`num_samples` items of `frames` frames, `stride` apart, of a data source; all when None.
+    """`num_samples` items of `frames` frames, `stride` apart, of a data source; all if None.
 
     More than one frame needs a source with videos: scenes:<seed>, an SA-V folder, or a folder of folders of frames.
     Raises UserError if the source holds fewer than `num_samples`.
@@ -36,7 +36,7 @@ def find_items(spec: str, num_samples: int | None, seed: int, frames: int = 1, s
             items = [items[i] for i in sorted(chosen)]
     if not items or (num_samples is not None and len(items) < num_samples):
         held = f"{len(items)} images" if frames == 1 else f"{len(items)} clips of {frames} frames"
-        raise UserError(f"{spec} holds {held}, fewer than num_samples {num_samples}: add some, or ask for fewer")
+        raise UserError(f"{spec} holds {held}, fewer than num_samples {num_samples}: add some, or lower num_samples")
     return items
 
 
@@ -46,7 +46,7 @@ def read_item(item: Item, size: int) -> np.ndarray:
 
 
 def check_disjoint(train: Sequence[Item], val: Sequence[Item], key: str = "data.train") -> None:
-    """Raises UserError if training and validation share a frame; key: the config key of the training data."""
+    """Raises UserError if training and validation data share a frame; key: the config key of the training data."""
     frames_of = lambda items: {
         name if name.startswith("scenes:") else str(Path(name).resolve()) for item in items for name in item.frames
     }
@@ -61,7 +61,7 @@ def check_disjoint(train: Sequence[Item], val: Sequence[Item], key: str = "data.
 def order(number: int, batch: int, seed: int, first: int) -> Iterator[np.ndarray]:
     """Yields the item indices [batch] of steps first, first + 1, ...; each epoch shuffles all `number` items.
 
-    Items that do not fill a last batch are skipped in that epoch. Raises UserError if they fill none.
+    Items that do not fill the last batch are skipped in that epoch. Raises UserError if there is no full batch.
     """
     steps = number // batch
     if steps == 0:

@@ -1,8 +1,8 @@
-"""Video object segmentation over the SA-V layout: which objects of which clips are annotated, and their masks.
+"""Video object segmentation data in the SA-V layout: annotated clips, their objects, and their masks.
 
 ROOT/<split>/JPEGImages_24fps/<video>/00000.jpg, 00001.jpg, ...
 ROOT/<split>/Annotations_6fps/<video>/<object>/00000.png, 00004.png, ...   one object each, may overlap
-ROOT/<split>/<split>.txt or ROOT/<split>.txt                               the videos, one a line; may be missing
+ROOT/<split>/<split>.txt or ROOT/<split>.txt                               the videos, one per line; optional
 """
 
 from pathlib import Path
@@ -29,12 +29,17 @@ class VosVideo(NamedTuple):
 
 
 def vos_videos(root: str, split: str) -> list[VosVideo]:
-    """The videos of a split with their masks, in the order of its list; by name where it has none."""
+    """The videos of a split with their masks, in the order of its list, or by name if there is no list.
+
+    Raises FileNotFoundError if a folder is missing.
+    """
     folder = split_folder(Path(root), split)
     names = listed_videos(folder)
     missing = [f"{part}/{name}" for name in names for part in PARTS if not (folder / part / name).is_dir()]
     if missing:
-        raise FileNotFoundError(f"{folder}: has no folder {', '.join(missing)}; put it there or take it off the list")
+        raise FileNotFoundError(
+            f"{folder}: has no folder {', '.join(missing)}; put it there or remove it from the list"
+        )
     return [vos_video(name, folder / SAV_FRAMES / name, folder / SAV_MASKS / name) for name in names]
 
 

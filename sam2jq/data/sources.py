@@ -1,6 +1,6 @@
-"""Data sources: what a string such as "scenes:7" or a folder's name stands for.
+"""Data sources: images, clips and masks of a source given as a string, such as "scenes:7" or a folder.
 
-A new dataset is one entry of SOURCES, before "folder". Nothing is read until it is needed.
+A new type of source is one entry of SOURCES, before "folder". Pixels and masks are read lazily.
 """
 
 import random
@@ -51,11 +51,12 @@ class LabeledClip(NamedTuple):
 
 
 class Source(NamedTuple):
-    """One kind of data source. Each function takes the string first; None: the source has nothing of that kind.
+    """A type of data source. The first argument of each function is the string; None: the type has no such data.
 
-    matches(spec) -> whether this is the kind. images(spec, count) -> names for `read_image`.
+    matches(spec) -> whether the string is of this type. images(spec, count) -> names for `read_image`.
     windows(spec, count, frames, stride) -> items of `frames` frames. labeled_images(spec, count) and
-    labeled_clips(spec, split, count) -> the first `count`, all when None. Only scenes need `count` in the first two.
+    labeled_clips(spec, split, count) -> the first `count`, all if None. Only scenes need `count` in `images` and
+    `windows`.
     """
 
     matches: Callable[[str], bool]
@@ -66,19 +67,20 @@ class Source(NamedTuple):
 
 
 def source_of(spec: str) -> Source:
-    """The first entry of SOURCES that matches."""
+    """The first entry of SOURCES that matches `spec`."""
     return next(source for source in SOURCES.values() if source.matches(spec))
 
 
 def find_images(spec: str, num_samples: int | None, seed: int) -> list[str]:
     """The sorted names of `num_samples` images of a data source, sampled by `seed` without repeats; all if None.
 
-    `spec` is an image file, `scenes:<seed>` (drawn scenes, no files), or a folder of one of these layouts:
+    `spec` is an image file, `scenes:<seed>` (synthetic scenes, no files), or a folder of one of these layouts:
       SA-V    {sav_train,sav_val,sav_test}/JPEGImages_24fps/<video>/<frame>.jpg, one split, or JPEGImages_24fps:
               the frames only;
-      COCO    annotations/*.json with "images": [{"file_name"}]: these images, wherever below the folder they are;
+      COCO    annotations/*.json with "images": [{"file_name"}]: these images, anywhere below the folder;
       plain   all images below. SA-1B is such a folder: sa_*.jpg, and sa_*.json, which are ignored.
     Hidden files and folders, links to folders, and sub folders called annotations* (they hold masks) are skipped.
+    Raises UserError if `num_samples` is below 1.
     """
     if num_samples is not None and num_samples < 1:
         raise UserError(f"{spec}: num_samples must be at least 1, got {num_samples}; leave it out to take every image")
@@ -90,7 +92,9 @@ def find_images(spec: str, num_samples: int | None, seed: int) -> list[str]:
 
 def find_samples(spec: str, count: int | None) -> list[LabeledImage]:
     """The first `count` images with masks of scenes:<seed> or of a COCO folder; all when None."""
-    return (source_of(spec).labeled_images or coco_labeled_images)(spec, count)  # COCO's error says what is missing
+    return (source_of(spec).labeled_images or coco_labeled_images)(
+        spec, count
+    )  # whose error says what the folder lacks
 
 
 def find_clips(spec: str, split: str, count: int | None) -> list[LabeledClip]:
@@ -103,11 +107,11 @@ def read_images(names: tuple[str, ...]) -> list[np.ndarray]:
     return [read_image(name) for name in names]
 
 
-# drawn scenes
+# synthetic scenes
 
 
 def scene_windows(spec: str, count: int | None, frames: int, stride: int) -> list[Item]:
-    """One item per drawn clip."""
+    """`count` items, one per synthetic clip."""
 
     def read(name: str) -> list[np.ndarray]:
         return list(draw_clip(scene_seed(name), (frames - 1) * stride + 1).frames[::stride])
@@ -116,38 +120,41 @@ def scene_windows(spec: str, count: int | None, frames: int, stride: int) -> lis
 
 
 def scene_labeled_images(spec: str, count: int | None) -> list[LabeledImage]:
-    """Drawn scenes with their masks."""
+    """`count` synthetic scenes with their masks."""
     read = lambda name: tuple(draw_scene(scene_seed(name)))
     return [LabeledImage(name, partial(read, name)) for name in scene_names(spec, count)]
 
 
 @lru_cache(maxsize=1)
-def drawn_clip(name: str) -> Clip:
-    """The clip of the scene "scenes:<seed>/<index>"; the last one is cached for its frames and its masks."""
+def cached_clip(name: str) -> Clip:
+    """The clip "scenes:<seed>/<index>"; the last one is cached: frames and masks are read separately."""
     return draw_clip(scene_seed(name))
 
 
-def drawn_video(name: str) -> Video:
-    """The frames of the clip of a scene."""
-    return video_of(drawn_clip(name).frames)
+def scene_video(name: str) -> Video:
+    """The frames of a synthetic clip."""
+    return video_of(cached_clip(name).frames)
 
 
 def scene_labeled_clips(spec: str, split: str, count: int | None) -> list[LabeledClip]:
-    """Drawn clips with the masks of all frames; there are no splits."""
+    """`count` synthetic clips with the masks of all frames; `split` is ignored."""
 
     def masks(name: str) -> dict[str, dict[int, np.ndarray]]:
-        by_object = np.moveaxis(drawn_clip(name).masks, 1, 0)
+        by_object = np.moveaxis(cached_clip(name).masks, 1, 0)
         return {f"{i:03d}": dict(enumerate(object_masks)) for i, object_masks in enumerate(by_object)}
 
     names = scene_names(spec, count)
-    return [LabeledClip(name, partial(drawn_video, name), partial(masks, name)) for name in names]
+    return [LabeledClip(name, partial(scene_video, name), partial(masks, name)) for name in names]
 
 
 # folders
 
 
 def folder_images(spec: str, count: int | None) -> list[str]:
-    """The sorted names of an image file, or of all images below a folder; never empty."""
+    """The sorted names of an image file, or of all images below a folder.
+
+    Raises FileNotFoundError if there is none, UserError if the file is not an image.
+    """
     root = Path(spec)
     if not spec or not root.exists():
         raise FileNotFoundError(f"{spec or 'empty path'}: no such file or folder; give a folder of images or scenes:7")
@@ -171,7 +178,7 @@ def images_in(folders: list[Path], where: str) -> list[str]:
 
 
 def coco_image_names(spec: str, count: int | None) -> list[str]:
-    """The sorted names of the images that annotations/*.json list, of all images where they list none."""
+    """The sorted names of the images that annotations/*.json list, or of all images if they list none."""
     names = coco_names(Path(spec))
     return sorted(map(str, images_named(Path(spec), names))) if names else folder_images(spec, count)
 

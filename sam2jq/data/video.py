@@ -1,4 +1,4 @@
-"""Clips on disk: a folder of frames or a video file, and their frames one at a time."""
+"""Clips on disk, a folder of frames or a video file, with lazy access to their frames."""
 
 import itertools
 import re
@@ -18,7 +18,7 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm")
 class Video:
     """A clip of len(video) frames, video[i]: uint8 [H, W, 3] RGB, read on access.
 
-    names: of the frames, such as "00012"; size: (H, W) in pixels, of every frame; read: the frame at an index.
+    names: names of the frames, such as "00012". size: (H, W) in pixels. read(index) -> a frame.
     """
 
     names: list[str]
@@ -33,7 +33,10 @@ class Video:
 
 
 def open_video(path: str) -> Video:
-    """The clip in a folder of frames or in a video file; seeking backwards in a file is slow, see `forward_reader`."""
+    """The clip in a folder of frames or in a video file; seeking backwards in a file is slow, see `forward_reader`.
+
+    Raises FileNotFoundError or UserError if there is no readable clip.
+    """
     if path and Path(path).is_dir():
         return open_folder(path)
     if not Path(path).is_file():
@@ -52,9 +55,10 @@ def video_of(frames: np.ndarray) -> Video:
 
 
 def find_frames(path: str) -> list[str]:
-    """The image files right in a folder as SAM 2 orders them: 2.jpg before 10.jpg, and frame2.jpg before frame10.jpg.
+    """The image files of a folder in natural order: 2.jpg before 10.jpg, frame2.jpg before frame10.jpg.
 
-    Unlike SAM 2, which takes whole numbers as names only, any names will do.
+    It is the order of SAM 2, which accepts only numbers as names. Raises FileNotFoundError if there is no image,
+    UserError if two files have the same name with different endings.
     """
     if not Path(path).is_dir():
         raise FileNotFoundError(f"{path}: no such folder; give a folder of frames")
@@ -74,13 +78,14 @@ def natural_order(file: Path) -> tuple:
 
 
 def open_folder(path: str) -> Video:
+    """The clip in a folder of frames. Raises UserError if frames differ in size."""
     files = find_frames(path)
     size = common_size(files, [image_size(file) for file in files])
     return Video([Path(file).stem for file in files], size, lambda index: read_image(files[index]))
 
 
 def open_file(path: str) -> Video:
-    """Decodes the whole file once beforehand: its header may give a wrong number of frames, or none."""
+    """The clip in a video file. Decodes the whole file once: its header may hold a wrong number of frames, or none."""
     sizes = [upright_size(frame) for frame in decode(path)]
     if not sizes:
         raise UserError(f"{path}: holds no frame; convert it again or give a folder of frames")
@@ -91,7 +96,10 @@ def open_file(path: str) -> Video:
 
 
 def decode(path: str) -> Iterator:
-    """The `av.VideoFrame`s of a file's first video stream, in the order they are shown."""
+    """Yields the `av.VideoFrame`s of a file's first video stream in display order.
+
+    Raises UserError if PyAV is not installed or the file is not readable.
+    """
     try:
         import av
     except ModuleNotFoundError as error:
@@ -110,21 +118,23 @@ def decode(path: str) -> Iterator:
 
 
 def quarter_turns(frame) -> int:
-    """How often to rotate a frame by 90 degrees counterclockwise: phones store the rotation as metadata."""
+    """The number of counterclockwise rotations by 90 degrees that make a frame upright; phones store it as metadata."""
     return round(frame.rotation / 90)
 
 
 def upright_size(frame) -> tuple[int, int]:
+    """(H, W) of a decoded frame after its rotation."""
     size = frame.height, frame.width
     return size[::-1] if quarter_turns(frame) % 2 else size
 
 
 def upright_image(frame) -> np.ndarray:
+    """uint8 [H, W, 3], RGB, of a decoded frame after its rotation."""
     return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), quarter_turns(frame)))
 
 
 def common_size(names: list[str], sizes: list[tuple[int, int]]) -> tuple[int, int]:
-    """The (H, W) that all frames share."""
+    """The (H, W) of all frames. Raises UserError if one has another size."""
     for name, size in zip(names, sizes):
         if size != sizes[0]:
             raise UserError(
@@ -135,7 +145,7 @@ def common_size(names: list[str], sizes: list[tuple[int, int]]) -> tuple[int, in
 
 
 def forward_reader(start: Callable[[], Iterator]) -> Callable[[int], object]:
-    """A function from an index to that item of `start()`; it starts anew only for an index below the last one."""
+    """read(index) -> that item of the iterator `start()`, which is restarted only for an index below the last one."""
     index, item, items = -1, None, start()
 
     def read(target: int):

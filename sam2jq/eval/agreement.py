@@ -16,11 +16,11 @@ from sam2jq.predictors.image import decode, encode_images
 STRIDES = (4, 8, 16)
 
 
-class Compared(NamedTuple):
-    """One image: squared norms of the feature maps per stride, and the masks of P clicks."""
+class ImageAgreement(NamedTuple):
+    """The comparison of one image: squared norms of feature maps by stride, and the masks of P clicks."""
 
-    difference: np.ndarray  # [3]
-    reference: np.ndarray  # [3]
+    difference: np.ndarray  # [3]: |quantized - full precision|^2
+    reference: np.ndarray  # [3]: |full precision|^2
     ious: np.ndarray  # [P, 3] of quantized against full-precision masks
     best: np.ndarray  # [P]: index of the mask with the best estimated IoU in full precision
     masks: tuple[np.ndarray, np.ndarray]  # bool [P, 3, S / 4, S / 4]: full precision, quantized
@@ -28,9 +28,10 @@ class Compared(NamedTuple):
 
 def compare(
     model: SAM2, params: dict, quantized: dict, images: Iterable[list[np.ndarray]], side: int, dtype: str = "float32"
-) -> Iterable[Compared]:
-    """Yields one result per image of each batch of uint8 images [H, W, 3], for side * side clicks.
+) -> Iterable[ImageAgreement]:
+    """Yields one result per image of each batch of uint8 images [H, W, 3], for a grid of side * side clicks.
 
+    params: full precision; quantized: the params to compare; dtype: of the images and activations.
     All three masks of every click are compared by index. Comparing only the best ones would compare two different
     masks where the order of their estimated IoUs changes.
     """
@@ -40,16 +41,21 @@ def compare(
         inputs = jnp.asarray(np.stack([preprocess(image, model.variant.image_size) for image in batch]), dtype)
         full, small = encode_images(model, params, inputs), encode_images(model, quantized, inputs)
         for i in range(len(batch)):
-            one, other = ([level[i : i + 1] for level in maps] for maps in (full, small))
-            found = [decode(model, p, maps, points, multimask=True) for p, maps in ((params, one), (quantized, other))]
-            before, after = (np.asarray(out.masks) > 0 for out in found)
-            best = np.asarray(found[0].ious).argmax(1)
-            difference = squares(b.astype(jnp.float32) - a.astype(jnp.float32) for a, b in zip(one, other))
-            yield Compared(difference, squares(one), iou(after, before), best, (before, after))
+            before, after = ([level[i : i + 1] for level in maps] for maps in (full, small))
+            outputs = [
+                decode(model, p, maps, points, multimask=True) for p, maps in ((params, before), (quantized, after))
+            ]
+            masks = tuple(np.asarray(out.masks) > 0 for out in outputs)
+            best = np.asarray(outputs[0].ious).argmax(1)
+            difference = squares(b.astype(jnp.float32) - a.astype(jnp.float32) for a, b in zip(before, after))
+            yield ImageAgreement(difference, squares(before), iou(masks[1], masks[0]), best, masks)
 
 
-def summarize(results: list[Compared]) -> dict:
-    """{"feature_error": {"stride4": ...}, "mask_iou", "mask_iou_worst_image", "images", "prompts_per_image"}."""
+def summarize(results: list[ImageAgreement]) -> dict:
+    """{"feature_error": {"stride4": ...}, "mask_iou", "mask_iou_worst_image", "images", "prompts_per_image"}.
+
+    Raises UserError if features are not finite.
+    """
     error = np.sqrt(sum(r.difference for r in results) / sum(r.reference for r in results))
     if not np.isfinite(error).all():
         raise UserError("features are not finite: the model overflows in this dtype, give --model.dtype float32")

@@ -1,7 +1,7 @@
 """Mask metrics: IoU, boundary IoU, and the video metrics J & F of SA-V and DAVIS.
 
 J & F follow facebookresearch/sam2, sav_dataset/utils/sav_benchmark.py, which took them from hkchengrex/vos-benchmark.
-They are shares in 0..1 here; the evaluator prints percent.
+Values are in 0..1 here; the evaluator prints percent.
 """
 
 from typing import NamedTuple
@@ -24,54 +24,55 @@ class VideoScores(NamedTuple):
         return (self.j + self.f) / 2
 
 
-def iou(got: np.ndarray, reference: np.ndarray) -> np.ndarray:
+def iou(predicted: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """Intersection over union [...] of boolean masks [..., H, W]; 1 where both are empty."""
-    check_shapes(got, reference)
-    intersection, union = (f(got, reference).sum((-2, -1)) for f in (np.logical_and, np.logical_or))
+    check_shapes(predicted, reference)
+    intersection, union = (f(predicted, reference).sum((-2, -1)) for f in (np.logical_and, np.logical_or))
     return np.where(union > 0, intersection / np.maximum(union, 1), 1.0)
 
 
-def boundary_iou(got: np.ndarray, reference: np.ndarray) -> np.ndarray:
+def boundary_iou(predicted: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """Boundary IoU [...] of boolean masks [..., H, W] (arXiv 2103.16562); 1 where both are empty."""
-    check_masks(got, reference, "..., H, W")
-    return iou(inner_boundary(got), inner_boundary(reference))
+    check_masks(predicted, reference, "..., H, W")
+    return iou(inner_boundary(predicted), inner_boundary(reference))
 
 
 def inner_boundary(mask: np.ndarray) -> np.ndarray:
-    """The pixels [..., H, W] of a mask up to d pixels from one outside it, diagonal steps counting as one.
+    """bool [..., H, W]: the pixels of a mask at a chessboard distance of at most d from a pixel outside it.
 
-    d is 2 % of the image's diagonal, rounded, and at least 1. As in the paper's code, a mask ends at the image's edge.
+    d is 2 % of the image's diagonal, rounded, and at least 1. As in the paper's code, pixels beyond the image are
+    outside the mask.
     """
     depth = max(1, round(0.02 * np.hypot(*mask.shape[-2:])))
     eroded = minimum_filter(mask, 2 * depth + 1, axes=(-2, -1), mode="constant", cval=0)
     return mask & ~eroded
 
 
-def region_similarity(got: np.ndarray, reference: np.ndarray) -> np.ndarray:
+def region_similarity(predicted: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """J [...] of boolean masks [..., H, W]: intersection over union, and 1 where both are empty."""
-    check_masks(got, reference, "..., H, W")
-    return iou(got, reference)
+    check_masks(predicted, reference, "..., H, W")
+    return iou(predicted, reference)
 
 
-def contour_accuracy(got: np.ndarray, reference: np.ndarray) -> float:
+def contour_accuracy(predicted: np.ndarray, reference: np.ndarray) -> float:
     """F of two boolean masks [H, W]: the harmonic mean of precision and recall of contour pixels.
 
-    Precision is the share of got's contour pixels at most ceil(0.008 * diagonal) pixels, in Euclidean distance, from
-    one of reference's; recall is the same the other way round. An empty contour has no wrong pixels, so its share
-    is 1: F is 1 where both contours are empty and 0 where one is.
+    Precision is the share of predicted contour pixels that are at most ceil(0.008 * diagonal) pixels, in Euclidean
+    distance, from a contour pixel of the reference. Recall is the same with the masks swapped. The share of an empty
+    contour is 1. F is 1 if both contours are empty and 0 if only one is.
     """
-    check_masks(got, reference, "H, W")
-    radius = np.ceil(0.008 * np.linalg.norm(got.shape))
-    got, reference = (np.argwhere(contour(mask)) for mask in (got, reference))
-    precision, recall = share_near(got, reference, radius), share_near(reference, got, radius)
+    check_masks(predicted, reference, "H, W")
+    radius = np.ceil(0.008 * np.linalg.norm(predicted.shape))
+    predicted, reference = (np.argwhere(contour(mask)) for mask in (predicted, reference))
+    precision, recall = share_near(predicted, reference, radius), share_near(reference, predicted, radius)
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
 def contour(mask: np.ndarray) -> np.ndarray:
-    """The pixels [H, W] that differ from the one to the right, the one below or the one below right.
+    """bool [H, W]: the pixels that differ from their neighbor to the right, below, or below right.
 
-    A contour is thus one pixel wide, half of it outside the mask on the upper left. The mask goes on beyond the
-    image, so there is none along the image's edges: a mask of the whole image has an empty contour.
+    A contour is thus one pixel wide; at the top and left it lies outside the mask. The mask is continued beyond the
+    image, so that the image's edges are no contour: a mask of the whole image has an empty contour.
     """
     padded = np.pad(mask, ((0, 1), (0, 1)), "edge")
     return (mask != padded[:-1, 1:]) | (mask != padded[1:, :-1]) | (mask != padded[1:, 1:])
@@ -83,43 +84,45 @@ def share_near(points: np.ndarray, others: np.ndarray, radius: float) -> float:
     return float(np.mean(distance <= radius)) if len(points) else 1.0
 
 
-def video_scores(got: np.ndarray, reference: np.ndarray) -> VideoScores:
+def video_scores(predicted: np.ndarray, reference: np.ndarray) -> VideoScores:
     """Mean J and F of one object from its boolean masks [T, H, W] in all its annotated frames, in order.
 
-    The first and the last annotated frame are left out, for every object its own. Of the others, those before the
-    object is first seen, in got or in reference, do not count. From there on all do: where it is absent from both, J
-    and F are 1; where it is absent from one, J is 0, and so is F unless the other fills the image. An object that the
-    model lost is an empty mask: the evaluator accepts no missing file. Nor does it score an object that reference
-    shows in none of the frames left.
+    The first and the last annotated frame of the object are left out. So are frames before the first one in which the
+    prediction or the reference is not empty. In the remaining frames J and F are 1 if both masks are empty; if one is,
+    J is 0, and so is F unless the other mask fills the image. Where the model lost the object its mask must be empty:
+    the evaluator accepts no missing file.
+    Raises UserError if the reference is empty in all frames between the first and the last: the evaluator has no score
+    for such an object.
     """
-    check_masks(got, reference, "T, H, W")
-    got, reference = got[1:-1], reference[1:-1]
+    check_masks(predicted, reference, "T, H, W")
+    predicted, reference = predicted[1:-1], reference[1:-1]
     if not reference.any():
         raise UserError(
             f"the object is in none of the {len(reference)} annotated frames between the first and the last: "
             "SA-V's evaluator has no score for it, leave it out"
         )
-    seen = np.argmax((got | reference).any((1, 2)))
-    got, reference = got[seen:], reference[seen:]
-    f = [contour_accuracy(*masks) for masks in zip(got, reference)]
-    return VideoScores(float(region_similarity(got, reference).mean()), float(np.mean(f)))
+    first = np.argmax((predicted | reference).any((1, 2)))
+    predicted, reference = predicted[first:], reference[first:]
+    f = [contour_accuracy(*masks) for masks in zip(predicted, reference)]
+    return VideoScores(float(region_similarity(predicted, reference).mean()), float(np.mean(f)))
 
 
 def mean_scores(scores: list[VideoScores]) -> VideoScores:
-    """The score of a dataset: the mean over the objects of all its videos at once, however many a video has."""
+    """The score of a dataset: the mean over the objects of all videos. Raises UserError if there is no object."""
     if not scores:
         raise UserError("no object to average over")
     return VideoScores(*np.mean(scores, axis=0).tolist())
 
 
-def check_shapes(got: np.ndarray, reference: np.ndarray) -> None:
-    if got.shape != reference.shape:
-        raise UserError(f"shapes differ: {got.shape} and {reference.shape}")
+def check_shapes(predicted: np.ndarray, reference: np.ndarray) -> None:
+    """Raises UserError unless both arrays have the same shape."""
+    if predicted.shape != reference.shape:
+        raise UserError(f"shapes differ: {predicted.shape} and {reference.shape}")
 
 
-def check_masks(got: np.ndarray, reference: np.ndarray, axes: str) -> None:
-    """Raises unless both are boolean, of one shape and have `axes`, such as "T, H, W"."""
-    check_shapes(got, reference)
-    for mask in (got, reference):
+def check_masks(predicted: np.ndarray, reference: np.ndarray, axes: str) -> None:
+    """Raises UserError unless both masks are boolean and have the same shape and the axes `axes`, such as "T, H, W"."""
+    check_shapes(predicted, reference)
+    for mask in (predicted, reference):
         if mask.dtype != bool or (mask.ndim != len(axes.split()) and "..." not in axes):
             raise UserError(f"masks must be bool [{axes}], got {mask.dtype} {list(mask.shape)}")

@@ -11,7 +11,7 @@ from PIL import Image
 
 from sam2jq.data import read_image
 from sam2jq.errors import UserError
-from sam2jq.eval.gallery import Gallery, Shown
+from sam2jq.eval.gallery import Gallery, GalleryItem
 from sam2jq.report.figures import SIDE, draw_prompts
 from sam2jq.report.page import file_inside, run_page
 from sam2jq.report.schema import REPORT_VERSION, RunMetrics
@@ -56,7 +56,7 @@ def save_gallery(folder: Path, gallery: Gallery) -> list[dict]:
     return [save_shown(folder, f"gallery/{i:02d}", why, shown) for i, (why, shown) in enumerate(entries)]
 
 
-def save_shown(folder: Path, stem: str, why: str, shown: Shown) -> dict:
+def save_shown(folder: Path, stem: str, why: str, shown: GalleryItem) -> dict:
     """Writes the photograph and both masks of `shown` to folder/<stem>_*; returns {"image", "click", "files", ...}."""
     photo = Image.fromarray(read_image(shown.image))
     photo.thumbnail((SIDE, SIDE))

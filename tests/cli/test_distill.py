@@ -189,8 +189,8 @@ def test_every_eligible_layer_of_the_originals_pairs_learns(pair, tmp_path):
     study = cdpq.make_distill_task(model, known, *find_clips(how), how)
     optimizer = cdpq.make_optimizer(how.train, 3, trainable_mask(begin))
     step, state = make_train_step(study.loss, optimizer), init_state(jax.tree.map(jnp.copy, begin), optimizer, 0)
-    for lessons in islice(study.batches(0), 3):
-        state, metrics = step(state, lessons)
+    for batch in islice(study.batches(0), 3):
+        state, metrics = step(state, batch)
         assert np.isfinite(metrics["loss"])
     before, after = parts(begin), parts(state.params)
     assert len(fake_quant_layers(begin)) == len(layers(begin)) == {"tiny": 171, "base-plus": 219}[how.student.name]

@@ -29,7 +29,7 @@ def test_a_package_is_exported_to_other_formats(job, tmp_path, capsys, to, files
         )
         assert jax.tree.all(jax.tree.map(np.array_equal, made, own))
     if to == "nunchaku":
-        assert "28 linears stood on another grid and were rounded a second time" in capsys.readouterr().out
+        assert "28 linear layers were on another grid and were rounded a second time" in capsys.readouterr().out
 
 
 def test_an_export_of_nothing_is_an_error(tmp_path, capsys):

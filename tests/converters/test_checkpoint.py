@@ -17,7 +17,7 @@ LONG = [
     ("large", "2.1"),
     ("base-plus", "2.0"),
     ("small", "2.0"),
-]  # versions differ in a few layers of memory, as those of tiny show
+]  # slow; versions differ in a few memory layers, which tiny covers
 QUICK = [pytest.param(*one, marks=pytest.mark.slow if one in LONG else ()) for one in CHECKPOINTS]
 
 
@@ -30,8 +30,8 @@ def same(a: dict, b: dict) -> bool:
 
 
 @pytest.mark.parametrize(("name", "version"), QUICK)
-def test_a_state_dict_comes_back_bit_for_bit(name, version):
-    """No two numbers of a tensor, nor tensors of one shape, are alike, as those are that start at 0."""
+def test_a_state_dict_is_restored_bit_for_bit(name, version):
+    """All values of a tensor differ, and so do tensors of one shape, so that a swap would be noticed."""
     state_dict = build_original(name, version).state_dict()
     steps = lambda i, v: torch.linspace(i, i + 1, v.numel()).reshape(v.shape)
     state_dict = {key: v + steps(i, v) for i, (key, v) in enumerate(state_dict.items())}
@@ -39,7 +39,7 @@ def test_a_state_dict_comes_back_bit_for_bit(name, version):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_narrow_dtypes_come_back_bit_for_bit(dtype):
+def test_narrow_dtypes_are_restored_bit_for_bit(dtype):
     state_dict = {k: v.to(dtype) for k, v in to_torch(init_params(build("nano"), 0)).items()}
     assert same(to_torch(from_torch(state_dict, abstract_params(build("nano")))), state_dict)
 
@@ -70,7 +70,7 @@ def test_a_hugging_face_folder_is_found_by_its_model_file(tmp_path):
     load_checkpoint(str(tmp_path), model)
 
 
-def test_random_weights_are_known_as_such():
+def test_random_weights_are_marked():
     assert load_checkpoint("random:3", build("nano")).random
     with pytest.raises(ValueError, match="whole number"):
         load_checkpoint("random:x", build("nano"))
@@ -143,7 +143,7 @@ def test_a_hub_id_offline_is_a_clear_error(monkeypatch, tmp_path):
         load_checkpoint("facebook/sam2.1-hiera-tiny", build("tiny"))
 
 
-def test_what_the_original_code_saved_loads(tmp_path):
+def test_a_checkpoint_saved_by_the_original_code_loads(tmp_path):
     pair = twin("nano", "2.1", 256)
     torch.save({"model": pair.torch.state_dict()}, tmp_path / "c.pt")
     assert same(to_torch(load_checkpoint(str(tmp_path / "c.pt"), pair.model).params), pair.torch.state_dict())

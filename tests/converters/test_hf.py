@@ -19,7 +19,7 @@ RECORDED = json.loads(Path(__file__).with_name("hf_names.json").read_text())
 MODELS = [(size, version) for size in RECORDED["vision_encoder"] for version in ("2.0", "2.1")]
 every_model = pytest.mark.parametrize(("size", "version"), MODELS)
 
-# What Hugging Face's configuration of each size has other than the defaults, which are tiny's.
+# How Hugging Face's configuration of each size differs from the defaults, which are those of tiny.
 HEADS = {"num_attention_heads_per_stage": [2, 4, 8, 16]}
 BACKBONES = {
     "tiny": {},
@@ -84,7 +84,7 @@ def test_dtypes_are_kept():
 
 
 @every_model
-def test_only_hugging_face_names_are_hugging_face_names(size, version):
+def test_is_hf_is_true_for_hugging_face_names_only(size, version):
     theirs = checkpoint(size, version)
     ours = hf.from_hf(theirs)
     shared = theirs.keys() & ours.keys()
@@ -107,7 +107,7 @@ def test_original_names_and_shapes_are_those_of_the_released_checkpoints(size, s
 
 
 @pytest.mark.parametrize("absent", hf.HF_FOURIER)
-def test_the_fourier_matrix_may_stand_under_one_name(absent):
+def test_the_fourier_matrix_may_have_one_name_only(absent):
     theirs = checkpoint("tiny", "2.1")
     once = {key: x for key, x in theirs.items() if key != absent}
     assert same(hf.from_hf(once), hf.from_hf(theirs))
@@ -127,7 +127,7 @@ def test_a_mix_of_both_styles_is_an_error():
             hf.to_hf(ours | {mixed: torch.zeros(1)})
 
 
-def test_what_has_no_place_keeps_its_name_so_that_a_strict_check_can_list_it():
+def test_unknown_tensors_keep_their_names():
     strange = {"image_encoder.trunk.blocks.0.norm9.weight", "vision_encoder.backbone.norm.bias", "ema"}
     lonely = hf.POINT.format(2)  # without the ones before it there is no [4, C] to put it in
     assert hf.to_hf(dict.fromkeys(strange | {lonely}, torch.ones(1, 4))).keys() == strange | {lonely}
@@ -135,7 +135,7 @@ def test_what_has_no_place_keeps_its_name_so_that_a_strict_check_can_list_it():
     assert hf.from_hf({hf.HF_POINTS: torch.ones(5, 4)}).keys() == {hf.POINT.format(i) for i in range(5)}
 
 
-def test_safetensors_can_write_what_to_hf_returns(tmp_path):
+def test_the_result_of_to_hf_can_be_saved_as_safetensors(tmp_path):
     theirs = small(checkpoint("tiny", "2.1"))
     save_file(hf.to_hf(hf.from_hf(theirs)), tmp_path / "model.safetensors")
     assert same(load_file(tmp_path / "model.safetensors"), theirs)
@@ -188,7 +188,7 @@ def features(pair):
 
 
 def assert_close(got, expected):
-    """The same operations in another order: 1e-4 is well above the 5e-6 seen and below what a swapped pair costs."""
+    """The operations are the same in another order: measured 5e-6, while two swapped tensors would exceed 1e-4."""
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 

@@ -32,8 +32,8 @@ def rle(mask: np.ndarray, compressed: bool = False) -> dict:
 
 
 def annotation(segmentation, **fields) -> dict:
-    given = {"id": 7, "image_id": 1, "category_id": 3, "iscrowd": 0, "bbox": [5, 4, 6.5, 4]}
-    return given | {"segmentation": segmentation} | fields
+    default = {"id": 7, "image_id": 1, "category_id": 3, "iscrowd": 0, "bbox": [5, 4, 6.5, 4]}
+    return default | {"segmentation": segmentation} | fields
 
 
 def write_json(root: Path, annotations: list[dict], names=("a.jpg", "b.jpg"), file: str = "instances_val.json") -> None:
@@ -75,7 +75,7 @@ def test_an_instance_has_the_mask_box_and_category_of_its_annotation(root):
 @pytest.mark.parametrize(
     "mask", [random_mask(), np.ones(SIZE, bool), np.eye(*SIZE, dtype=bool), np.arange(600).reshape(SIZE) == 599]
 )
-def test_run_lengths_hold_the_mask_they_were_made_of(root, mask, compressed):
+def test_run_lengths_decode_to_the_encoded_mask(root, mask, compressed):
     (instance,) = instances(root, annotation(rle(mask, compressed)))
     np.testing.assert_array_equal(instance.mask, mask)
 
@@ -109,10 +109,14 @@ def test_crowds_and_empty_masks_are_left_out(root):
     assert [instance.id for instance in kept] == [2]
 
 
-def test_images_are_those_with_an_instance_wherever_they_lie(root):
+def test_images_with_an_instance_are_found_anywhere_below_the_root(root):
     crowd = annotation(SQUARE, image_id=3, iscrowd=1)
-    found = [annotation(SQUARE, image_id=2, id=1), annotation(SQUARE, image_id=1), annotation(SQUARE, image_id=2, id=2)]
-    write_json(root, [*found, crowd], ["./deep/c.jpg", "val/a.jpg", "gone.jpg"])
+    others = [
+        annotation(SQUARE, image_id=2, id=1),
+        annotation(SQUARE, image_id=1),
+        annotation(SQUARE, image_id=2, id=2),
+    ]
+    write_json(root, [*others, crowd], ["./deep/c.jpg", "val/a.jpg", "gone.jpg"])
     write_json(root, [annotation(SQUARE, image_id=1)], ["b.jpg"], "instances_train.json")
     (root / "annotations/captions_val.json").write_text("{}")
     images = coco_images(str(root))

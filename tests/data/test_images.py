@@ -10,7 +10,7 @@ from sam2jq.data.synthetic.scenes import scene_seed
 
 
 def write_images(root: Path, *names: str) -> Path:
-    """`root` with a small image of its own colours under each name."""
+    """`root`, after writing a small random image under each name, all different."""
     for index, name in enumerate(names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(random_image(8, 12, seed=index)).save(root / name)
@@ -26,47 +26,47 @@ def random_image(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def found(root: Path) -> list[str]:
+def names_in(root: Path) -> list[str]:
     return [Path(name).relative_to(root).as_posix() for name in find_images(str(root), None, 0)]
 
 
-def test_a_folder_holds_the_images_below_it_but_no_hidden_ones_and_no_masks(tmp_path):
+def test_a_folder_gives_all_images_below_it_except_hidden_ones_and_masks(tmp_path):
     images = ["a.jpg", "b/c.PNG", "b/d/e.webp", "f.JPEG", "g.bmp"]
     write_images(tmp_path, *images, ".h.jpg", ".i/j.jpg", "b/annotations/k.png", "sav_val/Annotations_6fps/v/000/0.png")
     (tmp_path / "notes.txt").write_text("no image")
-    assert found(tmp_path) == images
+    assert names_in(tmp_path) == images
 
 
 def test_an_sa1b_folder_holds_its_jpgs(tmp_path):
     write_images(tmp_path, "sa_1.jpg", "sa_2.jpg")
     write_json(tmp_path / "sa_1.json", {"image": {"file_name": "sa_1.jpg"}, "annotations": []})
-    assert found(tmp_path) == ["sa_1.jpg", "sa_2.jpg"]
+    assert names_in(tmp_path) == ["sa_1.jpg", "sa_2.jpg"]
 
 
-def test_a_coco_folder_holds_what_its_annotations_name_wherever_it_lies(tmp_path):
+def test_a_coco_folder_gives_the_images_that_its_annotations_list_anywhere_below_it(tmp_path):
     write_images(tmp_path, "train/1.jpg", "val/deep/2.jpg", "val/3.jpg", "train/3.jpg", "train/unnamed.jpg")
     for number, names in enumerate([["1.jpg", "gone.jpg"], ["./deep/2.jpg", "val/3.jpg"]]):
         write_json(tmp_path / f"annotations/{number}.json", {"images": [{"file_name": name} for name in names]})
     write_json(tmp_path / "annotations/other.json", {"images": [{"file_name": "elsewhere.jpg"}]})
-    assert found(tmp_path) == ["train/1.jpg", "val/3.jpg", "val/deep/2.jpg"]
+    assert names_in(tmp_path) == ["train/1.jpg", "val/3.jpg", "val/deep/2.jpg"]
 
 
 @pytest.mark.parametrize("content", [{"video_id": "v", "masklet": []}, {"images": 3}, {"images": [4]}, [5]])
 def test_a_folder_whose_annotations_name_no_images_is_a_plain_one(tmp_path, content):
     write_images(tmp_path, "a.jpg")
     write_json(tmp_path / "annotations/video.json", content)
-    assert found(tmp_path) == ["a.jpg"]
+    assert names_in(tmp_path) == ["a.jpg"]
 
 
 @pytest.mark.parametrize("below", ["", "sav_val", "sav_val/JPEGImages_24fps", "sav_val/JPEGImages_24fps/v"])
-def test_sav_folders_hold_their_frames_only(tmp_path, below):
+def test_sav_folders_give_their_frames_only(tmp_path, below):
     val = [f"sav_val/JPEGImages_24fps/v/{frame:05d}.jpg" for frame in range(3)]
     train = ["sav_train/JPEGImages_24fps/w/00000.jpg"]
     write_images(tmp_path, *val, *train, "cover.png", "sav_val/cover.png", "sav_val/Annotations_6fps/v/000/00000.png")
     write_json(tmp_path / "annotations/v_manual.json", {"video_id": "v", "masklet": []})
     root = tmp_path / below
     frames = val if below else sorted(val + train)
-    assert found(root) == [(tmp_path / frame).relative_to(root).as_posix() for frame in frames]
+    assert names_in(root) == [(tmp_path / frame).relative_to(root).as_posix() for frame in frames]
 
 
 @pytest.mark.parametrize(
@@ -81,12 +81,12 @@ def test_real_folders_hold_readable_images(shared, folder, suffix, count):
     assert read_image(names[0]).ndim == 3
 
 
-def test_a_file_stands_for_itself(tmp_path):
+def test_an_image_file_gives_itself(tmp_path):
     name = str(write_images(tmp_path, "a.jpg") / "a.jpg")
     assert find_images(name, 5, 0) == [name]
 
 
-def test_a_sample_is_drawn_by_the_seed_without_repeats(tmp_path):
+def test_a_sample_is_determined_by_the_seed_and_has_no_repeats(tmp_path):
     root = str(write_images(tmp_path, *(f"{index}.bmp" for index in range(30))))
     every = find_images(root, None, 0)
     sample = find_images(root, 10, 1)
@@ -105,7 +105,7 @@ def test_scenes_are_named_after_their_seed_and_no_two_are_the_same():
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK"])
-def test_pixels_are_those_of_pil_and_exif_does_not_turn_them(tmp_path, mode):
+def test_pixels_are_those_of_pil_and_exif_does_not_rotate_them(tmp_path, mode):
     path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: turn by 90 degrees

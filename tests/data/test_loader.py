@@ -20,19 +20,19 @@ def sav(tmp_path):
     return tmp_path
 
 
-def test_a_root_with_splits_gives_each_its_own(sav):
+def test_split_of_finds_the_folder_of_each_split(sav):
     train, val = (find_items(split_of(str(sav), split), None, 0) for split in ("sav_train", "sav_val"))
     assert (len(train), len(val)) == (10, 5)
     check_disjoint(train, val)
 
 
-def test_splits_that_share_a_frame_are_refused(sav):
+def test_splits_that_share_a_frame_are_an_error(sav):
     whole, part = find_items(str(sav), None, 0), find_items(str(sav / "sav_val"), None, 0)
     with pytest.raises(ValueError, match="share 5 frames"):
         check_disjoint(whole, part)
 
 
-def test_clips_are_runs_of_frames_that_do_not_overlap(sav):
+def test_clips_do_not_overlap(sav):
     clips = find_items(str(sav / "sav_train"), None, 0, frames=2, stride=3)
     assert [[name[-9:-4] for name in clip.frames] for clip in clips] == [["00000", "00003"], ["00004", "00007"]]
     assert read_item(clips[1], 8).shape == (2, 8, 8, 3)
@@ -41,7 +41,7 @@ def test_clips_are_runs_of_frames_that_do_not_overlap(sav):
         find_items(str(sav / "sav_train"), 3, 0, frames=2, stride=3)
 
 
-def test_every_epoch_takes_each_item_once_in_another_order():
+def test_every_epoch_has_each_item_at_most_once_in_another_order():
     batches = list(islice(order(10, 3, seed=1, first=0), 9))
     for epoch in range(3):
         taken = np.concatenate(batches[3 * epoch : 3 * epoch + 3])
@@ -49,13 +49,13 @@ def test_every_epoch_takes_each_item_once_in_another_order():
     assert not np.array_equal(batches[0], batches[3])
 
 
-def test_a_reader_that_was_cut_goes_on_where_it_was():
+def test_the_order_can_be_resumed_at_any_step():
     whole = list(islice(order(10, 3, seed=1, first=0), 9))
     for cut in (0, 4, 6):
         np.testing.assert_array_equal(list(islice(order(10, 3, seed=1, first=cut), 9 - cut)), whole[cut:])
 
 
-def test_reading_ahead_keeps_the_order():
+def test_prefetching_keeps_the_order():
     assert list(prefetched(lambda x: x * x, iter(range(20)), workers=3)) == [x * x for x in range(20)]
     assert list(islice(prefetched(lambda x: x, iter(range(10**9))), 3)) == [0, 1, 2]
 

@@ -17,7 +17,7 @@ def random_mask(seed: int = 0) -> np.ndarray:
 
 
 def write_clip(split: Path, video: str, frames: int, objects: dict[str, list[int]]) -> None:
-    """A clip with the masks of each object on the frames named."""
+    """Writes a clip; objects: {name: frames with a mask}."""
     folder = split / "JPEGImages_24fps" / video
     folder.mkdir(parents=True)
     for frame in range(frames):
@@ -52,14 +52,14 @@ def test_a_mask_belongs_to_the_frame_of_its_name(root):
             np.testing.assert_array_equal(read_mask(path, SIZE), random_mask(index))
 
 
-def test_an_index_counts_frames_wherever_their_numbers_start(root):
+def test_frame_indices_start_at_zero_for_any_first_number(root):
     for frame in range(4):
         (root / f"sav_val/JPEGImages_24fps/v/{frame:05d}.jpg").unlink()
     (root / "sav_val/Annotations_6fps/v/000/00000.png").unlink()
     assert list(vos_videos(str(root), "sav_val")[1].objects["000"]) == [0, 4]
 
 
-def test_the_list_of_a_split_chooses_and_orders_its_videos(root):
+def test_the_list_of_a_split_selects_and_orders_its_videos(root):
     (root / "sav_val.txt").write_text("v\nu\n")
     assert names(root) == ["v", "u"]
     (root / "sav_val/sav_val.txt").write_text("\n v \n")
@@ -70,7 +70,7 @@ def test_the_list_of_a_split_chooses_and_orders_its_videos(root):
     ("mode", "values"),
     [("L", [0, 255]), ("L", [0, 1]), ("P", [0, 3]), ("1", [0, 255]), ("I;16", [0, 60000])],
 )
-def test_a_mask_is_what_is_not_zero(tmp_path, mode, values):
+def test_a_mask_is_true_where_the_file_is_not_zero(tmp_path, mode, values):
     mask, path = random_mask(), str(tmp_path / "mask.png")
     pixels = np.where(mask, values[1], values[0]).astype(np.uint16 if mode == "I;16" else np.uint8)
     image = Image.fromarray(pixels)
@@ -84,7 +84,7 @@ def test_a_mask_is_what_is_not_zero(tmp_path, mode, values):
 
 
 @pytest.mark.parametrize("mask", [random_mask(), np.zeros(SIZE, bool), np.ones(SIZE, bool)])
-def test_a_written_mask_reads_as_itself_here_and_in_the_evaluator_of_sav(tmp_path, mask):
+def test_a_written_mask_is_read_unchanged_here_and_by_pil(tmp_path, mask):
     path = str(tmp_path / "video/000/00000.png")
     write_mask(path, mask)
     np.testing.assert_array_equal(read_mask(path, SIZE), mask)
@@ -130,7 +130,7 @@ def test_a_missing_root_is_an_error(tmp_path):
         ("Annotations_6fps/v/001", True, FileNotFoundError, "001: holds no mask; put"),
     ],
 )
-def test_what_a_listed_video_lacks_is_an_error(root, emptied, kept, error, message):
+def test_a_listed_video_without_frames_or_masks_is_an_error(root, emptied, kept, error, message):
     (root / "sav_val.txt").write_text("u\nv\n")
     shutil.rmtree(root / "sav_val" / emptied)
     if kept:

@@ -11,7 +11,7 @@ PLAIN = {"camera": Motion(CENTRE, 1), "slope": 0, "dapple": 0, "blurs": np.zeros
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**40])
-def test_a_seed_is_a_scene(seed):
+def test_a_seed_determines_the_scene(seed):
     scene, again, other = draw_scene(seed), draw_scene(seed), draw_scene(seed + 1)
     np.testing.assert_array_equal(scene.image, again.image)
     np.testing.assert_array_equal(scene.masks, again.masks)
@@ -44,24 +44,24 @@ def test_an_object_is_mostly_in_one_piece():
     assert np.mean(np.less(parts, 0.7)) < 0.1
 
 
-def test_a_mask_is_where_its_own_object_is_seen():
-    """Object k is painted in a hue of its own; light, shadow and texture change its brightness only."""
+def test_a_mask_is_where_its_own_object_is_visible():
+    """Every object is painted in its own hue; light, shadow and texture change the brightness only."""
     hues = np.linspace(0, 1, MAX_OBJECTS + 1)
 
-    def dyed(thing, hue):
-        return thing._replace(colours=np.float32([[hue, 1 - hue, 0]] * 2))
+    def colored(sprite, hue):
+        return sprite._replace(colours=np.float32([[hue, 1 - hue, 0]] * 2))
 
     for seed in SEEDS:
         world = build_world(seed)
-        ground = [dyed(thing, 0) for thing in world.ground]
-        objects = [dyed(thing, hue) for thing, hue in zip(world.objects, hues[1:])]
-        image, owner = render(world._replace(**PLAIN | {"ground": ground, "objects": objects}), 0, 128)
+        ground = [colored(sprite, 0) for sprite in world.ground]
+        objects = [colored(sprite, hue) for sprite, hue in zip(world.objects, hues[1:])]
+        image, labels = render(world._replace(**PLAIN | {"ground": ground, "objects": objects}), 0, 128)
         hue = image[..., 0] / np.maximum(image[..., :2].sum(axis=-1, dtype=float), 1)
-        assert (np.abs(hue - hues[owner]) < 0.5 / MAX_OBJECTS).mean() > 0.95  # edges are mixed
+        assert (np.abs(hue - hues[labels]) < 0.5 / MAX_OBJECTS).mean() > 0.95  # edges are mixed
 
 
 def test_an_object_covers_those_behind_it():
-    """With the rear objects gone, the front one's mask stays as it is; with it gone, theirs can only grow."""
+    """Without the rear objects the mask of the front one stays the same; without the front one theirs only grow."""
     for seed in SEEDS:
         world = build_world(seed)
         _, both = render(world, 0, 64)
@@ -72,12 +72,12 @@ def test_an_object_covers_those_behind_it():
         assert all((without == number)[both == number].all() for number in range(1, len(world.objects)))
 
 
-def test_a_thing_smaller_than_a_mask_is_allowed_to_be_belongs_to_the_ground():
+def test_clutter_of_the_ground_has_no_mask_and_is_smaller_than_any_mask():
     for seed in SEEDS:
         world = build_world(seed)
-        _, owner = render(world._replace(objects=[]), 0, 64)
-        assert not owner.any()
-        assert all(np.pi * abs(thing.motion.size) ** 2 < 1.1 * MIN_VISIBLE for thing in world.ground[2:])
+        _, labels = render(world._replace(objects=[]), 0, 64)
+        assert not labels.any()
+        assert all(np.pi * abs(sprite.motion.size) ** 2 < 1.1 * MIN_VISIBLE for sprite in world.ground[2:])
 
 
 @pytest.mark.parametrize("shape", [shapes.ring, shapes.frame, shapes.mug])
@@ -90,7 +90,7 @@ def test_some_shapes_have_a_hole(shape):
 
 @pytest.mark.parametrize("shape", shapes.SHAPES)
 def test_a_shape_is_one_piece_within_reach(shape):
-    """Bent as far as it may be; but for the last pixels of sharp tips."""
+    """At the strongest bending, and except for the last pixels of sharp tips."""
     y, x = np.mgrid[-1.6:1.6:128j, -1.6:1.6:128j].astype(np.float32)
     for seed in SEEDS:
         inside = shape(np.random.default_rng(seed), x, y + 0.12 * np.sin(2.5 * x + seed)) < 0
@@ -99,21 +99,21 @@ def test_a_shape_is_one_piece_within_reach(shape):
 
 
 def test_texture_moves_with_the_object():
-    """An object that goes 5 and 3 pixels per frame looks the same there as it did before, all by itself."""
+    """An object that moves by (5, 3) pixels per frame has the same pixels at its new position."""
     for seed in range(20):
         world = build_world(seed)
         lone = world.objects[-1]
         motion = Motion(CENTRE, lone.motion.size / abs(lone.motion.size) / 8, velocity=(5 + 3j) / 128)
         world = world._replace(**PLAIN | {"objects": [lone._replace(motion=motion)]})
-        (image, owner), (later, there) = render(world, 0, 128), render(world, 2, 128)
-        np.testing.assert_array_equal(np.roll(owner, (6, 10), (0, 1)), there)
-        before = np.roll(image, (6, 10), (0, 1)).astype(int)[there > 0]
+        (image, labels), (later, later_labels) = render(world, 0, 128), render(world, 2, 128)
+        np.testing.assert_array_equal(np.roll(labels, (6, 10), (0, 1)), later_labels)
+        before = np.roll(image, (6, 10), (0, 1)).astype(int)[later_labels > 0]
         # all but the edge, where the ground shows through, and rounding at sharp borders within the texture
-        assert (np.abs(before - later[there > 0]) <= 2).mean() > 0.85
+        assert (np.abs(before - later[later_labels > 0]) <= 2).mean() > 0.85
 
 
 def test_the_ground_moves_with_the_camera():
-    """A pan of 4 pixels per frame shows the same ground, 4 pixels on."""
+    """A pan of 4 pixels per frame shifts the ground by 4 pixels."""
     world = build_world(5)._replace(**PLAIN | {"objects": [], "camera": Motion(CENTRE, 1, velocity=4 / 64)})
     (image, _), (later, _) = render(world, 0, 64), render(world, 1, 64)
     assert (np.abs(image[:, 4:].astype(int) - later[:, :-4]) <= 2).mean() > 0.95
@@ -133,10 +133,10 @@ def test_the_first_frame_shows_every_object(clips):
 
 
 def test_objects_move_smoothly(clips):
-    """An object's mask overlaps its own in the next frame with an IoU over 0.6 on average, but over a clip it moves."""
+    """Masks of an object in adjacent frames have a mean IoU over 0.6; those of the first and last frame under 0.4."""
     steps, trips = [], []
     for _, masks in clips:
-        large = masks.mean(axis=(2, 3)) > 0.01  # smaller ones at this size are all edge
+        large = masks.mean(axis=(2, 3)) > 0.01  # of smaller ones, at this size, most pixels are edges
         steps += iou(masks[:-1], masks[1:])[large[:-1]].tolist()
         trips += iou(masks[0], masks[-1]).tolist()
     assert np.mean(steps) > 0.6
@@ -158,11 +158,11 @@ def test_in_over_a_third_of_the_clips_an_object_vanishes_and_returns(clips):
     assert np.mean(found) > 1 / 3
 
 
-def test_colour_does_not_tell_objects():
-    """The best threshold on one channel finds all objects with an IoU under 0.6 on average, one of them under 0.35; all
-    pixels about as bright and coloured as the one clicked, under 0.4. All three thresholds are the best for the image.
+def test_colour_alone_does_not_segment_objects():
+    """Mean IoU of three baselines, each with the best threshold for the image: one channel for all objects together,
+    under 0.6; one channel for one object, under 0.35; distance in color to a clicked pixel, under 0.4.
 
-    Objects fill 0.32 of an image, so to call everything an object already scores 0.32.
+    Objects cover 0.32 of an image, so that a mask of everything already has an IoU of 0.32.
     """
 
     def best(image, mask):

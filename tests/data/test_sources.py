@@ -45,16 +45,16 @@ def test_a_coco_file_name_must_stay_in_its_folder(coco, name):
             read()
 
 
-def test_each_kind_of_source_is_recognized(coco, tmp_path):
-    kinds = {"scenes:3": "scenes:<seed>", str(coco): "COCO folder", str(coco / "train"): "folder", "nowhere": "folder"}
+def test_each_type_of_source_is_recognized(coco, tmp_path):
+    types = {"scenes:3": "scenes:<seed>", str(coco): "COCO folder", str(coco / "train"): "folder", "nowhere": "folder"}
     (tmp_path / "sav/JPEGImages_24fps/v").mkdir(parents=True)
-    kinds |= {str(tmp_path / "sav"): "SA-V folder"}
-    for spec, kind in kinds.items():
-        assert source_of(spec) is SOURCES[kind], spec
+    types |= {str(tmp_path / "sav"): "SA-V folder"}
+    for spec, name in types.items():
+        assert source_of(spec) is SOURCES[name], spec
 
 
 def test_a_new_dataset_is_one_entry(monkeypatch):
-    """Images, masks and training items of a source that only the registry knows."""
+    """Images, masks and training items come from a source that is only added to SOURCES."""
     scene = sources.draw_scene(0, 64)
     toy = Source(
         matches=lambda spec: spec.startswith("toy:"),

@@ -22,7 +22,7 @@ def write_frames(folder: Path, names: list[str], frames: np.ndarray) -> str:
 
 
 def write_video(path: Path, frames: np.ndarray, clockwise: int = 0) -> str:
-    """Encodes without loss, with frames that refer to later ones; to be shown turned by `clockwise` degrees."""
+    """Writes a lossless video with B-frames and the metadata of a rotation by `clockwise` degrees."""
     av = pytest.importorskip("av")
     with av.open(path, "w") as container:
         stream = container.add_stream("libx264rgb", rate=24, options={"qp": "0", "bf": "3", "g": "7"})
@@ -38,7 +38,7 @@ def write_video(path: Path, frames: np.ndarray, clockwise: int = 0) -> str:
 
 @pytest.fixture(params=["folder", "clip.mp4", "clip.MKV"])
 def clip(request, tmp_path) -> tuple[str, np.ndarray]:
-    """A clip of 12 frames and what it must read as."""
+    """(path of a clip of 12 frames, the frames)."""
     frames = random_frames(12)
     if request.param == "folder":
         return write_frames(tmp_path / "clip", [f"{index:05d}.png" for index in range(12)], frames), frames
@@ -54,7 +54,7 @@ def test_a_clip_is_a_sequence_of_its_frames(clip):
     np.testing.assert_array_equal(list(video), frames)
 
 
-def test_frames_in_any_order_are_those_of_reading_forward(clip):
+def test_frames_can_be_read_in_any_order(clip):
     path, frames = clip
     video = open_video(path)
     for index in [3, 3, 7, 2, 11, 0, -1, -12, np.int64(5)]:
@@ -64,7 +64,7 @@ def test_frames_in_any_order_are_those_of_reading_forward(clip):
             video[index]
 
 
-def test_a_frame_that_is_written_to_is_read_anew(clip):
+def test_a_modified_frame_does_not_change_the_video(clip):
     path, frames = clip
     video = open_video(path)
     video[4][:] = 0
@@ -72,7 +72,7 @@ def test_a_frame_that_is_written_to_is_read_anew(clip):
 
 
 @pytest.mark.parametrize("clockwise", [90, 180, 270])
-def test_a_video_taken_lying_is_read_upright(tmp_path, clockwise):
+def test_a_rotated_video_is_read_upright(tmp_path, clockwise):
     frames = random_frames(3)
     video = open_video(write_video(tmp_path / "phone.mp4", frames, clockwise))
     expected = np.rot90(frames, -clockwise // 90, axes=(1, 2))
@@ -98,10 +98,10 @@ def test_numbers_in_names_order_the_frames(tmp_path, names):
     assert open_video(path).names == [Path(name).stem for name in names]
 
 
-def test_only_the_frame_asked_for_is_decoded(tmp_path):
+def test_frames_of_a_folder_are_decoded_one_by_one(tmp_path):
     path = write_frames(tmp_path, ["0.png", "1.png"], random_frames(2))
-    whole = (tmp_path / "1.png").read_bytes()
-    (tmp_path / "1.png").write_bytes(whole[: len(whole) // 2])
+    content = (tmp_path / "1.png").read_bytes()
+    (tmp_path / "1.png").write_bytes(content[: len(content) // 2])
     video = open_video(path)
     assert video[0].shape == (*SIZE, 3)
     with pytest.raises(ValueError, match="1.png: not a readable image"):
@@ -129,8 +129,8 @@ def test_an_error_names_the_path_and_the_way_out(tmp_path, name, error, message)
     (tmp_path / "text.mp4").write_text("no video")
     write_frames(tmp_path / "twice", ["7.jpg", "7.png"], random_frames(2))
     write_frames(tmp_path / "sizes", ["1.png", "2.png"], [random_frames(1)[0], random_frames(1, (33, 48))[0]])
-    whole = Path(write_video(tmp_path / "whole.mp4", random_frames(12))).read_bytes()
-    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    content = Path(write_video(tmp_path / "whole.mp4", random_frames(12))).read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(content[: len(content) // 2])
     with av.open(tmp_path / "sound.mp4", "w") as container:
         stream = container.add_stream("aac", rate=44100)
         sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
@@ -141,7 +141,7 @@ def test_an_error_names_the_path_and_the_way_out(tmp_path, name, error, message)
     assert "\n" not in str(raised.value)
 
 
-def test_an_empty_path_is_an_error_and_not_this_folder():
+def test_an_empty_path_is_an_error_and_not_the_current_folder():
     with pytest.raises(FileNotFoundError, match="empty path: no such file"):
         open_video("")
 

@@ -105,7 +105,7 @@ def test_every_weight_that_may_learn_gets_a_gradient_from_a_teacher_of_another_s
     student = init_fake_quant(params, dict.fromkeys(layers(params), QuantSpec(4)))
     ask = partial(make_targets, large, num_prompts=2, num_objects=1)
     shapes = jax.eval_shape(ask, init_params(large, 0), jnp.zeros((2, 64, 64, 3)), jax.random.key(0))
-    rng = np.random.default_rng(0)  # answers of no model, which spares compiling one
+    rng = np.random.default_rng(0)  # random arrays instead of model outputs: no model is compiled
     batch = jax.tree.map(lambda leaf: np.abs(rng.normal(size=(1, *leaf.shape))).astype(leaf.dtype), shapes)
     loss = distillation_loss(small, dict.fromkeys(PARTS, 1.0), dtype)
     grads, metrics = jax.jit(jax.grad(loss, has_aux=True))(student, batch)

@@ -22,48 +22,48 @@ def test_a_box_is_tight():
     np.testing.assert_array_equal(corners(MASK), [[20, 10], [50, 20]])
 
 
-def test_the_first_click_lies_farthest_from_the_edge():
+def test_the_first_click_is_the_pixel_farthest_from_the_edge():
     (x, y), distance = interior_point(MASK)
     assert (y, distance) == (15, 6)
     assert 25 <= x <= 45
     assert interior_point(np.ones((5, 9), bool))[0][1] == 2  # the image's edge counts
 
 
-def test_a_correction_lies_in_the_widest_wrong_part():
-    found = MASK.copy()
-    found[10:21, 40:51] = False  # missed
-    found[0:4, 0:4] = True  # smaller, and too much
-    (x, y), label = correction_click(found, MASK)
+def test_a_correction_click_lies_in_the_largest_wrong_region():
+    predicted = MASK.copy()
+    predicted[10:21, 40:51] = False  # false negatives
+    predicted[0:4, 0:4] = True  # fewer false positives
+    (x, y), label = correction_click(predicted, MASK)
     assert label == 1
     assert MASK[y, x]
-    assert not found[y, x]
-    (x, y), label = correction_click(found | MASK, MASK)
+    assert not predicted[y, x]
+    (x, y), label = correction_click(predicted | MASK, MASK)
     assert label == 0
     assert not MASK[y, x]
     assert correction_click(MASK, MASK) == (interior_point(MASK)[0], 1)
 
 
 @pytest.mark.parametrize("size", [(64, 48), (17, 30), (8, 8), (5, 4)])
-def test_enlarging_is_the_predictors_own_interpolation(size):
+def test_enlarge_equals_the_interpolation_of_the_predictor(size):
     logits = np.random.default_rng(0).normal(size=(3, 8, 8)).astype(np.float32)
     expected = np.moveaxis(np.asarray(resize(np.moveaxis(logits, 0, -1)[None], size))[0], -1, 0)
     np.testing.assert_allclose(enlarge(logits, size), expected, atol=1e-5)
 
 
-def test_objects_are_segmented_each_by_itself():
-    """More objects than go through the decoder at once, in another order: the same masks."""
+def test_objects_are_segmented_independently():
+    """More objects than one batch of the decoder, in another order, get the same masks."""
     pair, scene = twin("nano"), draw_scene(5)
     masks = np.concatenate([scene.masks] * 6)[:18]
     found = segment_objects(pair.model, pair.params, scene.image, masks)
-    turned = segment_objects(pair.model, pair.params, scene.image, masks[::-1])
+    reverse = segment_objects(pair.model, pair.params, scene.image, masks[::-1])
     assert set(found) == set(PROMPTS)
     for name in PROMPTS:
         assert found[name].shape == masks.shape
-        assert np.mean(found[name] != turned[name][::-1]) < 1e-3  # what rounding turns at the edges
+        assert np.mean(found[name] != reverse[name][::-1]) < 1e-3  # rounding flips pixels at edges
 
 
 class Echo:
-    """A predictor that keeps the mask it was given."""
+    """A predictor that returns the prompted mask in every frame."""
 
     def __init__(self):
         self.starts = []
@@ -81,7 +81,7 @@ class Echo:
             yield frame, list(state["masks"]), logits
 
 
-def test_objects_are_followed_from_the_frame_they_are_first_seen_in():
+def test_objects_are_tracked_from_the_frame_of_their_first_mask():
     predictor = Echo()
     first = {"a": (0, MASK), "late": (3, ~MASK), "b": (0, ~MASK)}
     rows = list(track_from_masks(predictor, 5, first))

@@ -55,12 +55,12 @@ def slow_contour_accuracy(got, reference):
 
 
 def slow_video_scores(got, reference):
-    """Keeps the evaluator's state: an object counts once it was met."""
-    met, js, fs = False, [], []
+    """J and F by the evaluator's loop, which counts frames from the first with a mask that is not empty."""
+    started, js, fs = False, [], []
     for index in range(1, len(got) - 1):
         g, r = set(zip(*got[index].nonzero())), set(zip(*reference[index].nonzero()))
-        met = met or bool(g) or bool(r)
-        if met:
+        started = started or bool(g) or bool(r)
+        if started:
             js.append(len(g & r) / len(g | r) if g | r else 1)
             fs.append(slow_contour_accuracy(got[index], reference[index]))
     return sum(js) / len(js), sum(fs) / len(fs)
@@ -79,7 +79,7 @@ def test_sqnr_is_decibels_of_signal_over_noise_power():
     assert sqnr([1.0], [0.0]) == -float("inf")
 
 
-def test_a_bit_more_is_6_decibels_more():
+def test_one_more_bit_adds_6_decibels():
     x = np.random.default_rng(0).uniform(-1, 1, 100_000)
     rounded = lambda bits: np.round(x * 2**bits) / 2**bits
     assert sqnr(rounded(9), x) - sqnr(rounded(8), x) == pytest.approx(20 * math.log10(2), abs=0.1)  # sampling noise
@@ -102,7 +102,7 @@ def test_overlap_of_known_masks(overlap):
 
 
 @pytest.mark.parametrize(("shape", "depth"), [((10, 10), 1), ((60, 64), 2), ((300, 400), 10)])
-def test_boundary_iou_forgets_what_is_deeper_than_2_percent_of_the_diagonal(shape, depth):
+def test_boundary_iou_ignores_pixels_deeper_than_2_percent_of_the_diagonal(shape, depth):
     side = 2 * depth + 3
     whole = box(shape, (1, 1 + side), (2, 2 + side))
     pinhole, dent = whole.copy(), whole.copy()
@@ -159,7 +159,7 @@ def test_the_tolerance_is_a_disk():
     assert moved(4, 4) == 0  # corners (3, 3) apart: sqrt(18) > 4
 
 
-def test_contour_accuracy_weighs_precision_and_recall():
+def test_contour_accuracy_is_the_harmonic_mean_of_precision_and_recall():
     one, both = box((40, 60), (5, 10), (5, 10)), box((40, 60), (5, 10), (5, 10)) | box((40, 60), (25, 30), (30, 35))
     assert contour_accuracy(both, one) == contour_accuracy(one, both) == pytest.approx(2 / 3)  # 1 and 1/2
 
@@ -174,7 +174,7 @@ def test_contour_accuracy_without_contours():
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("shape", [(40, 60), (90, 130), (30, 490), (900, 12), (1, 50), (50, 1)])  # radii 1 to 8
-def test_contour_accuracy_equals_all_pairs(shape, seed):
+def test_contour_accuracy_equals_that_of_all_pairs_of_pixels(shape, seed):
     a, b, small = blobs(shape, seed), blobs(shape, seed + 100), blobs(shape, seed + 200, share=0.05)
     for got, reference in [(a, b), (b, a), (a, np.roll(a, 2, 1)), (small, a), (a, a & ~small), (small, ~small)]:
         assert contour_accuracy(got, reference) == pytest.approx(slow_contour_accuracy(got, reference), rel=1e-12)
@@ -185,26 +185,26 @@ def test_the_first_and_the_last_annotated_frame_are_left_out():
     assert video_scores(got, reference) == (0.5, 0.5)
 
 
-def test_frames_before_the_object_is_first_seen_do_not_count():
+def test_frames_before_the_first_mask_do_not_count():
     late = np.stack([LEFT, NONE, NONE, RIGHT, LEFT, LEFT])
     assert video_scores(late, late) == (1, 1)
     assert video_scores(np.stack([LEFT, NONE, NONE, LEFT, LEFT, LEFT]), late) == (0.5, 0.5)
-    assert video_scores(np.stack([LEFT, NONE, RIGHT, LEFT, LEFT, LEFT]), late) == (1 / 3, 1 / 3)  # seen too early
+    assert video_scores(np.stack([LEFT, NONE, RIGHT, LEFT, LEFT, LEFT]), late) == (1 / 3, 1 / 3)  # predicted too early
 
 
-def test_a_frame_without_the_object_counts_1_once_it_was_seen_and_0_where_it_was_imagined():
+def test_a_later_frame_without_the_object_scores_1_and_0_if_one_is_predicted():
     gone = np.stack([LEFT, LEFT, NONE, NONE, NONE, LEFT])
     assert video_scores(np.stack([LEFT, RIGHT, NONE, NONE, NONE, LEFT]), gone) == (0.75, 0.75)
     assert video_scores(np.stack([LEFT, LEFT, LEFT, NONE, NONE, LEFT]), gone) == (0.75, 0.75)
 
 
-def test_an_object_missing_in_the_prediction_scores_1_only_where_it_is_gone():
+def test_an_empty_prediction_scores_1_only_where_the_object_is_absent():
     gone = np.stack([LEFT, LEFT, RIGHT, NONE, LEFT])
     assert video_scores(np.zeros_like(gone), gone) == (1 / 3, 1 / 3)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_video_scores_equal_the_slow_ones(seed):
+def test_video_scores_equal_those_of_a_slow_implementation(seed):
     shape = (80, 120)
     reference = np.stack([np.roll(blobs(shape, seed, 0.1), 3 * t, 1) for t in range(8)])
     got = np.stack([np.roll(mask, t % 3, 0) | blobs(shape, t, 0.02) for t, mask in enumerate(reference)])
@@ -212,7 +212,7 @@ def test_video_scores_equal_the_slow_ones(seed):
     np.testing.assert_allclose(video_scores(got, reference), slow_video_scores(got, reference), rtol=1e-12)
 
 
-def test_objects_are_pooled_over_all_videos_at_once():
+def test_the_mean_score_is_over_the_objects_of_all_videos():
     scores = [VideoScores(1.0, 0.5), VideoScores(0.5, 0.5), VideoScores(0.0, 0.2)]
     assert mean_scores(scores) == pytest.approx((0.5, 0.4))
     assert mean_scores(scores).jf == pytest.approx(0.45)
@@ -240,7 +240,7 @@ def test_mask_shapes_must_agree(metric):
 
 
 @pytest.mark.parametrize("metric", [boundary_iou, region_similarity, contour_accuracy, video_scores])
-def test_logits_are_no_masks(metric):
+def test_logits_are_rejected(metric):
     with pytest.raises(ValueError, match="masks must be bool.*got float"):
         metric(np.zeros((4, 4)), np.zeros((4, 4)))
 

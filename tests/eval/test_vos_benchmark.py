@@ -16,7 +16,7 @@ FRAMES, SIDE = 6, 64
 
 @pytest.fixture
 def sav(tmp_path):
-    """One clip of two objects in the SA-V layout, the second seen from frame 2 on."""
+    """One clip of two objects in the SA-V layout; the second has masks from frame 2 on."""
     clip = draw_clip(11, FRAMES, SIDE)
     root = tmp_path / "sav"
     frames = root / "sav_val" / "JPEGImages_24fps" / "v1"
@@ -29,8 +29,8 @@ def sav(tmp_path):
     return root
 
 
-class Truth:
-    """Follows every object exactly, but is `late` frames behind."""
+class GroundTruthPredictor:
+    """A predictor that returns the ground-truth masks of `late` frames before."""
 
     def __init__(self, clip, late):
         self.masks, self.late = clip.masks, late
@@ -51,10 +51,12 @@ class Truth:
 def test_perfect_masks_score_one_and_late_ones_less(sav):
     (clip,) = find_clips(str(sav), "sav_val", None)
     drawn = draw_clip(11, FRAMES, SIDE)
-    scores = track_objects(Truth(drawn, 0), clip)
+    scores = track_objects(GroundTruthPredictor(drawn, 0), clip)
     assert {name: (s.j, s.f) for name, s in scores.items()} == {"000": (1, 1), "001": (1, 1)}
     written = {}
-    late = track_objects(Truth(drawn, 1), clip, lambda obj, frame, mask: written.setdefault((obj, frame), mask))
+    late = track_objects(
+        GroundTruthPredictor(drawn, 1), clip, lambda obj, frame, mask: written.setdefault((obj, frame), mask)
+    )
     assert all(s.j < 1 for s in late.values())
     masks = drawn.masks[:, 0]
     expected = video_scores(np.concatenate([masks[:1], masks[:-1]]), masks)
@@ -105,4 +107,4 @@ def test_real_photographs_and_clips_are_found(shared):
     assert masks.shape[1:] == image.shape[:2]
     clips = find_clips(str(shared / "data/sa-v"), "sav_val", None)
     assert len(clips) == 4
-    assert all(of for clip in clips for of in clip.masks().values())
+    assert all(masks for clip in clips for masks in clip.masks().values())

@@ -53,7 +53,7 @@ def test_chunks_have_the_gradient_of_the_whole_without_keeping_the_hidden_layer_
 
 
 def test_what_is_computed_once_more_has_the_same_gradient_in_less_memory():
-    """And leaves the same to whom looks at its layers, whose gradient counts too."""
+    """Captured layer outputs are the same too, and gradients flow through them."""
     found, image = {}, normal(1, 128, 128, 3)
     for remat in (False, True):
         trunk = Hiera(8, 2, (4,), (), (4,), 7, remat)

@@ -17,7 +17,7 @@ NOT_APPLICABLE = {
     ("ImagePredictor", "__init__", "kwargs"): "the original ignores them; here unknown arguments are refused by name",
     ("VideoPredictor", "__init__", "kwargs"): "the modules of a SAM2Base, here part of `model`",
 }
-OURS = {"model", "params"}  # the arguments that stand for `sam_model`, or for the original's base class
+OURS = {"model", "params"}  # in place of `sam_model`, or of the base class of the original
 METHODS = [
     *[("ImagePredictor", name) for name in ("__init__", "from_pretrained", "set_image", "predict")],
     *[("ImagePredictor", name) for name in ("get_image_embedding", "reset_predictor")],

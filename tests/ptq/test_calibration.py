@@ -10,15 +10,15 @@ from sam2jq.tree import fingerprint
 
 
 def clips(count: int):
-    """What `accumulate` takes, and a list of the clips that it asked for."""
-    asked = []
+    """(clips for `accumulate`, a list of the indices of clips that it reads)."""
+    read = []
 
     def after(n: int):
         for i in range(n, count):
-            asked.append(i)
+            read.append(i)
             yield np.random.default_rng(i).standard_normal((5, 3)).astype(np.float32)
 
-    return after, asked
+    return after, read
 
 
 @jax.jit
@@ -42,9 +42,9 @@ def test_a_killed_calibration_goes_on_where_it_was_to_the_same_bits(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         accumulate(fold, ZEROS, killed, kept)
     for expected in ([*range(SAVE_EVERY, count)], []):  # what was left; and nothing, once all is there
-        after, asked = clips(count)
+        after, read = clips(count)
         resumed = accumulate(fold, ZEROS, after, kept)
-        assert asked == expected
+        assert read == expected
         assert jax.tree.all(jax.tree.map(np.array_equal, whole, resumed))
     assert [path.name for path in tmp_path.iterdir()] == ["sums.npz"]
 

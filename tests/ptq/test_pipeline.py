@@ -77,7 +77,7 @@ def test_every_stage_is_named_with_its_seconds_and_what_it_left_is_measured(thor
 
 
 def test_the_config_tells_which_inputs_are_unsigned_and_the_bits_of_all(thorough):
-    """Those after GELU are; 6.5 bits on average were asked for."""
+    """Inputs after GELU are unsigned; the target is 6.5 bits on average."""
     ipts = load(str(thorough / "config.yaml"), []).quant.ipts
     assert ipts.unsigned == ["image_encoder.trunk.blocks.0.mlp.layers.1"]
     assert len(set(ipts.bits.values())) > 1

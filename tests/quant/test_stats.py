@@ -62,7 +62,7 @@ def test_every_token_is_as_likely_to_be_in_the_sample():
     ids=["1x1", "3x3", "7x7", "transposed"],
 )
 def test_the_gram_matrix_tells_the_power_of_the_output(layer):
-    """mean |y|^2 = tr(w^T G w), for every kind of layer; without the bias."""
+    """mean |y|^2 = tr(w^T G w) for Dense, Conv and ConvTranspose, without the bias."""
     x = images(2, 16, 16, 3)
     params, folded = run(layer, x)
     params["bias"] = jnp.zeros_like(params["bias"])
@@ -81,7 +81,7 @@ def test_the_groups_of_a_convolution_share_one_gram_matrix():
 
 
 def test_the_padding_of_windows_does_not_count():
-    """A 6 x 6 map in windows of 4 is padded to 8 x 8: 36 tokens are seen, and none that is all zero."""
+    """A 6 x 6 map in windows of 4 is padded to 8 x 8: 36 tokens are counted, and none of the padding."""
     _, folded = run(Block(8, 1, 4), images(1, 6, 6, 8))
     for layer in ("attn/qkv", "attn/proj", "mlp/layers.0", "mlp/layers.1"):
         assert folded[f"range/{layer}/input"].count == 36
@@ -95,8 +95,8 @@ def test_collecting_changes_no_output():
     """Chunks are not run one by one then; MLPs of 2**21 numbers or more would be."""
     module, x = MLP((4096, 8)), images(1024, 8)
     params = module.init(jax.random.key(0), x[:1])
-    seen, _ = module.apply(params, x, mutable=tuple(FOLDS))
-    np.testing.assert_allclose(seen, module.apply(params, x), rtol=1e-5, atol=1e-6)
+    folded, _ = module.apply(params, x, mutable=tuple(FOLDS))
+    np.testing.assert_allclose(folded, module.apply(params, x), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("version", [pytest.param("2.0", marks=pytest.mark.slow), "2.1"])
@@ -104,16 +104,16 @@ def test_calibration_reaches_every_layer_of_the_model(version):
     model = build("nano", version)
     params, clip = abstract_params(model), jax.ShapeDtypeStruct((1, 256, 256, 3), jnp.float32)
     folded = flatten(jax.eval_shape(partial(_fold, model, ("range",), None), params, {}, clip))
-    wanted = {f"range/{path.removesuffix('kernel')}input" for path in flatten(params) if path.endswith("/kernel")}
-    assert wanted == folded.keys()
+    expected = {f"range/{path.removesuffix('kernel')}input" for path in flatten(params) if path.endswith("/kernel")}
+    assert expected == folded.keys()
 
 
-def test_only_layers_that_were_asked_for_are_looked_at():
-    model, asked = build("nano"), frozenset({"image_encoder.trunk.blocks.0.attn.qkv", "memory_encoder.out_proj"})
+def test_statistics_are_collected_of_the_given_layers_only():
+    model, layers = build("nano"), frozenset({"image_encoder.trunk.blocks.0.attn.qkv", "memory_encoder.out_proj"})
     clip = jax.ShapeDtypeStruct((1, 256, 256, 3), jnp.float32)
-    fold = partial(_fold, model, ("gram", "range"), asked)
+    fold = partial(_fold, model, ("gram", "range"), layers)
     folded = jax.eval_shape(fold, abstract_params(model), {}, clip)
-    assert {layer_name(path.partition("/")[2]) for path in flatten(folded)} == asked
+    assert {layer_name(path.partition("/")[2]) for path in flatten(folded)} == layers
     assert jax.tree.all(
         jax.tree.map(
             lambda a, b: a.shape == b.shape, folded, jax.eval_shape(fold, abstract_params(model), folded, clip)

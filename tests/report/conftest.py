@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from sam2jq.config import loader
-from sam2jq.eval.gallery import Gallery, Shown
+from sam2jq.eval.gallery import Gallery, GalleryItem
 from sam2jq.report.run import save_run
 from sam2jq.report.schema import RunMetrics
 
@@ -36,7 +36,7 @@ def write_run(root: Path, name: str, bits: int = 4, miou: float = 0.6, **changes
 def gallery(image: str) -> Gallery:
     before = np.zeros((48, 64), bool)
     before[10:30, 10:40] = True
-    shown = Shown(image, (0.3, 0.4), 0.5, before, np.roll(before, 10, 1), (0.9, 0.4))
+    shown = GalleryItem(image, (0.3, 0.4), 0.5, before, np.roll(before, 10, 1), (0.9, 0.4))
     return Gallery(worst=(shown._replace(iou=0.1, click=(0.1, 0.1)),), sample=(shown,))
 
 

@@ -39,7 +39,7 @@ def test_only_the_best_mask_learns_its_shape(shape):
 
 def test_every_mask_learns_to_tell_its_iou():
     ious = soft_iou(LOGITS, TARGET)[None]
-    grads = jax.grad(lambda told: mask_loss(LOGITS[None], told, TARGET[None]).sum())(ious + 0.1)
+    grads = jax.grad(lambda estimated: mask_loss(LOGITS[None], estimated, TARGET[None]).sum())(ious + 0.1)
     np.testing.assert_allclose(grads, 1 / 3, rtol=1e-6)
 
 

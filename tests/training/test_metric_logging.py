@@ -16,17 +16,17 @@ def config(*flags):
 
 
 def test_weights_and_biases_gets_the_numbers_of_a_row_under_its_keys(monkeypatch, tmp_path):
-    told, ended = [], []
-    run = SimpleNamespace(log=lambda row, step: told.append((row, step)), finish=lambda: ended.append(True))
-    asked = {}
-    wandb = SimpleNamespace(init=lambda **settings: asked.update(settings) or run)
+    logged, finished = [], []
+    run = SimpleNamespace(log=lambda row, step: logged.append((row, step)), finish=lambda: finished.append(True))
+    settings = {}
+    wandb = SimpleNamespace(init=lambda **given: settings.update(given) or run)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     flags = ["--track.project", "sam2", "--track.mode", "offline", "--track.tags", "[a, b]"]
     with metric_logger(config(*flags), tmp_path) as send:
         send(ROW)
-    assert told == [({"step": 3, "epoch": 1, "train/loss": 0.5}, 3)]
-    assert ended == [True]
-    assert (asked["project"], asked["mode"], asked["tags"], asked["config"]["seed"]) == (
+    assert logged == [({"step": 3, "epoch": 1, "train/loss": 0.5}, 3)]
+    assert finished == [True]
+    assert (settings["project"], settings["mode"], settings["tags"], settings["config"]["seed"]) == (
         "sam2",
         "offline",
         ["a", "b"],

@@ -1,7 +1,7 @@
-"""What drawn scenes are made of: shapes and textures, both functions of a thing's own coordinates u and v.
+"""Shapes and textures of synthetic scenes, functions of the local coordinates u and v of a sprite (see scenes.py).
 
-A shape is negative inside, and spans about [-1, 1]. Its random choices, and a texture's, come from `rng` alone, so the
-same generator makes the same thing wherever u and v lie.
+A shape is negative inside and spans about [-1, 1]. Random parameters of shapes and textures come from `rng` alone, so
+that the same generator state gives the same sprite at any coordinates.
 """
 
 import functools
@@ -12,21 +12,24 @@ import numpy as np
 TILE = 256  # side of the noise tile, a power of two
 
 
-def turned(u, v, angle: float):
-    """u, v in coordinates turned by `angle` radians."""
-    c, s = math.cos(angle), math.sin(angle)  # not np.cos, whose float64 would spread to every array
+def rotate_coordinates(u, v, angle: float):
+    """(u, v) in coordinates rotated by `angle` radians."""
+    c, s = math.cos(angle), math.sin(angle)  # np.cos would return float64, to which all arrays would be promoted
     return c * u + s * v, c * v - s * u
 
 
 def plane(rng, u, v):
+    """The whole plane."""
     return np.full(u.shape, -1, np.float32)
 
 
 def edge(rng, u, v):
+    """A half plane with a wavy edge."""
     return u + 0.03 * np.sin(rng.uniform(2, 8) * v)
 
 
 def stroke(rng, u, v):
+    """A thin curved line."""
     return limb(u + 1, v + 0.3 * u * u, 2, rng.uniform(0.02, 0.035))
 
 
@@ -54,7 +57,7 @@ def frame(rng, u, v):
 
 
 def blob(rng, u, v):
-    """A circle whose radius sways 2 to 5 times on the way round."""
+    """A circle whose radius varies by harmonics 2 to 5 of the angle."""
     swings, phases = rng.uniform(0, 0.35, 4).tolist(), rng.uniform(0, 2 * math.pi, 4).tolist()
     angle = np.arctan2(v, u)
     sway = sum(a / n * np.cos(n * angle + phase) for n, a, phase in zip(range(2, 6), swings, phases))
@@ -62,7 +65,7 @@ def blob(rng, u, v):
 
 
 def star(rng, u, v):
-    """A star of 3 to 7 points: all its half points folded onto one, whose edge is a straight line from tip to notch."""
+    """A star of 3 to 7 points: by symmetry, half a point, whose edge is a straight line from tip to notch."""
     half, depth = math.pi / int(rng.integers(3, 8)), rng.uniform(0.4, 0.65)
     angle, radius = np.abs((np.arctan2(v, u) + half) % (2 * half) - half), np.hypot(u, v)
     back, rise = 1 - depth * math.cos(half), depth * math.sin(half)  # from the tip at (1, 0) to the notch
@@ -70,12 +73,12 @@ def star(rng, u, v):
 
 
 def crescent(rng, u, v):
-    """A disc less another."""
+    """A disc minus another."""
     return np.maximum(np.hypot(u, v) - 0.95, 0.85 - np.hypot(u - rng.uniform(0.5, 0.8), v))
 
 
 def hammer(rng, u, v):
-    """A bar with a head across its end."""
+    """A bar with a crossbar at its end."""
     head = np.maximum(np.abs(u - 0.7) - rng.uniform(0.2, 0.3), np.abs(v) - rng.uniform(0.4, 0.7))
     return np.minimum(head, limb(u + 1, v, 1.6, rng.uniform(0.12, 0.2)))
 
@@ -92,11 +95,13 @@ def creature(rng, u, v):
     angles = 2 * math.pi / legs * (np.arange(legs) + rng.uniform(-0.3, 0.3, legs))
     body = np.hypot(u, v / rng.uniform(0.6, 1)) - rng.uniform(0.4, 0.6)
     width = rng.uniform(0.1, 0.17)
-    return functools.reduce(np.minimum, (limb(*turned(u, v, a), 0.95, width) for a in angles.tolist()), body)
+    return functools.reduce(
+        np.minimum, (limb(*rotate_coordinates(u, v, a), 0.95, width) for a in angles.tolist()), body
+    )
 
 
 def limb(u, v, length: float, width: float):
-    """The points within `width` of the way from (0, 0) to (length, 0)."""
+    """A capsule: the points within `width` of the segment from (0, 0) to (length, 0)."""
     return np.hypot(u - np.clip(u, 0, length), v) - width
 
 
@@ -104,10 +109,10 @@ SHAPES = (ellipse, rectangle, bar, ring, frame, blob, star, crescent, hammer, mu
 
 
 def paint(rng, u, v, colours):
-    """A texture [3, points] of two colours mixed by a pattern, and grain; u and v here are in image sides."""
+    """A texture [3, points]: two colours mixed by a pattern, and noise; u, v: [points], in image sides."""
     grain = noise(rng, *(rng.uniform(0.5, 1.5) * u, rng.uniform(0.5, 1.5) * v))
-    u, v = turned(u, v, rng.uniform(0, 2 * math.pi))
-    wave = 2 * math.pi * math.exp(rng.uniform(math.log(4), math.log(18)))  # periods of a quarter to an 18th
+    u, v = rotate_coordinates(u, v, rng.uniform(0, 2 * math.pi))
+    wave = 2 * math.pi * math.exp(rng.uniform(math.log(4), math.log(18)))  # periods of 1/18 to 1/4
     match rng.integers(6):
         case 0:
             mix = 0.5 + 0.5 * grain
@@ -127,7 +132,7 @@ def paint(rng, u, v, colours):
 
 
 def noise(rng, u, v):
-    """Smooth noise, about in [-1, 1], at any points: the tile, of side 1, repeated and seen from a random place."""
+    """Smooth noise of about [-1, 1] at points u, v, from a periodic tile of side 1 placed at random."""
     u, v = (TILE * (w + rng.random()) for w in (u, v))
     left, top = np.floor(u), np.floor(v)
     u, v = u - left, v - top
@@ -140,7 +145,7 @@ def noise(rng, u, v):
 
 @functools.cache
 def noise_tile():
-    """Noise of amplitude 1 / frequency^1.5 that repeats, [(TILE + 1)^2]: the first row and column come again last."""
+    """Periodic noise of amplitude 1 / frequency^1.5, float32 [(TILE + 1)^2]; the last row and column are the first."""
     spectrum = np.fft.rfft2(np.random.default_rng(0).standard_normal((TILE, TILE)))
     frequency = TILE * np.hypot(np.fft.fftfreq(TILE)[:, None], np.fft.rfftfreq(TILE))
     tile = np.fft.irfft2(spectrum / np.maximum(frequency, 3) ** 1.5)

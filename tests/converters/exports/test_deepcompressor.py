@@ -1,4 +1,4 @@
-"""The files of deepcompressor: what they hold, and that they represent the same weights."""
+"""The files for deepcompressor hold the weights, scales, factors and signs of a quantized model."""
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,7 @@ def test_the_five_files_represent_the_materialized_weights(tmp_path, quantized, 
     assert max(relative_error(got[key].numpy(), expected[key].numpy()) for key in got if expected[key].any()) <= 1e-6
 
 
-def test_the_model_file_holds_what_was_rounded_and_the_rotation_file_the_signs(tmp_path, quantized):
+def test_the_model_file_holds_the_dequantized_weights_and_the_rotation_file_the_signs(tmp_path, quantized):
     save_deepcompressor(tmp_path, quantized, "original")
     model, smooth, branches, rotation = (
         torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("model", "smooth", "branch", "rotation")
@@ -93,7 +93,7 @@ def test_without_a_rotation_there_are_four_files(tmp_path, nano, names):
     assert all(torch.equal(got[key], x) for key, x in to_torch(nano).items())
 
 
-def test_an_order_of_leaves_that_the_files_cannot_hold_is_refused(tmp_path, nano):
+def test_an_unsupported_order_of_leaves_is_an_error(tmp_path, nano):
     path = f"{BLOCK}/attn/qkv/kernel"
     flat = flatten(nano)
     leaf = Smoothed(Rotated(flat[path], None), jnp.ones(32))

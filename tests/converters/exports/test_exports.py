@@ -1,4 +1,4 @@
-"""The table of export targets, and packages on their way through it."""
+"""The table of export targets, and exports of packages."""
 
 import pytest
 

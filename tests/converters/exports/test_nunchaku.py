@@ -17,12 +17,12 @@ from converters.exports.nunchaku import (
     WEIGHT8,
     Layer,
     check_layer,
-    nearest_codes,
     pack_awq,
     pack_codes,
     pack_layer,
     pack_matrix,
-    padded,
+    pad_to_tiles,
+    round_to_codes,
     unpack_awq,
     unpack_codes,
     unpack_layer,
@@ -35,7 +35,7 @@ GOLDEN = "golden/nunchaku"
 
 
 def read(path) -> tuple[str, dict, dict, dict]:
-    """Kind, args, tensors in and tensors out of a golden file."""
+    """(kind, args, input tensors, output tensors) of a golden file."""
     with safe_open(path, "pt") as file:
         tensors = {name: array(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
         header = file.metadata()
@@ -44,28 +44,28 @@ def read(path) -> tuple[str, dict, dict, dict]:
 
 
 def golden_layer(args: dict, given: dict) -> Layer:
-    """What the reference was handed, as a Layer: with the padding of inputs that the weight came with."""
+    """The inputs of the reference packer as a `Layer`, with the padding of the weight's inputs."""
     f32 = lambda name, empty: given.get(name, empty).astype(np.float32)
     outputs, inputs = given["weight"].shape
-    ragged = padded(f32("lora_down", np.zeros((0, inputs))), (1, inputs)) if "lora_down" in given else None
-    down = np.zeros((0, inputs), np.float32) if ragged is None else ragged
+    down = pad_to_tiles(f32("lora_down", np.zeros((0, inputs))), (1, inputs)) if "lora_down" in given else None
+    down = np.zeros((0, inputs), np.float32) if down is None else down
     scales, outer = given["scale"].reshape(outputs, -1) if "subscale" not in given else None, None
     if scales is None:
         scales, outer = given["subscale"].reshape(outputs, -1), given["scale"].reshape(-1)
         outer = outer[0] if len(outer) == 1 else outer
     return Layer(
-        nearest_codes(given["weight"], scales, outer),
+        round_to_codes(given["weight"], scales, outer),
         scales,
         f32("bias", np.zeros(outputs)),
-        padded(f32("smooth", np.ones(inputs)), (inputs,), fill=1),
+        pad_to_tiles(f32("smooth", np.ones(inputs)), (inputs,), value=1),
         down,
         f32("lora_up", np.zeros((outputs, 0))),
         outer,
     )
 
 
-def expected_bits(kind: str, args: dict, given: dict) -> dict[str, np.ndarray]:
-    """What we make of the tensors in, under the names of the reference."""
+def packed_tensors(kind: str, args: dict, given: dict) -> dict[str, np.ndarray]:
+    """Our packed tensors of the golden inputs, under the names of the reference."""
     match kind:
         case "lowrank":
             return {"packed": pack_matrix(given["weight"], DOWN if args["down"] else UP)}
@@ -77,25 +77,25 @@ def expected_bits(kind: str, args: dict, given: dict) -> dict[str, np.ndarray]:
         case _:
             layer, dtype = golden_layer(args, given), given["weight"].dtype
             shift = float(given["shift"][0]) if "shift" in given else 0.0
-            made = pack_layer(
-                # the other converter takes the factor as it is to stand in the file
+            packed = pack_layer(
+                # only `layer_flux` takes `down` before the division by smooth
                 layer if kind == "layer_flux" else layer._replace(down=layer.down * layer.smooth.astype(np.float64)),
                 shift=shift,
                 smooth_fused=args.get("smooth_fused", False),
                 dtype=dtype,
             )
-            return {OLD_NAMES.get(name, name): t for name, t in made.items()}
+            return {OLD_NAMES.get(name, name): t for name, t in packed.items()}
 
 
-def test_every_golden_file_is_met_to_the_bit(shared):
+def test_packed_tensors_equal_every_golden_file_bit_for_bit(shared):
     paths = sorted((shared / GOLDEN).glob("*.safetensors"))
     assert paths
     for path in paths:
-        kind, args, given, wanted = read(path)
-        made = expected_bits(kind, args, given)
-        for name, tensor in wanted.items():
-            assert made[name].shape == tensor.shape, (path.name, name)
-            assert made[name].tobytes() == tensor.tobytes(), (path.name, name)
+        kind, args, given, expected = read(path)
+        got = packed_tensors(kind, args, given)
+        for name, tensor in expected.items():
+            assert got[name].shape == tensor.shape, (path.name, name)
+            assert got[name].tobytes() == tensor.tobytes(), (path.name, name)
 
 
 def random_layer(outputs: int, inputs: int, rank: int, nvfp4: bool = False) -> Layer:
@@ -119,7 +119,7 @@ SIZES = [(128, 128, 16), (72, 64, 16), (288, 96, 32), (96, 384, 8), (130, 200, 0
 
 @pytest.mark.parametrize("nvfp4", [False, True], ids=["int4", "nvfp4"])
 @pytest.mark.parametrize(("outputs", "inputs", "rank"), SIZES)
-def test_a_layer_comes_back_from_its_tensors_and_packs_to_the_same_bits(outputs, inputs, rank, nvfp4):
+def test_unpack_layer_is_the_inverse_of_pack_layer(outputs, inputs, rank, nvfp4):
     layer = random_layer(outputs, inputs, rank, nvfp4)
     packed = pack_layer(layer)
     assert packed["qweight"].shape == (-(-outputs // 128) * 128, -(-inputs // 128) * 64)
@@ -133,17 +133,17 @@ def test_a_layer_comes_back_from_its_tensors_and_packs_to_the_same_bits(outputs,
 
 
 @pytest.mark.parametrize("layout", [WEIGHT4, WEIGHT8, SCALES, MICRO_SCALES, DOWN, UP, AWQ])
-def test_unpacking_undoes_packing(layout):
+def test_unpack_matrix_is_the_inverse_of_pack_matrix(layout):
     x = np.arange(256 * 384, dtype=np.int32).reshape(256, 384)
     np.testing.assert_array_equal(unpack_matrix(pack_matrix(x, layout), layout), x)
 
 
-def test_every_pair_of_codes_survives_a_byte():
+def test_every_pair_of_codes_is_recovered_from_its_byte():
     codes = np.stack(np.meshgrid(*[np.arange(-8, 8, dtype=np.int8)] * 2), -1).reshape(16, 32)
     np.testing.assert_array_equal(unpack_codes(pack_codes(codes))[:16, :32], codes)
 
 
-def test_awq_codes_come_back():
+def test_unpack_awq_is_the_inverse_of_pack_awq():
     rng = np.random.default_rng(0)
     codes, scales = rng.integers(0, 16, (8, 128), dtype=np.int8), rng.uniform(1, 2, (8, 2)).astype(BF16)
     got, got_scales, zeros = unpack_awq(pack_awq(codes, scales))
@@ -160,7 +160,7 @@ def test_awq_codes_come_back():
         ({"smooth": np.zeros(128)}, "smooth must be positive"),
     ],
 )
-def test_a_layer_that_no_kernel_takes_is_an_error(change, message):
+def test_a_layer_that_no_kernel_accepts_is_an_error(change, message):
     with pytest.raises(ValueError, match=message):
         check_layer(random_layer(8, 128, 16)._replace(**change))
 

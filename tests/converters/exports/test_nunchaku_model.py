@@ -13,12 +13,12 @@ from converters.exports.nunchaku_model import (
     BLOCKS,
     GRID,
     REST,
-    in_file_precision,
+    is_on_grid,
     kernel_output,
     load_nunchaku,
-    on_grid,
-    onto_grid,
     read_kernel,
+    requantize_to_grid,
+    round_factors,
     save_nunchaku,
     to_layer,
 )
@@ -43,10 +43,10 @@ def normal(seed: int, *shape: int) -> jax.Array:
 
 @partial(jax.jit, static_argnames=("spec", "rank"))
 def leaf(w: jax.Array, spec: QuantSpec = GRID, rank: int = 4):
-    """`w` smoothed, with a branch, and the rest rounded."""
+    """`w` smoothed, with a low-rank branch and a quantized residual."""
     scale = jnp.array(np.random.default_rng(len(w)).uniform(0.5, 2, len(w)), jnp.float32)
     down, up = 0.1 * normal(1, len(w), rank), normal(2, rank, w.shape[1])
-    ready = in_file_precision(Smoothed(LowRank(w * scale[:, None] - down @ up, down, up), scale))
+    ready = round_factors(Smoothed(LowRank(w * scale[:, None] - down @ up, down, up), scale))
     return Smoothed(LowRank(quantize(ready.inner.inner, spec), ready.inner.down, ready.inner.up), ready.scale)
 
 
@@ -57,7 +57,7 @@ def nano():
 
 @pytest.fixture(scope="module")
 def quantized(nano):
-    """nano with the linears of its trunk on the file's grid."""
+    """nano with the linear layers of its trunk on GRID."""
     flat = flatten(nano)
     chosen = [path for path in kernels(flat) if TRUNK_LINEAR.fullmatch(layer_name(path))]
     return unflatten(flat | {path: leaf(flat[path]) for path in chosen})
@@ -71,10 +71,10 @@ def test_the_two_files_hold_every_tensor_once(tmp_path, nano, quantized, names):
     linears, _, config = load_nunchaku(tmp_path)
     packed = {f"{name}.{part}" for name, parts in linears.items() for part in parts}
     replaced = {f"{name}.{part}" for name in linears for part in ("weight", "bias")}
-    wanted = to_torch(nano)
-    wanted = set(hf.to_hf(wanted) if names == "huggingface" else wanted)
-    assert replaced <= wanted
-    assert blocks | rest == wanted - replaced | packed
+    expected = to_torch(nano)
+    expected = set(hf.to_hf(expected) if names == "huggingface" else expected)
+    assert replaced <= expected
+    assert blocks | rest == expected - replaced | packed
     assert len(linears) == 4 * 7
     assert all(len(parts) == 7 for parts in linears.values())
     assert any(key.endswith("norm1.weight") for key in blocks)
@@ -82,18 +82,18 @@ def test_the_two_files_hold_every_tensor_once(tmp_path, nano, quantized, names):
     assert set(config["linears"]) == set(linears)
 
 
-def test_the_header_says_what_loaders_ask_for(tmp_path, quantized):
+def test_the_header_describes_the_quantization_and_the_sizes_for_loaders(tmp_path, quantized):
     save_nunchaku(tmp_path, quantized, ABOUT, "original")
     with safe_open(tmp_path / BLOCKS, "pt") as file:
         header = file.metadata()
     grid = {"dtype": "int4", "scale_dtype": None, "group_size": 64}
-    wanted = {"method": "svdquant", "weight": grid, "activation": grid, "rank": 16}
-    assert json.loads(header["quantization_config"]) == wanted
+    expected = {"method": "svdquant", "weight": grid, "activation": grid, "rank": 16}
+    assert json.loads(header["quantization_config"]) == expected
     size = json.loads(header["config"])["linears"]["image_encoder.trunk.blocks.0.attn.qkv"]
     assert size == {"in_features": 32, "out_features": 96, "padded_in_features": 128, "padded_out_features": 128}
 
 
-def test_a_file_stands_for_the_same_weights_as_the_tree(tmp_path, quantized):
+def test_the_file_holds_the_same_weights_as_the_params(tmp_path, quantized):
     """To 0.4 %: factors are rounded to bfloat16 once more where they are divided by smooth."""
     save_nunchaku(tmp_path, quantized, ABOUT, "original")
     linears, _, config = load_nunchaku(tmp_path)
@@ -106,28 +106,28 @@ def test_a_file_stands_for_the_same_weights_as_the_tree(tmp_path, quantized):
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(96, 288), (384, 96), (64, 10)])
 def test_the_kernels_compute_the_formula(inputs, outputs):
-    """y = dq(q(x / s)) dq(q(w s - L)) + x L / s + b, to what an accumulator of 8 bits' precision leaves."""
+    """y = dq(q(x / s)) dq(q(w s - L)) + x L / s + b, up to the rounding of a bfloat16 accumulator (8 bits)."""
     h16 = lambda x: x.astype(jnp.bfloat16).astype(jnp.float32)
     w, x, bias = normal(0, inputs, outputs), h16(normal(3, 5, 7, inputs)), normal(4, outputs)
-    made = leaf(w)
-    kernel = read_kernel(pack_layer(to_layer(made, bias)), inputs, outputs)
-    q, around = unwrap(made)
-    small = fake_quantize(h16(x / around[Smoothed].scale), QuantSpec(4, group_size=64))  # a tie falls as there
+    quantized = leaf(w)
+    kernel = read_kernel(pack_layer(to_layer(quantized, bias)), inputs, outputs)
+    q, around = unwrap(quantized)
+    small = fake_quantize(h16(x / around[Smoothed].scale), QuantSpec(4, group_size=64))  # the same rounding of ties
     branch = (x / around[Smoothed].scale) @ around[LowRank].down @ around[LowRank].up
-    wanted = small @ dequantize(q) + branch + bias
+    expected = small @ dequantize(q) + branch + bias
     got = kernel_output(kernel, x)
-    assert got.shape == wanted.shape
-    assert relative_error(got, wanted) < 0.008
+    assert got.shape == expected.shape
+    assert relative_error(got, expected) < 0.008
     np.testing.assert_array_equal(got, got.astype(jnp.bfloat16).astype(jnp.float32))
-    forgotten = kernel.__class__(*[getattr(kernel, name) for name in ("codes", "scales", "bias", "smooth")],
+    undivided = kernel.__class__(*[getattr(kernel, name) for name in ("codes", "scales", "bias", "smooth")],
                                  kernel.down * kernel.smooth[:, None], kernel.up)  # fmt: skip
-    assert relative_error(kernel_output(forgotten, x), wanted) > 0.05  # the branch reads x, not x / smooth
+    assert relative_error(kernel_output(undivided, x), expected) > 0.05  # the branch reads x, not x / smooth
 
 
-def test_what_the_file_cannot_hold_of_factors_is_left_to_the_codes():
+def test_round_factors_moves_the_rounding_error_of_factors_into_the_residual():
     w, scale = normal(0, 96, 32), jnp.linspace(0.3, 3, 96)
     down, up = normal(1, 96, 4), normal(2, 4, 32)
-    ready = in_file_precision(Smoothed(LowRank(w * scale[:, None], down, up), scale))
+    ready = round_factors(Smoothed(LowRank(w * scale[:, None], down, up), scale))
     assert (
         relative_error(materialize(ready), materialize(Smoothed(LowRank(w * scale[:, None], down, up), scale))) < 1e-6
     )
@@ -136,14 +136,14 @@ def test_what_the_file_cannot_hold_of_factors_is_left_to_the_codes():
     np.testing.assert_array_equal(ready.inner.up, h16(ready.inner.up))
 
 
-def test_weights_on_another_grid_are_rounded_onto_the_files(quantized):
+def test_weights_on_another_grid_are_requantized(quantized):
     path = "image_encoder.trunk/blocks.0/attn/qkv/kernel"
     flat = flatten(quantized)
     other = leaf(materialize(flat[path]), QuantSpec(8, False))
-    assert not on_grid(other)
-    params, again = onto_grid(unflatten(flat | {path: other}))
+    assert not is_on_grid(other)
+    params, again = requantize_to_grid(unflatten(flat | {path: other}))
     assert again == [layer_name(path)]
-    assert on_grid(flatten(params)[path])
+    assert is_on_grid(flatten(params)[path])
     assert relative_error(materialize(flatten(params)[path]), materialize(other)) < 0.12  # 4 bits
 
 
@@ -153,6 +153,6 @@ def test_a_rotated_model_is_refused(tmp_path, nano):
     rotated = unflatten(flat | {path: rotate_kernel(flat[path])})
     with pytest.raises(ValueError, match="kernels do not rotate"):
         save_nunchaku(tmp_path, rotated, ABOUT, "original")
-    with pytest.raises(ValueError, match="no linear of the trunk"):
+    with pytest.raises(ValueError, match="no linear layer of the trunk"):
         save_nunchaku(tmp_path, nano, ABOUT, "original")
     assert not list(tmp_path.iterdir())

@@ -70,7 +70,7 @@ def test_the_vanilla_file_computes_what_the_quantized_model_computes(tmp_path):
     before = pair.torch.forward_image(nchw(image))["backbone_fpn"]
     for x, y, z in zip(got, expected, before, strict=True):
         assert relative(x, nhwc(y)) <= 1e-4
-        assert relative(nhwc(z), nhwc(y)) > 1e-2  # the grid of 4 bits is felt
+        assert relative(nhwc(z), nhwc(y)) > 1e-2  # quantization to 4 bits changes the output
 
 
 def test_tiny_with_four_bits_takes_at_most_20_6_megabytes(tmp_path):
@@ -83,7 +83,7 @@ def test_tiny_with_four_bits_takes_at_most_20_6_megabytes(tmp_path):
     assert 4 < summary["effective_bits"] < 4.1
 
 
-def test_quantized_leaves_compute_what_they_stand_for(nano):
+def test_quantized_leaves_compute_the_same_as_their_dequantized_weights(nano):
     model = build("nano")
     quantized = round_weights(nano, dict.fromkeys(layers(nano), QuantSpec(4)))
     image = np.random.default_rng(0).standard_normal((1, 256, 256, 3)).astype(np.float32)
@@ -93,7 +93,7 @@ def test_quantized_leaves_compute_what_they_stand_for(nano):
     np.testing.assert_array_equal(out_proj(materialize_params(quantized)), dequantize(out_proj(quantized)))
 
 
-def test_a_file_that_is_no_whole_package_is_named(tmp_path, nano):
+def test_an_invalid_package_is_an_error_that_names_the_problem(tmp_path, nano):
     path = tmp_path / "p.pt"
     with pytest.raises(FileNotFoundError, match="no package at"):
         load_package(path)

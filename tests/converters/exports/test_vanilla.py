@@ -1,4 +1,4 @@
-"""The demo model in the original code: what a user of `sam2` gets from vanilla.pt."""
+"""vanilla.pt of the demo model in the original code."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def demo():
 
 
 def test_the_original_image_predictor_draws_the_same_masks(demo, tmp_path):
-    """50 prompts, half boxes and half clicks, on a quantized model: what was exported is what was measured."""
+    """50 prompts, half boxes and half clicks, on a quantized model."""
     model, params = demo
     small = round_weights(params, dict.fromkeys(layers(params), QuantSpec(4)))
     save_vanilla(tmp_path / "vanilla.pt", small)
@@ -56,11 +56,11 @@ def test_the_original_video_predictor_tracks_the_same_masks(demo, tmp_path):
     clip = draw_clip(5, 8)
     for i, frame in enumerate(clip.frames):
         Image.fromarray(frame).save(tmp_path / f"{i:05d}.jpg", quality=95)
-    found = []
+    tracked = []
     for predictor in (original, VideoPredictor(model, params)):
         state = predictor.init_state(str(tmp_path))
         for obj_id, mask in enumerate(clip.masks[0][:2]):
             predictor.add_new_mask(state, 0, obj_id, mask)
-        found.append(np.stack([np.asarray(masks)[:, 0] > 0 for *_, masks in predictor.propagate_in_video(state)]))
-    assert found[0].any()
-    assert iou(found[1], found[0]).min() >= LIMIT
+        tracked.append(np.stack([np.asarray(masks)[:, 0] > 0 for *_, masks in predictor.propagate_in_video(state)]))
+    assert tracked[0].any()
+    assert iou(tracked[1], tracked[0]).min() >= LIMIT

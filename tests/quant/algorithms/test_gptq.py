@@ -162,11 +162,11 @@ def test_inputs_that_never_come_are_rounded_plainly(spec):
 @pytest.mark.parametrize("tokens", [1, 20])
 def test_fewer_tokens_than_inputs_are_enough(tokens):
     w, x = weights(K, N), inputs()
-    seen = x[:tokens]
-    assert error(gptq_kernel(w, stats_of(seen), *CHANNEL), w, seen) < 0.2 * error(
-        round_nearest(w, CHANNEL.weights), w, seen
+    calib = x[:tokens]
+    assert error(gptq_kernel(w, stats_of(calib), *CHANNEL), w, calib) < 0.2 * error(
+        round_nearest(w, CHANNEL.weights), w, calib
     )
-    assert error(gptq_kernel(w, stats_of(seen), *CHANNEL), w, x) < 2 * error(round_nearest(w, CHANNEL.weights), w, x)
+    assert error(gptq_kernel(w, stats_of(calib), *CHANNEL), w, x) < 2 * error(round_nearest(w, CHANNEL.weights), w, x)
 
 
 def test_damping_grows_until_the_gram_matrix_can_be_factorized():
@@ -250,4 +250,4 @@ def test_real_inputs_err_no_more_than_with_the_reference_library(shared, kind, n
     q = gptq_kernel(w, stats_of(x), QuantSpec(4, symmetric=symmetric, group_size=int(case["group"])))
     reference = peer[f"{name}.what"].T
     assert error(q, w, x) <= error(reference, w, x)
-    assert error(q, w, case["xe"]) <= error(reference, w, case["xe"])  # images that neither has seen
+    assert error(q, w, case["xe"]) <= error(reference, w, case["xe"])  # images that neither was calibrated on

@@ -29,7 +29,7 @@ def test_rows_are_orthogonal_and_the_matrix_is_symmetric(n):
 
 @pytest.mark.parametrize("n", [1, 2, 32, 56, 72, 96, 144, 448, 1024, 1536, 3584])
 def test_the_fast_product_equals_the_dense_one(n):
-    """To 1e-5 of what enters, in float32."""
+    """Up to 1e-5 of the input, in float32."""
     x = inputs(2, 3, n)
     dense = np.asarray(x, np.float64) @ hadamard(n) / np.sqrt(n)
     assert np.linalg.norm(fast_hadamard(x) - dense) <= 1e-5 * np.linalg.norm(x)

@@ -154,7 +154,7 @@ DIM = HEADS * SIZE
 
 
 def attention(x: jax.Array, qkv: jax.Array, bias: jax.Array, proj: jax.Array) -> jax.Array:
-    """[T, C] -> [T, N]: softmax attention of every token over all, and what proj makes of it."""
+    """[T, C] -> [T, N]: softmax attention over all tokens, then proj."""
     q, k, v = jnp.moveaxis((x @ qkv + bias).reshape(len(x), 3, HEADS, SIZE), 1, 0)
     weights = jax.nn.softmax(jnp.einsum("qhd,khd->hqk", q, k) / np.sqrt(SIZE))
     return jnp.einsum("hqk,khd->qhd", weights, v).reshape(len(x), -1) @ proj
