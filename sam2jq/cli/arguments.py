@@ -1,6 +1,7 @@
 """Command-line arguments that several commands share."""
 
 import argparse
+import math
 import shlex
 from collections.abc import Callable
 
@@ -32,8 +33,8 @@ def numbers(count: int) -> Callable[[str], list[float]]:
 
     def parse(argument: str) -> list[float]:
         parsed = [float(part) for part in argument.split(",")]
-        if len(parsed) != count:
-            raise argparse.ArgumentTypeError(f"{argument!r} is not {count} numbers separated by commas")
+        if len(parsed) != count or not all(map(math.isfinite, parsed)):
+            raise argparse.ArgumentTypeError(f"{argument!r} is not {count} finite numbers separated by commas")
         return parsed
 
     return parse
