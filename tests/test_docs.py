@@ -47,6 +47,7 @@ def blocks(page: Path, *languages: str) -> list[str]:
 
 def parse_commands(lines: str) -> list[list[str]]:
     """The arguments of every `sam2jq` that lines of shell would run, with loops and variables expanded."""
+    lines = re.sub(r"(?<=\s)>+\s*\S+", "", lines)  # a redirection would empty the file that it names
     shell = ["bash", "-euc", STUBS + lines]
     printed = subprocess.run(shell, capture_output=True, text=True, check=True, cwd=ROOT).stdout
     return [line.split("\x1f")[:-1] for line in printed.splitlines()]
@@ -137,3 +138,11 @@ def test_the_reference_has_every_public_name(tmp_path):
     )
     page = (tmp_path / "sam2jq.html").read_text()
     assert not [name for name in sam2jq.__all__ if f'id="{name}"' not in page]
+
+
+def test_reading_the_commands_of_the_docs_writes_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert spelled("sam2jq inspect x > table.md\nmake bench >> log\n") == [["inspect", "x"]]
+    assert not list(tmp_path.iterdir())
+    tables = [path for path in (ROOT / "experiments").glob("*/*.md") if not path.read_text().strip()]
+    assert not tables
