@@ -93,7 +93,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    """The object that `name` in __all__ stands for; its module is imported on first use (PEP 562)."""
+    """The object called `name` in __all__; its module is imported on first use (PEP 562)."""
     if name not in _NAMES:
         raise AttributeError(f"module 'sam2jq' has no attribute {name!r}")
     value = getattr(import_module(_NAMES[name]), name)

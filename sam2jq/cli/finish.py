@@ -27,7 +27,7 @@ class MeasuredRun:
     layers: Mapping[str, dict]  # errors by layer, as `eval.fidelity.layer_errors` returns them
     errors: Mapping[str, dict]  # errors by stage, as `eval.fidelity.measure` returns them
     gallery: Gallery  # masks to show
-    record: list[dict]  # the stages so far, as `run_folder.stage` records them; grows while files are written
+    record: list[dict]  # the finished stages, as `run_folder.stage` records them; grows while files are written
     images: list[str]  # names of the images without masks that were measured on
     images_id: str  # hash that tells these images from others
     truth_id: str  # hash of the images and clips with known masks

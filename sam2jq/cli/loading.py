@@ -40,7 +40,7 @@ def load_model(config: ModelConfig, cache_root: str, image_size: int | None = No
 
 
 def load_checkpoint_of(config: ModelConfig, image_size: int | None = None):
-    """Returns (SAM2, Checkpoint) of `config`, whose device is not looked at."""
+    """Returns (SAM2, Checkpoint) of `config`; its device is ignored."""
     from converters.checkpoint import load_checkpoint
 
     model: SAM2 = build(config.name, config.version, image_size)

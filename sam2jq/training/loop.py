@@ -13,7 +13,7 @@ State = TypeVar("State")
 
 
 class Hooks(NamedTuple):
-    """What a run does around its steps; `step` counts the steps taken so far.
+    """What a run does around its steps; `step` is the number of finished steps.
 
     on_start(step, state) -> state: called once, after a checkpoint was restored; step is 0 in a new run.
     after_step(step, state, metrics) -> state: may log and may change the state, before a checkpoint is saved.

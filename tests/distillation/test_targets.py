@@ -37,22 +37,22 @@ def test_a_layer_s_loss_sees_its_channels():
 
 
 def test_calls_of_a_layer_do_not_cancel():
-    wanted = jnp.zeros((2, 2, 4)).at[:, 1].set(1)
-    got = wanted.at[0, 0].set(1).at[1, 0].set(-1)
-    assert moment_losses({"a": got}, {"a": wanted})["a"] == pytest.approx(1)
+    expected = jnp.zeros((2, 2, 4)).at[:, 1].set(1)
+    got = expected.at[0, 0].set(1).at[1, 0].set(-1)
+    assert moment_losses({"a": got}, {"a": expected})["a"] == pytest.approx(1)
 
 
 def test_layers_that_only_one_has_or_of_another_width_are_left_out():
     got = {"a": jnp.ones((1, 2, 4)), "b": jnp.ones((1, 2, 4)), "c": jnp.ones((1, 2, 4))}
-    wanted = {"a": jnp.ones((1, 2, 4)), "b": jnp.ones((1, 2, 8))}
-    assert set(moment_losses(got, wanted)) == {"a"}
+    expected = {"a": jnp.ones((1, 2, 4)), "b": jnp.ones((1, 2, 8))}
+    assert set(moment_losses(got, expected)) == {"a"}
 
 
 def test_a_layer_s_loss_is_relative_to_its_scale():
-    got, wanted = array(1, 2, 8), array(1, 2, 8, seed=1)
+    got, expected = array(1, 2, 8), array(1, 2, 8, seed=1)
     loss = lambda factor: moment_losses(
         {"a": got.at[:, 1].set(jnp.square(got[:, 1])) * jnp.array([factor, factor**2])[:, None]},
-        {"a": wanted.at[:, 1].set(jnp.square(wanted[:, 1])) * jnp.array([factor, factor**2])[:, None]},
+        {"a": expected.at[:, 1].set(jnp.square(expected[:, 1])) * jnp.array([factor, factor**2])[:, None]},
     )["a"]
     np.testing.assert_allclose(loss(1e-3), loss(1.0), rtol=1e-3)
 
@@ -65,10 +65,10 @@ def test_affinity_does_not_depend_on_width_nor_rotation():
 
 
 def test_masks_are_at_no_distance_from_themselves_and_the_gradient_leads_there():
-    wanted = 5 * array(3, 2, 8, 8)
-    assert mask_distance(wanted, wanted) == pytest.approx(0, abs=1e-6)
-    assert mask_distance(wanted + 1, wanted) > 1e-3
-    np.testing.assert_allclose(jax.grad(mask_distance)(wanted, wanted), 0, atol=1e-6)
+    expected = 5 * array(3, 2, 8, 8)
+    assert mask_distance(expected, expected) == pytest.approx(0, abs=1e-6)
+    assert mask_distance(expected + 1, expected) > 1e-3
+    np.testing.assert_allclose(jax.grad(mask_distance)(expected, expected), 0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -178,4 +178,4 @@ def test_attended_memory_of_several_frames_equals_torch(name, version):
     times, ages = np.array([0, 4, 5, 6]), np.array([10, 3, 2, 1], np.float32) / 15
     got = pair.apply("attend_memory", coarse, memories, times, pointers, ages[None])
     assert relative(got, nhwc(expected)) <= 1e-4
-    assert relative(got, coarse) > 0.1  # the memory is heard
+    assert relative(got, coarse) > 0.1  # the memory changes the features

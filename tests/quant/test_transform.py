@@ -101,9 +101,9 @@ def test_ridge_comes_before_all_others(params, stats, x):
     """It shrinks w, so later transforms start from what it left."""
     shrunk = ridge(0.1)
     leaf = chain(shrunk, PLAIN["rotate"], PLAIN["smooth"]).apply(params, stats)
-    wanted = shrunk.apply(params, stats)["a"]["kernel"]
-    assert relative_error(wanted, params["a"]["kernel"]) > 0.01
-    assert relative_error(materialize(leaf["a"]["kernel"]), wanted) <= 1e-5
+    expected = shrunk.apply(params, stats)["a"]["kernel"]
+    assert relative_error(expected, params["a"]["kernel"]) > 0.01
+    assert relative_error(materialize(leaf["a"]["kernel"]), expected) <= 1e-5
 
 
 def test_a_chain_needs_what_its_parts_need_and_applies_them_from_left_to_right():

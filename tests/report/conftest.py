@@ -42,7 +42,7 @@ def gallery(image: str) -> Gallery:
 
 def metrics(bits: int, miou: float) -> dict:
     """As `sam2jq quantize` makes them."""
-    asked = loader.to_dict(loader.load(None, ["--model.name", "nano", "--quant.calib.path", "scenes:7",
+    settings = loader.to_dict(loader.load(None, ["--model.name", "nano", "--quant.calib.path", "scenes:7",
                                               "--quant.wgts.dtype", f"sint{bits}"]))  # fmt: skip
     layers = [
         {"name": name, "part": part, "dtype": f"sint{bits}", "bits": bits, "group": "channel", "around": [], "rank": 0,
@@ -53,13 +53,13 @@ def metrics(bits: int, miou: float) -> dict:
     error = {"feature_error": {"stride4": 0.1, "stride8": 0.2, "stride16": 0.3}, "mask_iou": 0.7}
     scores = lambda iou: {"box": iou, "1 click": iou - 0.1, "3 clicks": iou + 0.05}
     return {
-        "model": asked["model"] | {"image_size": 256},
+        "model": settings["model"] | {"image_size": 256},
         "names": "original",
         "checkpoint": "c0ffee",
         "images_id": "1",
         "truth_id": "1",
-        "config": asked,
-        "asked": asked,
+        "config": settings,
+        "asked": settings,
         "command": f"sam2jq quantize --job {MARKUP}",
         "versions": {"sam2jq": "0.1.0"},
         "random_weights": False,

@@ -51,7 +51,7 @@ def show(browser, page, width: int = 1024, scheme: str = "light") -> None:
 
 
 def requested(browser) -> set[str]:
-    """Every address that was asked for since the last call."""
+    """The addresses requested since the last call."""
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     sent = [message["params"] for message in messages if message["method"] == "Network.requestWillBeSent"]
     return {params["request"]["url"] for params in sent}

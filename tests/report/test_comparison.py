@@ -58,9 +58,9 @@ def test_runs_of_different_things_are_refused(make_run, changes, message):
 def test_a_distilled_run_is_compared_on_the_masks_that_are_known(make_run):
     """What it was distilled on is not what the other was calibrated on, so how far both agree with full precision is
     left out; where no masks are known nothing is left."""
-    asked = loader.to_dict(loader.load(None, ["--teacher.name", "nano", "--student.name", "nano", "--data.train", "a",
+    given = loader.to_dict(loader.load(None, ["--teacher.name", "nano", "--student.name", "nano", "--data.train", "a",
                                               "--data.val", "b"], DistillConfig))  # fmt: skip
-    other = {"asked": asked | {"model": asked["student"]}, "images_id": "2"}
+    other = {"asked": given | {"model": given["student"]}, "images_id": "2"}
     runs = read_runs([make_run("ptq"), make_run("distilled", 3, 0.59, **other)])
     rows = list(csv.DictReader(runs_csv(runs).splitlines()))
     assert [row["distill.impact_threshold"] for row in rows] == ["on", "0.3"]

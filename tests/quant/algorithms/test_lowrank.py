@@ -124,11 +124,11 @@ def test_a_convolution_has_a_branch_too():
 
 def test_the_inner_part_reads_the_same_inputs():
     w, x = weights(K, N), tokens(K)
-    heard = []
+    received = []
     map_base_weight(
-        low_rank_kernel(w, stats_of(x), *SPECS[0]), stats_of(x), lambda inner, stats: heard.append(stats) or inner
+        low_rank_kernel(w, stats_of(x), *SPECS[0]), stats_of(x), lambda inner, stats: received.append(stats) or inner
     )
-    assert jax.tree.all(jax.tree.map(jnp.array_equal, heard[0], stats_of(x)))
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, received[0], stats_of(x)))
 
 
 @pytest.mark.parametrize(

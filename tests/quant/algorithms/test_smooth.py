@@ -75,10 +75,10 @@ def test_a_smoothed_layer_computes_and_stands_for_the_same(w, x, spec):
 @every_spec
 def test_the_inner_part_is_told_of_smoothed_inputs(w, x, spec):
     layer = smooth_kernel(w, stats_of(x), *spec)
-    heard = []
-    map_base_weight(layer, stats_of(x), lambda inner, stats: heard.append(stats) or inner)
-    for got, wanted in zip(heard[0], stats_of(x / layer.scale)):
-        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+    received = []
+    map_base_weight(layer, stats_of(x), lambda inner, stats: received.append(stats) or inner)
+    for got, expected in zip(received[0], stats_of(x / layer.scale)):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("spec", [s for s in SPECS if s.config.strategy == "GridSearch" and s.inputs])
