@@ -137,7 +137,9 @@ def test_a_pattern_that_is_no_regular_expression_is_an_error(params, stats):
         rtn(QuantSpec(4), match="(").apply(params, stats)
 
 
-@pytest.mark.parametrize("wrong", [[rtn(QuantSpec(4))], None, gptq, QuantSpec(4)], ids=str)
+@pytest.mark.parametrize(
+    "wrong", [[rtn(QuantSpec(4))], None, gptq, QuantSpec(4)], ids=lambda value: type(value).__name__
+)
 def test_what_is_no_transform_is_refused_when_a_chain_is_made(wrong):
     for make in (lambda: chain(wrong), lambda: named_chain(("weights", wrong))):
         with pytest.raises(UserError, match="expected a transform"):
