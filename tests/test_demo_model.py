@@ -6,7 +6,8 @@ import pytest
 from converters.checkpoint import load_checkpoint
 from sam2jq import QuantSpec, build, layers
 from sam2jq.data.sources import find_clips, find_samples
-from sam2jq.data.synthetic.scenes import draw_scene, scene_seed
+from sam2jq.data.synthetic.names import scene_seed
+from sam2jq.data.synthetic.scenes import draw_scene
 from sam2jq.eval.image_benchmark import evaluate_images, interior_point, segment_objects
 from sam2jq.eval.metrics import iou
 from sam2jq.eval.vos_benchmark import evaluate_clips

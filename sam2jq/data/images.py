@@ -9,7 +9,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from sam2jq.data.synthetic.scenes import draw_scene, scene_seed
+from sam2jq.data.synthetic.names import scene_seed
+from sam2jq.data.synthetic.scenes import draw_scene
 from sam2jq.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")

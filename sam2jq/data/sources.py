@@ -22,7 +22,8 @@ from sam2jq.data.images import (
     read_image,
 )
 from sam2jq.data.sav import VosVideo, read_mask, vos_videos
-from sam2jq.data.synthetic.scenes import Clip, draw_clip, draw_scene, scene_names, scene_seed
+from sam2jq.data.synthetic.names import scene_names, scene_seed
+from sam2jq.data.synthetic.scenes import Clip, draw_clip, draw_scene
 from sam2jq.data.video import Video, find_frames, open_video, video_of
 from sam2jq.errors import UserError
 

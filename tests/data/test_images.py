@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from sam2jq.data import draw_scene, find_images, preprocess, read_image
-from sam2jq.data.synthetic.scenes import scene_seed
+from sam2jq.data.synthetic.names import scene_seed
 
 
 def write_images(root: Path, *names: str) -> Path:

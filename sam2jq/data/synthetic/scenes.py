@@ -106,24 +106,6 @@ def draw_clip(seed: int, frames: int = 24, size: int = 256) -> Clip:
     return Clip(np.stack(images), np.stack(labels)[:, None] == promptable_objects(labels[0])[:, None, None])
 
 
-def scene_seed(name: str) -> int:
-    """The seed of the scene called "scenes:<seed>/<index>", unique for each name. Raises UserError for other names."""
-    seed, _, index = name.removeprefix("scenes:").partition("/")
-    if not (seed.isdecimal() and index.isdecimal()):
-        raise UserError(f"{name}: not the name of a scene; write it like scenes:7/0003")
-    return (int(seed) << 32) + int(index)
-
-
-def scene_names(spec: str, num_samples: int | None) -> list[str]:
-    """["scenes:7/0000", "scenes:7/0001", ...] for "scenes:7". Raises UserError without a seed or `num_samples`."""
-    seed = spec.removeprefix("scenes:")
-    if not seed.isdecimal():
-        raise UserError(f"{spec}: the seed must be a whole number that is not negative; write it like scenes:7")
-    if num_samples is None:
-        raise UserError(f"{spec}: drawn scenes have no end; give num_samples")
-    return [f"scenes:{int(seed)}/{index:04d}" for index in range(num_samples)]
-
-
 def promptable_objects(labels):
     """The numbers of the objects of which enough is visible for a prompt, from back to front; labels: [S, S]."""
     visible = np.bincount(labels.ravel(), minlength=MAX_OBJECTS + 1)[1:] / labels.size
