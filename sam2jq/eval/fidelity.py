@@ -1,6 +1,7 @@
 """Fidelity of a quantized model: masks against full precision and ground truth, and errors by stage and layer."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import numpy as np
@@ -173,7 +174,7 @@ def layer_errors(full: dict, quantized: dict, stats: Mapping[str, Stats]) -> dic
     quantized; None if no Gram matrix of them was collected.
     """
     plain, after = flatten(full), flatten(materialize_params(quantized))
-    paths = {layer_name(p): p for p, leaf in kernels(flatten(quantized)).items() if leaf is not plain[p]}
+    paths = {layer_name(p): p for p, leaf in kernels(flatten(quantized)).items() if is_dataclass(leaf)}
     order = [layer for group in in_order(paths) for layer in group]
     return {layer: kernel_errors(after[paths[layer]], plain[paths[layer]], stats.get(layer)) | {"part": part(layer)}
             for layer in order}  # fmt: skip
