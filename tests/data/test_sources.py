@@ -37,7 +37,7 @@ def test_a_coco_file_name_may_hold_forward_slashes(coco):
     assert find_images(str(coco), None, 0) == expected
 
 
-@pytest.mark.parametrize("name", ["../1.jpg", "train/../../1.jpg", "/tmp/1.jpg", "..", "", " ", "train\\1.jpg"])
+@pytest.mark.parametrize("name", ["../1.jpg", "train/../../1.jpg", "/elsewhere/1.jpg", "..", "", " ", "train\\1.jpg"])
 def test_a_coco_file_name_must_stay_in_its_folder(coco, name):
     write_names(coco, name)
     for read in (lambda: coco_images(str(coco)), lambda: find_images(str(coco), None, 0)):
