@@ -13,8 +13,8 @@ log = logging.getLogger("sam2jq")
 class Export(NamedTuple):
     """An export target.
 
-    help: the files that it writes, for `--help`. write(out, model, params, metadata) writes them into the folder `out`;
-    metadata is that of a package (`complete_metadata`). Modules that need torch are imported in `write`.
+    help: the files that it writes, for `--help`. write(out, model, params, metadata) writes them into `out`, a folder
+    that exists; metadata is that of a package (`complete_metadata`). Modules that need torch are imported in `write`.
     """
 
     help: str

@@ -25,5 +25,7 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
     refuse_flags(args, flags)
     metadata = api.open_package(args.package).metadata
     model, params = api.load(args.package)
-    EXPORTS[args.to].write(Path(args.out), model, params, metadata)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    EXPORTS[args.to].write(out, model, params, metadata)
     log.info("written     %s", args.out)

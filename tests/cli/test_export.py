@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from converters.checkpoint import load_checkpoint
+from converters.exports import EXPORTS, Export
 from sam2jq import build
 from sam2jq.cli.main import main
 
@@ -36,3 +37,11 @@ def test_an_export_of_nothing_is_an_error(tmp_path, capsys):
     error = failure(capsys, "export", "--package", str(tmp_path), "--to", "vanilla", "--out", str(tmp_path / "out"))
     assert "no package at" in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_target_writes_into_a_folder_that_exists(job, tmp_path, monkeypatch):
+    write = lambda out, model, params, metadata: (out / "file").write_text("written")
+    monkeypatch.setitem(EXPORTS, "vanilla", Export("file", write))
+    out = tmp_path / "new" / "folder"
+    assert main(["export", "--package", str(job), "--to", "vanilla", "--out", str(out)]) == 0
+    assert (out / "file").read_text() == "written"
