@@ -74,6 +74,7 @@ def rounding(config: WeightsConfig, specs: Mapping[str, QuantSpec]) -> Transform
     one_of("wgts.rounding", name, ROUNDING)
     own_section = {"gptq": config.kernel_gptq}.get(name)
     transform = ROUNDING[name](specs) if own_section is None else ROUNDING[name](specs, own_section)
+    transform = transform._replace(description=transform.description or name)
     transform = bias_correction(transform, specs) if config.bias_correction else transform
     return transform._replace(description=f"{config.dtype} {config.group_shapes}, {transform.description}")
 

@@ -17,6 +17,7 @@ from sam2jq.config.quant import (
     WeightsConfig,
 )
 from sam2jq.models.sam2 import TRUNK_LINEAR
+from sam2jq.ptq import recipe
 from sam2jq.ptq.bit_targets import choose_unsigned
 from sam2jq.ptq.pipeline import fold_rotations, in_order
 from sam2jq.ptq.recipe import activation_specs, build_transforms, layers, rounding, weight_specs
@@ -28,6 +29,7 @@ from sam2jq.quant.algorithms.rtn import round_weights
 from sam2jq.quant.qtensor import QTensor, dequantize, quantize
 from sam2jq.quant.spec import QuantSpec
 from sam2jq.quant.stats import Stats
+from sam2jq.quant.transform import each_layer
 from sam2jq.tree import flatten, kernels, layer_name, unflatten
 
 LAYERS = ["t.blocks.1.attn", "t.blocks.1.mlp", "t.blocks.10.attn", "neck.conv"]
@@ -43,6 +45,13 @@ def specs(**settings) -> dict[str, QuantSpec]:
 
 def test_skips_end_at_a_dot():
     assert list(specs(skips=["t.blocks.1"])) == ["t.blocks.10.attn", "neck.conv"]
+
+
+def test_an_algorithm_without_a_description_is_logged_by_its_name(monkeypatch):
+    monkeypatch.setitem(recipe.ROUNDING, "nearest", lambda specs, *_: each_layer(lambda w, stats, spec: w, specs))
+    descriptions = [rounding(WeightsConfig(bias_correction=b), {}).description for b in (False, True)]
+    assert descriptions[0].endswith("], nearest")
+    assert descriptions[1].endswith("], nearest, bias correction")
 
 
 def test_the_longest_prefix_sets_the_bits():
