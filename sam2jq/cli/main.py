@@ -23,7 +23,6 @@ COMMANDS = {
     "sweep": "quantize with every combination of settings, and compare the runs",
     "inspect": "print the layers and sizes of a package",
 }
-OPTIONAL_MODULES = ("torch", "safetensors")  # that come with the extra `torch`
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit codes
 log = logging.getLogger("sam2jq")
 
@@ -45,8 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return end(INTERRUPTED, "interrupted", trace=args.verbose)
     except Exception as error:  # the outermost handler: nothing is hidden, the traceback is printed
-        if isinstance(error, ModuleNotFoundError) and error.name in OPTIONAL_MODULES:
-            message = f"error: this command needs {error.name}: pip install 'sam2jq[torch]'"
+        if isinstance(error, ModuleNotFoundError) and error.name == "torch":
+            message = "error: this command needs torch: pip install 'sam2jq[torch]'"
             return end(BAD_INPUT, message, trace=args.verbose)
         message = f"program fault: {type(error).__name__}: {one_line(error)}; please report it with the traceback above"
         return end(FAILED, message, trace=True)

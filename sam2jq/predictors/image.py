@@ -11,6 +11,7 @@ from sam2jq.errors import UserError
 from sam2jq.models.decoder import Decoded
 from sam2jq.models.layers import resize
 from sam2jq.models.sam2 import SAM2
+from sam2jq.predictors.pretrained import FromPretrained
 
 Array = jax.Array
 LOGIT_LIMIT = 32.0  # low-resolution logits are handed out within +- this
@@ -37,7 +38,7 @@ def _decode(model: SAM2, params: dict, features: list[Array], points, masks, *, 
     return model.apply({"params": params}, features, points, masks, multimask=multimask, method="decode_masks")
 
 
-class ImagePredictor:
+class ImagePredictor(FromPretrained):
     """Segments one image at a time.
 
         predictor = ImagePredictor(model, params)   # or ImagePredictor.from_pretrained("demo")
@@ -68,25 +69,6 @@ class ImagePredictor:
         self.model, self.params = model, params
         self.mask_threshold, self.dtype = mask_threshold, float_dtype(dtype)
         self.reset_predictor()
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model_id: str,
-        *,
-        name: str | None = None,
-        version: str | None = None,
-        image_size: int | None = None,
-        **kwargs,
-    ) -> "ImagePredictor":
-        """A predictor of "demo", a package, a checkpoint or a Hub id; arguments as in `sam2jq.load`.
-
-        kwargs: further arguments of the constructor, such as `dtype`.
-        """
-        from sam2jq.api import load  # the API is built on the predictors
-
-        model, params = load(model_id, name=name, version=version, image_size=image_size)
-        return cls(model, params, **kwargs)
 
     def reset_predictor(self) -> None:
         """Removes the image and its features."""

@@ -14,6 +14,7 @@ from sam2jq.models.layers import resize
 from sam2jq.models.sam2 import NO_OBJECT, SAM2
 from sam2jq.predictors.image import LOGIT_LIMIT, as_array, check_default, float_dtype, point_prompts
 from sam2jq.predictors.memory_bank import FrameOutput
+from sam2jq.predictors.pretrained import FromPretrained
 from sam2jq.predictors.video_state import ObjectState, VideoState, frame_info, frame_order, memory_bank, stack
 from sam2jq.predictors.video_steps import (
     encode_frame,
@@ -29,7 +30,7 @@ Array = jax.Array
 FrameMasks = tuple[int, list[int], np.ndarray]
 
 
-class VideoPredictor:
+class VideoPredictor(FromPretrained):
     """Tracks objects through a clip.
 
         predictor = VideoPredictor(model, params)   # or VideoPredictor.from_pretrained("demo")
@@ -65,25 +66,6 @@ class VideoPredictor:
         check_default("clear_non_cond_mem_around_input", clear_non_cond_mem_around_input, False)
         self.model, self.params, self.dtype = model, params, float_dtype(dtype)
         self.add_all_frames_to_correct_as_cond = add_all_frames_to_correct_as_cond
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model_id: str,
-        *,
-        name: str | None = None,
-        version: str | None = None,
-        image_size: int | None = None,
-        **kwargs,
-    ) -> "VideoPredictor":
-        """A predictor of "demo", a package, a checkpoint or a Hub id; arguments as in `sam2jq.load`.
-
-        kwargs: further arguments of the constructor, such as `dtype`.
-        """
-        from sam2jq.api import load  # the API is built on the predictors
-
-        model, params = load(model_id, name=name, version=version, image_size=image_size)
-        return cls(model, params, **kwargs)
 
     def init_state(
         self,

@@ -8,7 +8,7 @@ A layer is named as its torch module, such as "image_encoder.trunk.blocks.0.attn
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import reduce, singledispatch
 from typing import NamedTuple
 
@@ -114,10 +114,7 @@ def each_layer(
     def apply(params: dict, stats: Mapping[str, Stats]) -> dict:
         flat = flatten(params)
         paths = {layer_name(path): path for path in kernels(flat)}
-        chosen = specs
-        if not isinstance(specs, Mapping):
-            chosen = dict.fromkeys(match_layers(params, match, dense_only), specs)
-        check_layers(chosen, paths)
+        chosen = specs_by_layer(params, specs, match, dense_only)
         missing = [layer for layer in chosen if needs and layer not in stats]
         if missing:
             raise UserError(f"calibration has no statistics of {', '.join(missing[:10])}: these layers never ran")
@@ -132,12 +129,18 @@ def each_layer(
     return Transform(frozenset(needs), apply, description)
 
 
-def check_layers(layers: Iterable[str], known: Iterable[str]) -> None:
-    """Raises UserError if one of `layers`, to which specs were given, is not among `known`, those of the params."""
-    known = set(known)
-    unknown = [layer for layer in layers if layer not in known]
+def specs_by_layer(params: dict, specs: object, match: str = ".*", dense_only: bool = False) -> Mapping[str, object]:
+    """{layer: spec}: `specs` itself if it is a mapping, else that one spec for every layer that `match_layers` finds.
+
+    Raises UserError if a layer is not in `params`, or if none matches.
+    """
+    if not isinstance(specs, Mapping):
+        return dict.fromkeys(match_layers(params, match, dense_only), specs)
+    known = {layer_name(path) for path in kernels(flatten(params))}
+    unknown = [layer for layer in specs if layer not in known]
     if unknown:
         raise UserError(f"the params have no layer {', '.join(unknown[:10])}{suggest(unknown[0], known)}")
+    return specs
 
 
 def check_unrounded(w: object, layer: str = "") -> None:

@@ -15,7 +15,7 @@ from sam2jq.quant.leaves import apply_kernel, dense, materialize, quantize_outpu
 from sam2jq.quant.qtensor import QTensor, compute_scale_zero_point, round_to_grid
 from sam2jq.quant.spec import QuantSpec, check_bits, parse_spec
 from sam2jq.quant.stats import Stats
-from sam2jq.quant.transform import Transform, check_layers, each_layer, map_base_weight, match_layers
+from sam2jq.quant.transform import Transform, each_layer, map_base_weight, specs_by_layer
 from sam2jq.tree import flatten, kernels, layer_name, unflatten
 
 Array = jax.Array
@@ -119,11 +119,7 @@ def quantize_outputs(outputs: QuantSpec | Mapping[str, QuantSpec], *, match: str
     """
 
     def apply(params: dict, stats: Mapping[str, Stats]) -> dict:
-        specs = outputs
-        if not isinstance(outputs, Mapping):
-            specs = dict.fromkeys(match_layers(params, match), outputs)
-        flat = flatten(params)
-        check_layers(specs, map(layer_name, kernels(flat)))
+        flat, specs = flatten(params), specs_by_layer(params, outputs, match)
         chosen = {path: leaf for path, leaf in kernels(flat).items() if layer_name(path) in specs}
         return unflatten(flat | {path: OutQuantized(leaf, specs[layer_name(path)]) for path, leaf in chosen.items()})
 

@@ -8,7 +8,7 @@ import jax
 from sam2jq.quant.leaves import base_weight
 from sam2jq.quant.qtensor import quantize
 from sam2jq.quant.spec import QuantSpec
-from sam2jq.quant.transform import Transform, check_layers, check_unrounded, map_base_weight, match_layers
+from sam2jq.quant.transform import Transform, check_unrounded, map_base_weight, specs_by_layer
 from sam2jq.tree import flatten, kernels, layer_name, unflatten
 
 
@@ -17,14 +17,7 @@ def rtn(weights: QuantSpec | Mapping[str, QuantSpec], *, match: str = ".*") -> T
 
     match: with one spec, the regular expression of the layers' names.
     """
-
-    def apply(params: dict, stats: Mapping) -> dict:
-        specs = weights
-        if not isinstance(weights, Mapping):
-            specs = dict.fromkeys(match_layers(params, match), weights)
-        check_layers(specs, map(layer_name, kernels(flatten(params))))
-        return round_weights(params, specs)
-
+    apply = lambda params, stats: round_weights(params, specs_by_layer(params, weights, match))
     return Transform(frozenset(), apply, "to nearest")
 
 
