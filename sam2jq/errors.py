@@ -34,3 +34,10 @@ def suggest(name: str, known: Iterable[str]) -> str:
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1) or [k for k in known if k.endswith(f".{name}")][:1]
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def few(names: Iterable[str], shown: int = 10) -> str:
+    """ "a, b, c" for an error message; after `shown` names only their count: "a, b and 7 more"."""
+    names = list(map(str, names))
+    rest = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,4 +1,4 @@
-"""Atomic writing of files."""
+"""Paths as users write them, and atomic writing of files."""
 
 import os
 from collections.abc import Iterator
@@ -17,3 +17,11 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def home(path: str) -> str:
+    """`path` with the user's folder in place of a leading ~, also in a flag such as --out=~/masks.png."""
+    flag, equals, value = path.partition("=")
+    if path.startswith("--") and equals:
+        return f"{flag}={home(value)}"
+    return os.path.expanduser(path) if path == "~" or path.startswith("~/") else path

@@ -1,4 +1,9 @@
-"""Instance masks in the COCO layout: ROOT/annotations/instances*.json, images anywhere below ROOT."""
+"""Instance masks in COCO's format, as COCO, LVIS and Roboflow lay them out.
+
+ROOT/annotations/instances*.json, lvis*.json     with images anywhere below ROOT
+ROOT/lvis*.json, instances*.json                 the same
+ROOT/<split>/_annotations.coco.json              of Roboflow, with the images beside; also in ROOT itself
+"""
 
 from collections import defaultdict
 from pathlib import Path
@@ -6,23 +11,29 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sam2jq.data.images import check_relative_path, image_size, images_by_ending, read_json
+from sam2jq.data.coco_masks import check_segmentation, decode_mask
+from sam2jq.data.folders import subfolders
+from sam2jq.data.images import image_size
+from sam2jq.data.listed import ImageIndex, file_name, find_image, index_images, read_json
 from sam2jq.errors import UserError
 
-FIELDS = {"id", "image_id", "category_id", "segmentation", "bbox"}
+FIELDS = {"id", "image_id", "category_id", "segmentation"}
+PATTERNS = ("instances*.json", "lvis*.json")
+ROBOFLOW = "_annotations.coco.json"
 
 
 class CocoImage(NamedTuple):
-    """size: (H, W) in pixels; annotations: as in the json, without crowds; categories: {id: name}."""
+    """size: (H, W) in pixels; annotations: as in `file`, without crowds; categories: {id: name}."""
 
     path: str
     size: tuple[int, int]
     annotations: list[dict]
     categories: dict[int, str]
+    file: Path
 
 
 class Instance(NamedTuple):
-    """mask: bool [H, W], never empty; box: float32 [4], x0 y0 x1 y1 in pixels, as annotated."""
+    """mask: bool [H, W], never empty; box: float32 [4], x0 y0 x1 y1 in pixels, as annotated, or else of the mask."""
 
     image: str
     mask: np.ndarray
@@ -31,45 +42,104 @@ class Instance(NamedTuple):
     id: int
 
 
-def coco_images(root: str) -> list[CocoImage]:
-    """The images with at least one instance, sorted by path; `read_instances` decodes their masks.
+class CocoFolder(NamedTuple):
+    """images: those with an instance, sorted by path. missing: {json: names of its images that are not there}.
 
-    Raises FileNotFoundError or UserError if a json or an image is missing or invalid.
+    notes: a line on every json that is left out.
     """
-    files = instance_files(Path(root))
-    index = images_by_ending(Path(root))
-    images = {}
-    for file in files:
-        listed = listed_images(file)
-        missing = [image.path for image in listed if image.path not in index]
-        if missing:
-            raise FileNotFoundError(
-                f"{file}: {len(missing)} of {len(listed)} images with instances do not lie below {root}, "
-                f"such as {missing[0]}; put them there or move the json away"
-            )
-        for image in listed:
-            path = str(index[image.path])
-            if path in images:
-                raise UserError(f"{file}: {image.path} is listed twice, here or in another json; leave only one")
-            images[path] = image._replace(path=path)
-    if not images:
+
+    images: list[CocoImage]
+    missing: dict[Path, list[str]]
+    notes: list[str]
+
+
+def coco_images(root: str) -> list[CocoImage]:
+    """The images of `find_coco`. Raises FileNotFoundError if an image is missing."""
+    folder = find_coco(root)
+    check_missing(folder.missing, 0)
+    return folder.images
+
+
+def check_missing(missing: dict[Path, list[str]], allowed: int) -> None:
+    """Raises FileNotFoundError if more than `allowed` images are missing; missing: {json: names}."""
+    count = sum(map(len, missing.values()))
+    if count > allowed:
+        names = next(iter(missing.values()))
+        raise FileNotFoundError(
+            f"{', '.join(map(str, missing))}: {count} images with instances are missing, or lie only in a folder "
+            f"of another split, such as {names[0]}; put them there, or leave them out with --allow_missing {count}"
+        )
+
+
+def find_coco(root: str) -> CocoFolder:
+    """The images of a folder with at least one instance; `read_instances` decodes their masks.
+
+    A json is left out if none of its images is there and another json has some.
+    Raises FileNotFoundError or UserError if there is no image, or a json is missing or invalid.
+    """
+    files, index = instance_files(Path(root)), index_images(Path(root))
+    found = {file: locate(file, index) for file in files}
+    if not any(present or absent for present, absent in found.values()):
         raise UserError(f"{', '.join(map(str, files))}: no image with an instance")
-    return [images[path] for path in sorted(images)]
+    empty = [file for file, (present, absent) in found.items() if absent and not present]
+    if not any(present for present, _ in found.values()):
+        names = found[empty[0]][1]
+        raise FileNotFoundError(
+            f"{empty[0]}: {len(names)} of {len(names)} images with instances do not lie below {root}, or only in a "
+            f"folder of another split, such as {names[0]}; put them there"
+        )
+    images: dict[str, CocoImage] = {}
+    for file, (present, _) in found.items():
+        for image in present:
+            if image.path in images:
+                raise UserError(f"{file}: {image.path} is listed twice, here or in another json; leave only one")
+            images[image.path] = image
+    missing = {file: absent for file, (_, absent) in found.items() if absent and file not in empty}
+    notes = [f"{file}: none of its {len(found[file][1])} images is there, this file is left out" for file in empty]
+    return CocoFolder([images[path] for path in sorted(images)], missing, notes)
+
+
+def locate(file: Path, index: ImageIndex) -> tuple[list[CocoImage], list[str]]:
+    """The images of one json file with at least one instance, and the names of those that are missing."""
+    present, absent = [], []
+    for image in listed_images(file):
+        path = find_image(index, image.path, file)
+        if path is None:
+            absent.append(image.path)
+        else:
+            present.append(image._replace(path=str(path)))
+    return present, absent
+
+
+def is_coco(root: Path) -> bool:
+    """Whether a folder holds json files in COCO's format, by their names."""
+    return any(root.glob("annotations/[!.]*.json")) or bool(root.is_dir() and beside_images(root))
 
 
 def instance_files(root: Path) -> list[Path]:
-    """The annotations/instances*.json of a COCO folder. Raises FileNotFoundError if there is none."""
+    """The json files with instances of a COCO folder. Raises FileNotFoundError if there is none."""
     folder = root / "annotations"
-    if not folder.is_dir():
+    files = [path for pattern in PATTERNS for path in sorted(folder.glob(pattern))]
+    if not files and root.is_dir():
+        files = beside_images(root)
+    if not files and not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; give a COCO folder: annotations/instances*.json and images")
-    files = sorted(folder.glob("instances*.json"))
     if not files:
         raise FileNotFoundError(f"{folder}: holds no instances*.json, the annotations with masks; put it there")
     return files
 
 
+def beside_images(root: Path) -> list[Path]:
+    """The json files with instances that lie in the root or, as Roboflow's, in its folders."""
+    files = [path for pattern in PATTERNS for path in sorted(root.glob(pattern))]
+    return files + [path for folder in (root, *subfolders(root)) if (path := folder / ROBOFLOW).is_file()]
+
+
 def listed_images(file: Path) -> list[CocoImage]:
-    """The images of one json file with at least one instance; `path` is the "file_name" in the file."""
+    """The images of one json file with at least one instance; `path` is the name in the file.
+
+    Raises UserError that names the file and the annotation if one is invalid.
+    """
     content = read_json(file)
     try:
         categories = {category["id"]: category["name"] for category in content["categories"]}
@@ -81,31 +151,47 @@ def listed_images(file: Path) -> list[CocoImage]:
         raise UserError(f"{file}: not in COCO's format for instances ({error!r}); download it again") from error
     by_image = defaultdict(list)
     for annotation in instances:
-        check_fields(file, annotation, categories)
+        check_annotation(file, annotation, categories, images)
         by_image[annotation["image_id"]].append(annotation)
-    return [CocoImage(*images[id], by_image[id], categories) for id in images if id in by_image]
+    return [CocoImage(*images[id], by_image[id], categories, file) for id in images if id in by_image]
 
 
 def name_and_size(file: Path, entry: dict) -> tuple[str, tuple[int, int]]:
     """The path and the (H, W) of an entry of "images". Raises UserError if the path leads out of the folder."""
-    return check_relative_path(entry["file_name"], file), (int(entry["height"]), int(entry["width"]))
+    name = file_name(entry, file)
+    if name is None:
+        raise KeyError("file_name")
+    return name, (int(entry["height"]), int(entry["width"]))
 
 
-def check_fields(file: Path, annotation: dict, categories: dict[int, str]) -> None:
-    """Raises UserError if an annotation lacks a field or its category is unknown."""
+def check_annotation(file: Path, annotation: dict, categories: dict[int, str], images: dict) -> None:
+    """Raises UserError if an annotation lacks a field, its image or category is unknown, or its mask is malformed."""
     if missing := FIELDS - annotation.keys():
         raise UserError(f"{file}: annotation {annotation.get('id')} lacks {', '.join(sorted(missing))}")
+    id, image = annotation["id"], annotation["image_id"]
     if annotation["category_id"] not in categories:
-        raise UserError(f"{file}: annotation {annotation['id']} has no category: {annotation['category_id']} is none")
+        raise UserError(f"{file}: annotation {id} has no category: {annotation['category_id']} is none")
+    if image not in images:
+        raise UserError(f"{file}: annotation {id} has no image: {image} is none")
+    name, size = images[image]
+    try:
+        check_segmentation(annotation["segmentation"], size)
+    except UserError as error:
+        raise UserError(f"{file}: {name}: annotation {id} is not readable: {error}") from error
 
 
-def read_instances(image: CocoImage) -> list[Instance]:
-    """The instances of an image with a non-empty mask. Raises UserError if the image has another size than listed."""
+def check_size(image: CocoImage) -> None:
+    """Raises UserError if an image has another size than its json says."""
     size = image_size(image.path)
     if size != image.size:
         raise UserError(
             f"{image.path}: {size[1]} x {size[0]} pixels, but its annotations are for {image.size[1]} x {image.size[0]}"
         )
+
+
+def read_instances(image: CocoImage) -> list[Instance]:
+    """The instances of an image with a non-empty mask. Raises UserError if the image has another size than listed."""
+    check_size(image)
     instances = [read_instance(image, annotation) for annotation in image.annotations]
     return [instance for instance in instances if instance.mask.any()]
 
@@ -114,61 +200,21 @@ def read_instance(image: CocoImage, annotation: dict) -> Instance:
     """One annotation with its mask decoded."""
     try:
         mask = decode_mask(annotation["segmentation"], image.size)
-        x, y, width, height = annotation["bbox"]
-        box = np.array([x, y, x + width, y + height], np.float32)
+        box = annotated_box(annotation["bbox"]) if annotation.get("bbox") else box_of(mask)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{image.path}: annotation {annotation['id']} is not readable: {error}") from error
+        raise UserError(
+            f"{image.path}: annotation {annotation['id']} is not readable: {error}; it is in {image.file}"
+        ) from error
     return Instance(image.path, mask, box, image.categories[annotation["category_id"]], annotation["id"])
 
 
-def decode_mask(segmentation, size: tuple[int, int]) -> np.ndarray:
-    """bool [H, W] from polygons [[x, y, x, y, ...], ...], or from run lengths as a list or as COCO's string."""
-    match segmentation:
-        case [*polygons]:
-            return fill_polygons(polygons, size)
-        case {"size": [height, width]} if (height, width) != size:
-            raise UserError(f"its mask has {width} x {height} pixels, but the image {size[1]} x {size[0]}")
-        case {"size": _, "counts": [*runs]}:
-            return decode_runs(runs, size)
-        case {"size": _, "counts": str(text)}:
-            return decode_runs(run_lengths(text), size)
-    raise UserError("its segmentation is neither polygons nor run lengths with a size")
+def annotated_box(bbox: list[float]) -> np.ndarray:
+    """The box [4], x0 y0 x1 y1, of COCO's x, y, width, height."""
+    x, y, width, height = bbox
+    return np.array([x, y, x + width, y + height], np.float32)
 
 
-def fill_polygons(polygons: list[list[float]], size: tuple[int, int]) -> np.ndarray:
-    """bool [H, W], the union of the polygons. Polygons of two points are skipped: pycocotools reads them as boxes."""
-    try:
-        from pycocotools import mask
-    except ModuleNotFoundError as error:
-        raise UserError("polygons need the extra eval: pip install 'sam2jq[eval]'") from error
-    polygons = [polygon for polygon in polygons if len(polygon) >= 6]
-    if not polygons:
-        return np.zeros(size, bool)
-    return mask.decode(mask.merge(mask.frPyObjects(polygons, *size))).astype(bool)
-
-
-def decode_runs(runs: list[int], size: tuple[int, int]) -> np.ndarray:
-    """bool [H, W] from run lengths of false, true, false, ... in column-major order.
-
-    pycocotools is not used, because it leaves pixels uninitialized if the runs do not fill the mask. Raises UserError
-    then.
-    """
-    if sum(runs) != size[0] * size[1] or min(runs) < 0:
-        raise UserError(f"its run lengths cover {sum(runs)} pixels, but the mask has {size[0] * size[1]}")
-    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(size[::-1]).T
-
-
-def run_lengths(text: str) -> list[int]:
-    """The run lengths in COCO's string: 5 bits per character, lowest first, a continuation bit, and a sign.
-
-    From the fourth on, a number is stored as the difference to the one two places before.
-    """
-    runs, value, shift = [], 0, 0
-    for code in text.encode():
-        value += (code - 48 & 31) << shift
-        shift += 5
-        if not code - 48 & 32:
-            value -= (code - 48 & 16) << shift - 4
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value = shift = 0
-    return runs
+def box_of(mask: np.ndarray) -> np.ndarray:
+    """The box [4], x0 y0 x1 y1 with the last pixel included, of a mask [H, W]; zeros if it is empty."""
+    y, x = np.nonzero(mask)
+    return np.array([x.min(), y.min(), x.max() + 1, y.max() + 1] if len(x) else [0] * 4, np.float32)

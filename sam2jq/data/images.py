@@ -1,10 +1,7 @@
-"""Image files: the images in a folder, their pixels, and the array that is SAM 2's input."""
+"""Image files: their pixels, and the array that is SAM 2's input."""
 
-import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
@@ -12,111 +9,48 @@ from PIL import Image
 from sam2jq.data.synthetic.names import scene_seed
 from sam2jq.data.synthetic.scenes import draw_scene
 from sam2jq.errors import UserError
+from sam2jq.files import home
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-SAV_FRAMES = "JPEGImages_24fps"
-SAV_SPLITS = ("sav_train", "sav_val", "sav_test")
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # of ImageNet, in RGB order
 STD = np.array([0.229, 0.224, 0.225], np.float32)
-
-
-def is_image(name: str) -> bool:
-    """Whether a file name has an image's ending and is not hidden."""
-    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
-
-
-def images_below(root: Path) -> list[Path]:
-    """All images below `root`, sorted, without hidden files and sub folders called annotations*."""
-    found = []
-    for folder, subfolders, files in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not name.lower().startswith((".", "annotations"))]
-        found += [Path(folder, name) for name in files if is_image(name)]
-    return sorted(found)
-
-
-def frame_folders(root: Path) -> list[Path]:
-    """The folders with the frames of an SA-V root, split or frame folder; empty for any other folder."""
-    if root.resolve().name == SAV_FRAMES:
-        return [root]
-    candidates = [root / SAV_FRAMES, *(root / split / SAV_FRAMES for split in SAV_SPLITS)]
-    return [folder for folder in candidates if folder.is_dir()]
-
-
-def coco_names(root: Path) -> set[str]:
-    """The file names that annotations/*.json list; empty if `root` is not a COCO folder."""
-    return {name for path in root.glob("annotations/[!.]*.json") for name in listed_names(path)}
-
-
-def listed_names(path: Path) -> list[str]:
-    """Every "file_name" in the list "images" of a json file; empty for other content, such as SA-V's."""
-    match read_json(path):
-        case {"images": [*entries]}:
-            names = [entry.get("file_name") for entry in entries if isinstance(entry, dict)]
-            return [check_relative_path(name, path) for name in names if isinstance(name, str)]
-        case _:
-            return []
-
-
-def check_file_name(name: str, file: Path) -> str:
-    """`name`, which `file` lists, as the name of a file or folder without a path.
-
-    Raises UserError if it is empty, ".." or holds a separator: it could name something outside its folder.
-    """
-    if "/" in check_relative_path(name, file):
-        raise UserError(f"{file}: {name!r} must be the name of one file or folder, without a path")
-    return name
-
-
-def check_relative_path(name: str, file: Path) -> str:
-    """`name`, which `file` lists, as a normalized relative path with forward slashes.
-
-    Raises UserError if it is empty, absolute, or holds ".." or a backslash: it could lead out of its folder.
-    """
-    path = PurePosixPath(name)
-    if not name.strip() or not path.parts or path.is_absolute() or ".." in path.parts or set(name) & set("\\\0"):
-        raise UserError(f"{file}: {name!r} is empty or leads out of its folder; it must be a relative path without ..")
-    return str(path)
-
-
-def read_json(path: Path):
-    """The content of a json file. Raises UserError if it is not valid json."""
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path}: broken json ({error}); download it again or move it away") from error
-
-
-def images_by_ending(root: Path) -> dict[str, Path]:
-    """{"1.jpg": path, "train/1.jpg": path, ...} of the images below `root`; the first in order if several match."""
-    index = {}
-    for path in images_below(root):
-        parts = path.relative_to(root).parts
-        for start in range(len(parts)):
-            index.setdefault("/".join(parts[start:]), path)
-    return index
-
-
-def images_named(root: Path, names: set[str]) -> list[Path]:
-    """The images below `root` whose path ends in one of `names`."""
-    index = images_by_ending(root)
-    found = {index[name] for name in names if name in index}
-    if not found:
-        raise FileNotFoundError(
-            f"{root}: none of the {len(names)} images that annotations/*.json name lies below this folder; "
-            f"put the images (such as {min(names)}) there"
-        )
-    return sorted(found)
+BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF, and a value of the second one
 
 
 def read_image(name: str) -> np.ndarray:
-    """uint8 [H, W, 3], RGB, of an image file or of the drawn scene "scenes:<seed>/<index>".
+    """uint8 [H, W, 3], RGB, of an image file, of the drawn scene "scenes:<seed>/<index>", or of a frame "a.mp4#12".
 
-    As in SAM 2, the EXIF orientation tag is not applied. Raises UserError if the file is not readable.
+    As in SAM 2, the EXIF orientation tag is not applied. 16 bits a channel are scaled to 8. Raises UserError if the
+    file is not readable, or holds several images, floats or integers of 32 bits.
     """
     if name.startswith("scenes:"):
         return draw_scene(scene_seed(name)).image
+    if "#" in name:
+        from sam2jq.data import video_frames  # which builds on this file
+
+        if video_frames.NAME.fullmatch(name):
+            return video_frames.read_frame(name)
     with open_image(name) as image:
-        return np.array(image.convert("RGB"))
+        return rgb_pixels(image, name)
+
+
+def rgb_pixels(image: Image.Image, name: str = "the image") -> np.ndarray:
+    """uint8 [H, W, 3], RGB, of a PIL image. Raises UserError, which names it, if the range of its pixels is unknown."""
+    if is_grey16(image):
+        return np.repeat((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8)[..., None], 3, axis=-1)
+    if image.mode.startswith(("I", "F")):
+        what = {"I": "integers of 32 bits", "F": "floats"}.get(image.mode, f"of mode {image.mode}")
+        raise UserError(
+            f"{name}: its pixels are {what}, whose range is unknown; scale them to 8 bits and save it again"
+        )
+    return np.array(image.convert("RGB"))
+
+
+def is_grey16(image: Image.Image) -> bool:
+    """Whether a PIL image is grey with unsigned 16 bits, 0 for black."""
+    tags = getattr(image, "tag_v2", {})
+    if tags.get(BITS, (16,)) != (16,) or tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        return False
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
 
 
 def image_size(name: str) -> tuple[int, int]:
@@ -127,11 +61,19 @@ def image_size(name: str) -> tuple[int, int]:
 
 @contextmanager
 def open_image(name: str) -> Iterator[Image.Image]:
-    """The PIL image of a file. Raises UserError with the file's name if PIL fails inside the `with` block."""
+    """The PIL image of a file. Raises UserError with the file's name if PIL fails inside the `with` block.
+
+    So it does if the file holds several images, except for a photo with a second view or a thumbnail (MPO).
+    """
     try:
-        with Image.open(name) as image:
+        with Image.open(home(name)) as image:
+            count = getattr(image, "n_frames", 1)
+            if count > 1 and image.format != "MPO":
+                raise UserError(f"{name}: holds {count} images, not one; save the one that is meant")
             yield image
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # PIL's readers raise errors of many classes for broken files
         raise UserError(f"{name}: not a readable image ({error}); remove it or convert it to jpg or png") from error
 
 

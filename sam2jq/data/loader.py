@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sam2jq.data.images import SAV_FRAMES, preprocess
+from sam2jq.data.folders import SAV_FRAMES
+from sam2jq.data.images import preprocess
 from sam2jq.data.sources import Item, find_images, read_images, source_of
 from sam2jq.errors import UserError
 

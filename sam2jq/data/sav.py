@@ -5,19 +5,21 @@ ROOT/<split>/Annotations_6fps/<video>/<object>/00000.png, 00004.png, ...   one o
 ROOT/<split>/<split>.txt or ROOT/<split>.txt                               the videos, one per line; optional
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from sam2jq.data.images import SAV_FRAMES, check_file_name, open_image
+from sam2jq.data.folders import SAV_FRAMES, clip_folders, listed, subfolders
+from sam2jq.data.images import open_image
+from sam2jq.data.listed import check_file_name
+from sam2jq.data.masks import read_labels, write_labels
 from sam2jq.data.video import find_frames
-from sam2jq.errors import UserError
+from sam2jq.errors import UserError, few
 
 SAV_MASKS = "Annotations_6fps"
 PARTS = (SAV_FRAMES, SAV_MASKS)
-PALETTE = (0, 0, 0, 128, 0, 0)  # the first two colours of DAVIS
 
 
 class VosVideo(NamedTuple):
@@ -49,17 +51,12 @@ def split_folder(root: Path, split: str) -> Path:
         raise FileNotFoundError(f"{root}: no such folder; give the SA-V folder that holds {split}")
     missing = [part for part in PARTS if not (root / split / part).is_dir()]
     if missing:
-        complete = [name for name in subfolders(root) if all((root / name / part).is_dir() for part in PARTS)]
+        complete = [path.name for path in subfolders(root) if all((path / part).is_dir() for part in PARTS)]
         raise FileNotFoundError(
             f"{root / split}: has no folder {' and no '.join(missing)}; "
             f"splits that have both: {', '.join(complete) or 'none'}"
         )
     return root / split
-
-
-def subfolders(folder: Path) -> list[str]:
-    """The sorted names of the folders in a folder, without hidden ones."""
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def listed_videos(folder: Path) -> list[str]:
@@ -69,7 +66,7 @@ def listed_videos(folder: Path) -> list[str]:
     """
     name = f"{folder.name}.txt"
     path = next(filter(Path.is_file, [folder / name, folder.parent / name]), folder / SAV_FRAMES)
-    lines = path.read_text().splitlines() if path.is_file() else subfolders(path)
+    lines = path.read_text().splitlines() if path.is_file() else [clip.name for clip in clip_folders(path)]
     names = [line.strip() for line in lines if line.strip()]
     if not names:
         raise UserError(f"{path}: names no video; {SAV_FRAMES} needs a folder of frames for each")
@@ -79,7 +76,7 @@ def listed_videos(folder: Path) -> list[str]:
 def vos_video(name: str, frames: Path, masks: Path) -> VosVideo:
     """A video and its mask files. Raises FileNotFoundError if it has no object."""
     index = {Path(frame).stem: index for index, frame in enumerate(find_frames(str(frames)))}
-    objects = subfolders(masks)
+    objects = [folder.name for folder in subfolders(masks)]
     if not objects:
         raise FileNotFoundError(f"{masks}: holds no object; each needs a folder of its own, such as 000/00000.png")
     return VosVideo(name, str(frames), {object: find_masks(masks / object, index) for object in objects})
@@ -87,34 +84,50 @@ def vos_video(name: str, frames: Path, masks: Path) -> VosVideo:
 
 def find_masks(folder: Path, index: dict[str, int]) -> dict[int, str]:
     """{frame index: mask file} of one object; index: {file name without ending: frame index}."""
-    files = sorted(folder.glob("[!.]*.png"))
+    files = [path for path in listed(folder) if path.suffix.lower() == ".png"]
     if not files:
         raise FileNotFoundError(f"{folder}: holds no mask; put masks such as 00000.png there or remove the folder")
     unknown = [file.name for file in files if file.stem not in index]
     if unknown:
-        raise UserError(f"{folder}: no frame belongs to {', '.join(unknown)}; add the frames or remove the masks")
+        raise UserError(f"{folder}: no frame belongs to {few(unknown)}; add the frames or remove the masks")
     return dict(sorted((index[file.stem], str(file)) for file in files))
 
 
-def read_mask(path: str, size: tuple[int, int] | None = None) -> np.ndarray:
-    """bool [H, W], true where a mask file is not 0. Raises UserError unless it has the given `size` (H, W)."""
-    with open_image(path) as image:
-        mask = np.array(image) > 0
-    if mask.ndim != 2:
-        raise UserError(f"{path}: not a mask but an image with {mask.shape[2]} channels; convert it to one channel")
-    if size is not None and mask.shape != size:
-        raise UserError(f"{path}: {mask.shape[1]} x {mask.shape[0]} pixels, but its frame has {size[1]} x {size[0]}")
-    return mask
+def object_masks(
+    objects: dict[str, dict[int, str]], size: tuple[int, int], bad: Callable | None = None
+) -> dict[str, dict[int, np.ndarray]]:
+    """{object: {frame: bool [H, W]}} of the mask files of a video.
 
-
-def write_mask(path: str, mask: np.ndarray) -> None:
-    """Writes a mask, bool [H, W], as a png of palette indices 0 and 1, as SAM 2's vos_inference.py does.
-
-    SA-V's evaluator and image viewers read it as the same; only DAVIS's other 254 palette colors are left out.
+    bad: called with an object and the error if one of its files cannot be read; the object is left out.
+    Raises that error without `bad`.
     """
+    masks = {}
+    for name, files in objects.items():
+        try:
+            masks[name] = {frame: read_mask(path, size) for frame, path in files.items()}
+        except (UserError, OSError) as error:
+            if bad is None:
+                raise
+            bad(name, error)
+    return masks
+
+
+def read_mask(path: str, size: tuple[int, int] | None = None) -> np.ndarray:
+    """bool [H, W], true where the file of one object's mask is not 0, as in SAM 2.
+
+    Raises UserError as `read_labels` does, and for a palette image of several objects.
+    """
+    labels = read_labels(path, size)
+    with open_image(path) as image:
+        objects = np.unique(labels[labels > 0]).tolist() if image.mode == "P" else []
+    if len(objects) > 1:
+        shown = ", ".join(map(str, objects[:5]))
+        raise UserError(f"{path}: holds {len(objects)} objects, {shown}; a mask file in SA-V's layout holds one")
+    return labels != 0
+
+
+def write_mask(path: str | Path, mask: np.ndarray) -> None:
+    """Writes a mask, bool [H, W], as a png of palette indices 0 and 1, as SAM 2's vos_inference.py does."""
     if mask.dtype != bool or mask.ndim != 2:
         raise UserError(f"{path}: a mask must be bool [H, W], got {mask.dtype} {list(mask.shape)}")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    image = Image.fromarray(mask.astype(np.uint8))
-    image.putpalette(PALETTE)
-    image.save(path, format="PNG")
+    write_labels(path, mask.astype(np.uint8))

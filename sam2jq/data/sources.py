@@ -11,21 +11,28 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sam2jq.data.coco import CocoImage, coco_images, read_instances
-from sam2jq.data.images import (
-    SUFFIXES,
-    coco_names,
-    frame_folders,
-    images_below,
-    images_named,
-    is_image,
-    read_image,
+from sam2jq.data.coco import is_coco
+from sam2jq.data.davis import davis_frame_folders, is_davis
+from sam2jq.data.folders import SUFFIXES, clip_folders, frame_folders, images_below, is_image
+from sam2jq.data.images import read_image
+from sam2jq.data.labeled import (
+    Found,
+    LabeledClip,
+    LabeledImage,
+    allow_some_missing,
+    coco_labeled_images,
+    davis_labeled_clips,
+    sa1b_labeled_images,
+    sav_labeled_clips,
 )
-from sam2jq.data.sav import VosVideo, read_mask, vos_videos
+from sam2jq.data.listed import coco_files
+from sam2jq.data.sa1b import is_sa1b
 from sam2jq.data.synthetic.names import scene_names, scene_seed
 from sam2jq.data.synthetic.scenes import Clip, draw_clip, draw_scene
-from sam2jq.data.video import Video, find_frames, open_video, video_of
+from sam2jq.data.video import Video, find_frames, video_of
+from sam2jq.data.video_frames import count_frames, frame_name, read_frames, videos_below
 from sam2jq.errors import UserError
+from sam2jq.files import home
 
 
 class Item(NamedTuple):
@@ -36,34 +43,19 @@ class Item(NamedTuple):
     read: Callable[[], list[np.ndarray]]
 
 
-class LabeledImage(NamedTuple):
-    """An image with masks: read() -> uint8 [H, W, 3], bool [objects, H, W]."""
-
-    name: str
-    read: Callable[[], tuple[np.ndarray, np.ndarray]]
-
-
-class LabeledClip(NamedTuple):
-    """A clip with masks: open() -> its frames, masks() -> {object: {frame: bool [H, W]}}, frames sorted."""
-
-    name: str
-    open: Callable[[], Video]
-    masks: Callable[[], dict[str, dict[int, np.ndarray]]]
-
-
 class Source(NamedTuple):
     """A type of data source. The first argument of each function is the string; None: the type has no such data.
 
     matches(spec) -> whether the string is of this type. images(spec, count) -> names for `read_image`.
     windows(spec, count, frames, stride) -> items of `frames` frames. labeled_images(spec, count) and
-    labeled_clips(spec, split, count) -> the first `count`, all if None. Only scenes need `count` in `images` and
-    `windows`.
+    labeled_clips(spec, split, count) -> the first `count`, all if None; `Found` says which images are missing. Only
+    scenes need `count` in `images` and `windows`.
     """
 
     matches: Callable[[str], bool]
     images: Callable[[str, int | None], list[str]]
     windows: Callable[[str, int | None, int, int], list[Item]]
-    labeled_images: Callable[[str, int | None], list[LabeledImage]] | None = None
+    labeled_images: Callable[[str, int | None], list[LabeledImage] | Found] | None = None
     labeled_clips: Callable[[str, str, int | None], list[LabeledClip]] | None = None
 
 
@@ -79,27 +71,40 @@ def find_images(spec: str, num_samples: int | None, seed: int) -> list[str]:
       SA-V    {sav_train,sav_val,sav_test}/JPEGImages_24fps/<video>/<frame>.jpg, one split, or JPEGImages_24fps:
               the frames only;
       COCO    annotations/*.json with "images": [{"file_name"}]: these images, anywhere below the folder;
-      plain   all images below. SA-1B is such a folder: sa_*.jpg, and sa_*.json, which are ignored.
-    Hidden files and folders, links to folders, and sub folders called annotations* (they hold masks) are skipped.
+      plain   all images below. SA-1B is such a folder: sa_*.jpg, and sa_*.json, which are ignored;
+      videos  without any image: every frame of the video files below, such as SA-V's sav_000/sav_000001.mp4.
+    Hidden files and folders, and sub folders called annotations* (they hold masks) are skipped, links are followed.
     Raises UserError if `num_samples` is below 1.
     """
     if num_samples is not None and num_samples < 1:
         raise UserError(f"{spec}: num_samples must be at least 1, got {num_samples}; leave it out to take every image")
+    spec = home(spec)
     names = source_of(spec).images(spec, num_samples)
     if num_samples is None or num_samples >= len(names):
         return names
     return sorted(random.Random(seed).sample(names, num_samples))
 
 
-def find_samples(spec: str, count: int | None) -> list[LabeledImage]:
-    """The first `count` images with masks of scenes:<seed> or of a COCO folder; all when None."""
-    return (source_of(spec).labeled_images or coco_labeled_images)(
-        spec, count
-    )  # whose error says what the folder lacks
+def find_samples(
+    spec: str, count: int | None, allow_missing: int = 0, say: Callable[[str], None] = lambda line: None
+) -> list[LabeledImage]:
+    """The first `count` images with masks of scenes:<seed>, or of a COCO, LVIS, Roboflow or SA-1B folder; all if None.
+
+    allow_missing: the number of annotated images that may be missing. say: called with a line on what is left out.
+    Raises FileNotFoundError if more are missing, UserError if an image has another size than its masks.
+    """
+    spec = home(spec)
+    labeled_images = source_of(spec).labeled_images or coco_labeled_images  # whose error says what the folder lacks
+    found = labeled_images(spec, count)
+    return allow_some_missing(found, allow_missing, say) if isinstance(found, Found) else found
 
 
 def find_clips(spec: str, split: str, count: int | None) -> list[LabeledClip]:
-    """The first `count` clips with masks of scenes:<seed> or of a split of an SA-V folder; all when None."""
+    """The first `count` clips with masks of scenes:<seed>, or of a split of SA-V, DAVIS, MOSE or YouTube-VOS.
+
+    All when `count` is None. split: "" for the layout's validation split. Raises UserError if no object has a score.
+    """
+    spec = home(spec)
     return (source_of(spec).labeled_clips or sav_labeled_clips)(spec, split, count)
 
 
@@ -140,7 +145,7 @@ def scene_video(name: str) -> Video:
 def scene_labeled_clips(spec: str, split: str, count: int | None) -> list[LabeledClip]:
     """`count` synthetic clips with the masks of all frames; `split` is ignored."""
 
-    def masks(name: str) -> dict[str, dict[int, np.ndarray]]:
+    def masks(name: str, bad: Callable | None = None) -> dict[str, dict[int, np.ndarray]]:
         by_object = np.moveaxis(cached_clip(name).masks, 1, 0)
         return {f"{i:03d}": dict(enumerate(object_masks)) for i, object_masks in enumerate(by_object)}
 
@@ -152,7 +157,7 @@ def scene_labeled_clips(spec: str, split: str, count: int | None) -> list[Labele
 
 
 def folder_images(spec: str, count: int | None) -> list[str]:
-    """The sorted names of an image file, or of all images below a folder.
+    """The sorted names of an image file, of all images below a folder, or else of the frames of the videos below it.
 
     Raises FileNotFoundError if there is none, UserError if the file is not an image.
     """
@@ -161,7 +166,12 @@ def folder_images(spec: str, count: int | None) -> list[str]:
         raise FileNotFoundError(f"{spec or 'empty path'}: no such file or folder; give a folder of images or scenes:7")
     if root.is_file() and not is_image(root.name):
         raise UserError(f"{spec}: not an image file; allowed: a folder or a file that ends in {' '.join(SUFFIXES)}")
-    return [str(root)] if root.is_file() else images_in([root], spec)
+    if root.is_file():
+        return [str(root)]
+    images = images_below(root)
+    if not images and (videos := videos_below(root)):
+        return [frame_name(video, index) for video in videos for index in range(count_frames(video))]
+    return images_in([root], spec)
 
 
 def sav_images(spec: str, count: int | None) -> list[str]:
@@ -180,43 +190,36 @@ def images_in(folders: list[Path], where: str) -> list[str]:
 
 def coco_image_names(spec: str, count: int | None) -> list[str]:
     """The sorted names of the images that annotations/*.json list, or of all images if they list none."""
-    names = coco_names(Path(spec))
-    return sorted(map(str, images_named(Path(spec), names))) if names else folder_images(spec, count)
+    files = coco_files(Path(spec))
+    return files if files is not None else folder_images(spec, count)
 
 
 def folder_windows(spec: str, count: int | None, frames: int, stride: int) -> list[Item]:
-    """All non-overlapping runs of `frames` frames, `stride` apart, of the videos in a folder or an SA-V folder."""
+    """All non-overlapping runs of `frames` frames, `stride` apart, of the clips in a folder or an SA-V folder.
+
+    Clips are folders of frames, or else video files anywhere below the folder.
+    """
     roots = frame_folders(Path(spec)) or [Path(spec)]
+    clips = [path for root in roots for path in clip_folders(root)]
+    length = (frames - 1) * stride + 1
     items = []
-    for video in (path for root in roots for path in sorted(root.iterdir()) if path.is_dir()):
-        files = find_frames(str(video))
-        length = (frames - 1) * stride + 1
+    for clip in clips:
+        files = find_frames(str(clip))
         for first in range(0, len(files) - length + 1, length):
             names = tuple(files[first : first + length : stride])
-            items.append(Item(f"{video.name}/{first}", names, partial(read_images, names)))
+            items.append(Item(f"{clip.name}/{first}", names, partial(read_images, names)))
+    for video in [] if clips else videos_below(Path(spec)):
+        for first in range(0, count_frames(video) - length + 1, length):
+            indices = range(first, first + length, stride)
+            names = tuple(frame_name(video, index) for index in indices)
+            items.append(Item(f"{video.stem}/{first}", names, partial(read_frames, str(video), indices)))
     return items
 
 
-def coco_labeled_images(spec: str, count: int | None) -> list[LabeledImage]:
-    """The images of a COCO folder with the masks of their instances."""
-
-    def read(image: CocoImage) -> tuple[np.ndarray, np.ndarray]:
-        masks = [instance.mask for instance in read_instances(image)]
-        return read_image(image.path), np.stack(masks) if masks else np.zeros((0, *image.size), bool)
-
-    return [LabeledImage(image.path, partial(read, image)) for image in coco_images(spec)[:count]]
-
-
-def sav_labeled_clips(spec: str, split: str, count: int | None) -> list[LabeledClip]:
-    """The videos of a split of an SA-V folder with the masks of their objects."""
-
-    def masks(video: VosVideo) -> dict[str, dict[int, np.ndarray]]:
-        size = open_video(video.frames).size
-        read = lambda files: {frame: read_mask(path, size) for frame, path in files.items()}
-        return {name: read(files) for name, files in video.objects.items()}
-
-    videos = vos_videos(spec, split)[:count]
-    return [LabeledClip(video.name, partial(open_video, video.frames), partial(masks, video)) for video in videos]
+def davis_windows(spec: str, count: int | None, frames: int, stride: int) -> list[Item]:
+    """As `folder_windows`, of all folders JPEGImages of a DAVIS, MOSE or YouTube-VOS folder."""
+    folders = davis_frame_folders(Path(spec))
+    return [item for folder in folders for item in folder_windows(str(folder), count, frames, stride)]
 
 
 SOURCES = {  # the first that matches is used
@@ -234,10 +237,22 @@ SOURCES = {  # the first that matches is used
         labeled_clips=sav_labeled_clips,
     ),
     "COCO folder": Source(
-        lambda spec: bool(spec) and any(Path(spec).glob("annotations/[!.]*.json")),
+        lambda spec: bool(spec) and is_coco(Path(spec)),
         coco_image_names,
         folder_windows,
         labeled_images=coco_labeled_images,
     ),
-    "folder": Source(lambda spec: True, folder_images, folder_windows),  # also an image file, and SA-1B
+    "SA-1B folder": Source(
+        lambda spec: bool(spec) and is_sa1b(Path(spec)),
+        folder_images,
+        folder_windows,
+        labeled_images=sa1b_labeled_images,
+    ),
+    "DAVIS, MOSE or YouTube-VOS folder": Source(
+        lambda spec: bool(spec) and is_davis(Path(spec)),
+        folder_images,
+        davis_windows,
+        labeled_clips=davis_labeled_clips,
+    ),
+    "folder": Source(lambda spec: True, folder_images, folder_windows),  # also an image file
 }

@@ -3,15 +3,19 @@
 import itertools
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from sam2jq.data.images import SUFFIXES, image_size, is_image, read_image
+from sam2jq.data.folders import SUFFIXES, is_image, listed
+from sam2jq.data.images import image_size, read_image
 from sam2jq.errors import UserError
+from sam2jq.files import home
 
-VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm")
+VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".gif")
+DISPLAY_MATRIX = "DISPLAYMATRIX"
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ def open_video(path: str) -> Video:
 
     Raises FileNotFoundError or UserError if there is no readable clip.
     """
+    path = home(path)
     if path and Path(path).is_dir():
         return open_folder(path)
     if not Path(path).is_file():
@@ -55,20 +60,31 @@ def video_of(frames: np.ndarray) -> Video:
 
 
 def find_frames(path: str) -> list[str]:
-    """The image files of a folder in natural order: 2.jpg before 10.jpg, frame2.jpg before frame10.jpg.
+    """The image files of a folder in the order of SAM 2: by int(name) if all names are whole numbers, also with a sign.
 
-    It is the order of SAM 2, which accepts only numbers as names. Raises FileNotFoundError if there is no image,
-    UserError if two files have the same name with different endings.
+    SAM 2 accepts no other names. They are sorted in natural order: frame2.jpg before frame10.jpg.
+    Raises FileNotFoundError if there is no image, UserError if two files have the same name with different endings, or
+    the same number.
     """
     if not Path(path).is_dir():
         raise FileNotFoundError(f"{path}: no such folder; give a folder of frames")
-    files = sorted((file for file in Path(path).iterdir() if is_image(file.name)), key=natural_order)
+    files = [file for file in listed(Path(path)) if is_image(file.name)]
     if not files:
         raise FileNotFoundError(f"{path}: holds no frame; looked for {' '.join(SUFFIXES)} in it, not in folders below")
+    numbered = all(frame_number(file) is not None for file in files)
+    files = sorted(files, key=frame_number if numbered else natural_order)
     for one, other in itertools.pairwise(files):
-        if one.stem == other.stem:
+        if one.stem == other.stem or (numbered and frame_number(one) == frame_number(other)):
             raise UserError(f"{path}: {one.name} and {other.name} are both frame {one.stem}; remove one of them")
     return list(map(str, files))
+
+
+def frame_number(file: Path) -> int | None:
+    """The whole number that is a file's name without its ending; None if it is no number."""
+    try:
+        return int(file.stem)
+    except ValueError:
+        return None
 
 
 def natural_order(file: Path) -> tuple:
@@ -92,7 +108,12 @@ def open_file(path: str) -> Video:
     names = [f"{index:05d}" for index in range(len(sizes))]
     size = common_size([f"{path} frame {name}" for name in names], sizes)
     frame_at = forward_reader(lambda: decode(path))
-    return Video(names, size, lambda index: upright_image(frame_at(index)))
+
+    def read(index: int) -> np.ndarray:
+        with errors_named(path):
+            return upright_image(frame_at(index))
+
+    return Video(names, size, read)
 
 
 def decode(path: str) -> Iterator:
@@ -100,37 +121,70 @@ def decode(path: str) -> Iterator:
 
     Raises UserError if PyAV is not installed or the file is not readable.
     """
+    with open_container(path) as container:
+        for frame in container.decode(video=0):
+            display_axes(frame, path)
+            yield frame
+
+
+@contextmanager
+def open_container(path: str) -> Iterator:
+    """The `av` container of a file with a video stream. PyAV's errors in the block become UserErrors."""
     try:
         import av
     except ModuleNotFoundError as error:
         raise UserError(
             f"{path} is a video and that needs the extra eval: pip install 'sam2jq[eval]', or give a folder of frames"
         ) from error
+    with errors_named(path), av.open(path, metadata_errors="replace") as container:
+        if not container.streams.video:
+            raise UserError(f"{path}: holds no video stream; give a video or a folder of frames")
+        yield container
+
+
+@contextmanager
+def errors_named(path: str) -> Iterator[None]:
+    """A block in which PyAV reads `path`. Its errors become UserErrors with the file's name."""
     try:
-        with av.open(path) as container:
-            if not container.streams.video:
-                raise UserError(f"{path}: holds no video stream; give a video or a folder of frames")
-            yield from container.decode(video=0)
-    except av.error.FFmpegError as error:
+        yield
+    except (UserError, StopIteration):  # StopIteration: the clip has fewer frames, for the caller to say
+        raise
+    except Exception as error:  # PyAV raises errors of many classes for broken files
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"{path}: not a readable video ({error.strerror}); convert it again or give a folder of frames"
+            f"{path}: not a readable video ({reason}); convert it again or give a folder of frames"
         ) from error
 
 
-def quarter_turns(frame) -> int:
-    """The number of counterclockwise rotations by 90 degrees that make a frame upright; phones store it as metadata."""
-    return round(frame.rotation / 90)
+def display_axes(frame, path: str = "the video") -> np.ndarray:
+    """The display matrix of a decoded frame, int [2, 2]: (x, y) as stored @ axes = (x, y) as shown, up to a shift.
+
+    Phones store it as metadata. Its entries are -1, 0 and 1: quarter turns, and mirror images as of front cameras.
+    Raises UserError for any other matrix.
+    """
+    data = frame.side_data.get(DISPLAY_MATRIX)
+    if data is None:
+        return np.eye(2, dtype=int)
+    axes = np.frombuffer(bytes(data), np.int32).reshape(3, 3)[:2, :2] / 65536  # 16.16 fixed-point numbers
+    rounded = np.rint(axes).astype(int)
+    if np.abs(axes - rounded).max() > 0.01 or (rounded @ rounded.T != np.eye(2)).any():
+        raise UserError(f"{path}: its display matrix {axes.tolist()} is no quarter turn or mirror image; convert it")
+    return rounded
 
 
 def upright_size(frame) -> tuple[int, int]:
-    """(H, W) of a decoded frame after its rotation."""
+    """(H, W) of a decoded frame as it is shown."""
     size = frame.height, frame.width
-    return size[::-1] if quarter_turns(frame) % 2 else size
+    return size if display_axes(frame)[0, 0] else size[::-1]
 
 
 def upright_image(frame) -> np.ndarray:
-    """uint8 [H, W, 3], RGB, of a decoded frame after its rotation."""
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), quarter_turns(frame)))
+    """uint8 [H, W, 3], RGB, of a decoded frame as it is shown."""
+    image, axes = frame.to_ndarray(format="rgb24"), display_axes(frame)
+    if not axes[0, 0]:
+        image = image.swapaxes(0, 1)
+    x, y = axes.sum(0)  # the directions of the shown axes
+    return np.ascontiguousarray(image[::y, ::x])
 
 
 def common_size(names: list[str], sizes: list[tuple[int, int]]) -> tuple[int, int]:

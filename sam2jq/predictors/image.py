@@ -5,8 +5,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from sam2jq.data import preprocess
+from sam2jq.data.images import rgb_pixels
 from sam2jq.errors import UserError
 from sam2jq.models.decoder import Decoded
 from sam2jq.models.layers import resize
@@ -76,7 +78,7 @@ class ImagePredictor(FromPretrained):
 
     def set_image(self, image) -> None:
         """Encodes an image, uint8 [H, W, 3] RGB or a PIL image, for later calls of `predict`."""
-        image = np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
+        image = rgb_pixels(image) if isinstance(image, Image.Image) else np.asarray(image)
         batch = jnp.asarray(preprocess(image, self.model.variant.image_size)[None], self.dtype)
         self._features = encode_images(self.model, self.params, batch)
         self._orig_hw = image.shape[:2]

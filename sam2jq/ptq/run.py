@@ -11,10 +11,10 @@ from tqdm import tqdm
 from sam2jq.config.quant import CalibConfig, QuantConfig
 from sam2jq.data import read_image
 from sam2jq.data.loader import Item, find_items, read_item
+from sam2jq.data.video_frames import image_id
 from sam2jq.errors import section
 from sam2jq.models.sam2 import SAM2
 from sam2jq.ptq.pipeline import Quantized, quantize_params
-from sam2jq.tree import fingerprint
 
 
 class CalibrationImages(NamedTuple):
@@ -33,8 +33,7 @@ def find_calibration(calib: CalibConfig, seed: int) -> CalibrationImages:
     files = [frame for item in items for frame in item.frames]
     for name in files:
         read_image(name)
-    ids = [name if name.startswith("scenes:") else fingerprint({}, Path(name).read_bytes()) for name in files]
-    return CalibrationImages(items, ids)
+    return CalibrationImages(items, [image_id(name) for name in files])
 
 
 def run_ptq(

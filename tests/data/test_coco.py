@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sam2jq.data import find_images
 from sam2jq.data.coco import coco_images, read_instances
+from sam2jq.errors import UserError
 
 SIZE = (20, 30)
 SQUARE = [[5, 4, 11, 4, 11, 8, 5, 8]]  # x 5..10, y 4..7
@@ -86,20 +88,18 @@ def test_polygons_are_filled_as_one_mask(root):
     square[4:8, 5:11] = True
     other = np.zeros(SIZE, bool)
     other[0:3, 20:25] = True
-    one, both, none = instances(
+    one, both = instances(
         root,
         annotation(SQUARE),
         annotation([*SQUARE, [20, 0, 25, 0, 25, 3, 20, 3]]),
-        annotation([[1, 1, 9, 9], *SQUARE]),
     )
     np.testing.assert_array_equal(one.mask, square)
     np.testing.assert_array_equal(both.mask, square | other)
-    np.testing.assert_array_equal(none.mask, square)  # two points enclose nothing
 
 
 def test_crowds_and_empty_masks_are_left_out(root):
     pytest.importorskip("pycocotools")
-    empty = [rle(np.zeros(SIZE, bool)), [], [[2, 2, 8, 8]], [[3, 3, 3, 3, 3, 3]]]
+    empty = [rle(np.zeros(SIZE, bool)), [], [[3, 3, 3, 3, 3, 3]]]
     kept = instances(
         root,
         annotation(rle(random_mask()), id=1, iscrowd=1),
@@ -117,7 +117,7 @@ def test_images_with_an_instance_are_found_anywhere_below_the_root(root):
         annotation(SQUARE, image_id=2, id=2),
     ]
     write_json(root, [*others, crowd], ["./deep/c.jpg", "val/a.jpg", "gone.jpg"])
-    write_json(root, [annotation(SQUARE, image_id=1)], ["b.jpg"], "instances_train.json")
+    write_json(root, [annotation(SQUARE, image_id=1)], ["b.jpg"], "instances_more.json")
     (root / "annotations/captions_val.json").write_text("{}")
     images = coco_images(str(root))
     assert [Path(image.path).relative_to(root).as_posix() for image in images] == [
@@ -162,12 +162,20 @@ def test_real_run_lengths_decode_as_in_pycocotools(shared):
         ({"size": [20, 30], "counts": ["6"]}, "unsupported operand"),
         ({"size": [20, 30]}, "neither polygons nor run lengths"),
         (None, "neither polygons nor run lengths"),
-        ([1, 2, 3], "has no len"),
+        ([1, 2, 3], "must be lists of numbers"),
+        ([[[5, 4], [11, 4], [11, 8], [5, 8]]], "lists of numbers, .*, not of pairs"),
+        ([[2, 2, 8, 8]], "a polygon has 4 numbers; .* of 3 points"),
+        ([*SQUARE, [2, 2, 8, 8]], "a polygon has 4 numbers"),
+        ([[1, 2, 3, 4, 5, 6, 7]], "a polygon has 7 numbers"),
+        ([[1, 2, 3, 4, 5, float("nan")]], "x and y, finite"),
+        ([[1, 2, 3, 4, 5, "6"]], "x and y, finite"),
+        ("polygons", "neither polygons nor run lengths"),
     ],
 )
 def test_a_broken_segmentation_is_an_error(root, segmentation, message):
-    with pytest.raises(ValueError, match=f"a.jpg: annotation 7 is not readable: .*{message}"):
+    with pytest.raises(ValueError, match=f"a.jpg: annotation 7 is not readable: .*{message}") as raised:
         instances(root, annotation(segmentation))
+    assert "annotations/instances_val.json" in str(raised.value)
 
 
 def test_an_image_of_another_size_than_its_annotations_is_an_error(root):
@@ -181,7 +189,7 @@ def test_an_image_of_another_size_than_its_annotations_is_an_error(root):
     [
         ([annotation(SQUARE)], ["gone.jpg"], "instances_val.json: 1 of 1 images .* do not lie below .* gone.jpg; put"),
         ([annotation(SQUARE), annotation(SQUARE, image_id=2)], ["a.jpg", "val/a.jpg"], "val/a.jpg is listed twice"),
-        ([{"id": 4, "image_id": 1}], ["a.jpg"], "annotation 4 lacks bbox, category_id, segmentation"),
+        ([{"id": 4, "image_id": 1}], ["a.jpg"], "annotation 4 lacks category_id, segmentation"),
         ([annotation(SQUARE, category_id=4)], ["a.jpg"], "annotation 7 has no category: 4 is none"),
         ([5], ["a.jpg"], "not in COCO's format for instances"),
         ([], ["a.jpg"], "no image with an instance"),
@@ -215,3 +223,71 @@ def test_polygons_without_pycocotools_say_what_to_install(root, monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     with pytest.raises(ValueError, match=r"polygons need the extra eval: pip install 'sam2jq\[eval\]'"):
         instances(root, annotation(SQUARE))
+
+
+def write_image(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", SIZE[::-1]).save(path)
+
+
+def paths(root: Path) -> list[str]:
+    return [Path(image.path).relative_to(root).as_posix() for image in coco_images(str(root))]
+
+
+@pytest.mark.parametrize(
+    ("file", "folders", "taken"),
+    [
+        ("instances_val.json", ["train", "val"], "val"),
+        ("instances_train.json", ["train", "val"], "train"),
+        ("instances_val2017.json", ["val2014", "val2017", "train2017"], "val2017"),
+        ("instances_val2017.json", ["images/train2017", "images/val2017"], "images/val2017"),
+        ("instances_val.json", ["test_images", "valid"], "valid"),
+        ("instances.json", ["photos"], "photos"),
+    ],
+)
+def test_of_several_files_that_of_the_jsons_split_is_taken(tmp_path, file, folders, taken):
+    for folder in folders:
+        write_image(tmp_path / folder / "0001.png")
+    write_json(tmp_path, [annotation(SQUARE)], ["0001.png"], file)
+    assert paths(tmp_path) == [f"{taken}/0001.png"]
+    assert find_images(str(tmp_path), None, 0) == [str(tmp_path / taken / "0001.png")]
+
+
+def test_equal_names_in_two_splits_belong_each_to_its_json(tmp_path):
+    for split in ("train", "val"):
+        write_image(tmp_path / split / "0001.png")
+        write_json(tmp_path, [annotation(SQUARE)], ["0001.png"], f"instances_{split}.json")
+    assert paths(tmp_path) == ["train/0001.png", "val/0001.png"]
+
+
+@pytest.mark.parametrize("file", ["instances.json", "instances_val.json"])
+def test_a_name_that_fits_several_files_is_an_error_that_lists_them(tmp_path, file):
+    for folder in ("a", "b"):
+        write_image(tmp_path / folder / "0001.png")
+    write_json(tmp_path, [annotation(SQUARE)], ["0001.png"], file)
+    for read in (coco_images, lambda root: find_images(root, None, 0)):
+        with pytest.raises(UserError, match=r"0001.png fits 2 files: .*a/0001.png, .*b/0001.png; keep one"):
+            read(str(tmp_path))
+
+
+def test_a_file_of_another_split_is_not_taken_for_a_missing_one(tmp_path):
+    write_image(tmp_path / "train/0001.png")
+    write_json(tmp_path, [annotation(SQUARE)], ["0001.png"], "instances_val.json")
+    with pytest.raises(FileNotFoundError, match="1 of 1 images .* or only in a folder of another split"):
+        coco_images(str(tmp_path))
+
+
+def test_a_linked_folder_of_images_is_followed(tmp_path):
+    write_image(tmp_path / "disk/a.jpg")
+    (tmp_path / "coco").mkdir()
+    (tmp_path / "coco/val2017").symlink_to(tmp_path / "disk")
+    write_json(tmp_path / "coco", [annotation(SQUARE)], ["a.jpg"], "instances_val2017.json")
+    assert paths(tmp_path / "coco") == ["val2017/a.jpg"]
+
+
+def test_an_instance_without_a_box_gets_that_of_its_mask(root):
+    pytest.importorskip("pycocotools")
+    without = annotation(SQUARE)
+    del without["bbox"]
+    (instance,) = instances(root, without)
+    np.testing.assert_array_equal(instance.box, [5, 4, 11, 8])

@@ -1,0 +1,82 @@
+"""Segmentations of COCO's format, polygons and run lengths: their check and the masks that they stand for."""
+
+import math
+
+import numpy as np
+
+from sam2jq.errors import UserError
+
+
+def check_segmentation(segmentation, size: tuple[int, int]) -> None:
+    """Raises UserError, which says what is wrong, unless `decode_mask` can read a mask of `size` (H, W).
+
+    It is fast, so that all annotations are checked before the first one is used. Sums of run lengths are not checked.
+    """
+    match segmentation:
+        case [*polygons]:
+            for polygon in polygons:
+                check_polygon(polygon)
+        case {"size": [height, width], "counts": list() | str()}:
+            if (height, width) != size:
+                raise UserError(f"its mask has {width} x {height} pixels, but the image {size[1]} x {size[0]}")
+        case _:
+            raise UserError("its segmentation is neither polygons nor run lengths with a size")
+
+
+def check_polygon(polygon) -> None:
+    """Raises UserError unless `polygon` is [x, y, x, y, ...] with 3 points at least."""
+    if not isinstance(polygon, list) or any(isinstance(value, list | tuple) for value in polygon):
+        raise UserError("its segmentation must be lists of numbers, [[x, y, x, y, ...], ...], not of pairs")
+    finite = all(isinstance(value, int | float) and math.isfinite(value) for value in polygon)
+    if len(polygon) < 6 or len(polygon) % 2 or not finite:
+        raise UserError(f"a polygon has {len(polygon)} numbers; it needs x and y, finite, of 3 points at least")
+
+
+def decode_mask(segmentation, size: tuple[int, int]) -> np.ndarray:
+    """bool [H, W] from polygons [[x, y, x, y, ...], ...], or from run lengths as a list or as COCO's string.
+
+    Raises UserError if the segmentation is neither, or has another size.
+    """
+    check_segmentation(segmentation, size)
+    if isinstance(segmentation, list):
+        return fill_polygons(segmentation, size)
+    counts = segmentation["counts"]
+    return decode_runs(run_lengths(counts) if isinstance(counts, str) else counts, size)
+
+
+def fill_polygons(polygons: list[list[float]], size: tuple[int, int]) -> np.ndarray:
+    """bool [H, W], the union of the polygons."""
+    try:
+        from pycocotools import mask
+    except ModuleNotFoundError as error:
+        raise UserError("polygons need the extra eval: pip install 'sam2jq[eval]'") from error
+    if not polygons:
+        return np.zeros(size, bool)
+    return mask.decode(mask.merge(mask.frPyObjects(polygons, *size))).astype(bool)
+
+
+def decode_runs(runs: list[int], size: tuple[int, int]) -> np.ndarray:
+    """bool [H, W] from run lengths of false, true, false, ... in column-major order.
+
+    pycocotools is not used, because it leaves pixels uninitialized if the runs do not fill the mask. Raises UserError
+    then.
+    """
+    if sum(runs) != size[0] * size[1] or min(runs) < 0:
+        raise UserError(f"its run lengths cover {sum(runs)} pixels, but the mask has {size[0] * size[1]}")
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(size[::-1]).T
+
+
+def run_lengths(text: str) -> list[int]:
+    """The run lengths in COCO's string: 5 bits per character, lowest first, a continuation bit, and a sign.
+
+    From the fourth on, a number is stored as the difference to the one two places before.
+    """
+    runs, value, shift = [], 0, 0
+    for code in text.encode():
+        value += (code - 48 & 31) << shift
+        shift += 5
+        if not code - 48 & 32:
+            value -= (code - 48 & 16) << shift - 4
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return runs

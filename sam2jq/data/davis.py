@@ -1,0 +1,109 @@
+"""Video object segmentation data in the layouts of DAVIS, MOSE and YouTube-VOS: one label image for each frame.
+
+ROOT/JPEGImages/480p/<video>/00000.jpg     ROOT/Annotations/480p/<video>/00000.png        DAVIS, also Full-Resolution
+ROOT/<split>/JPEGImages/<video>/00000.jpg  ROOT/<split>/Annotations/<video>/00000.png     MOSE, YouTube-VOS
+ROOT/ImageSets/2017/<split>.txt            the videos of a split of DAVIS, one per line; optional
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from sam2jq.data.folders import clip_folders, subfolders
+from sam2jq.data.listed import check_file_name
+from sam2jq.data.masks import VOID, read_labels
+from sam2jq.data.sav import find_masks
+from sam2jq.data.video import find_frames
+from sam2jq.errors import UserError
+
+FRAMES, MASKS = "JPEGImages", "Annotations"
+RESOLUTIONS = ("480p", "Full-Resolution")  # folders inside of FRAMES and MASKS, of DAVIS
+DEFAULT_SPLITS = ("val", "valid")
+
+
+class LabeledVideo(NamedTuple):
+    """frames: folder of the clip; labels: {index into find_frames(frames): label image}, sorted."""
+
+    name: str
+    frames: str
+    labels: dict[int, str]
+
+
+def is_davis(root: Path) -> bool:
+    """Whether a folder, or a folder in it, has frames and label images."""
+    return root.is_dir() and any(has_parts(folder) for folder in (root, *subfolders(root)))
+
+
+def has_parts(folder: Path) -> bool:
+    return (folder / FRAMES).is_dir() and (folder / MASKS).is_dir()
+
+
+def davis_frame_folders(root: Path) -> list[Path]:
+    """The folders that hold the folders of frames of the root's videos, of one resolution and of all splits."""
+    parts = [folder / FRAMES for folder in (root, *subfolders(root)) if has_parts(folder)]
+    return [part / resolution_of(part) for part in parts]
+
+
+def resolution_of(part: Path) -> str:
+    """The folder of one resolution in DAVIS's JPEGImages or Annotations; "" if it has none."""
+    return next((name for name in RESOLUTIONS if (part / name).is_dir()), "")
+
+
+def label_videos(root: str, split: str) -> list[LabeledVideo]:
+    """The videos of a split; of val or valid if it is "", or of the only one. Without splits, all videos.
+
+    Raises FileNotFoundError or UserError if there is no such split, or a video lacks frames or label images.
+    """
+    folder, names = find_split(Path(root), split)
+    resolution = resolution_of(folder / FRAMES)
+    frames, masks = (folder / part / resolution for part in (FRAMES, MASKS))
+    names = [path.name for path in clip_folders(frames)] if names is None else names
+    missing = [path for name in names for path in (frames / name, masks / name) if not path.is_dir()]
+    if missing:
+        raise FileNotFoundError(f"{missing[0]}: no such folder ({len(missing)} are missing); put it there")
+    if not names:
+        raise UserError(f"{frames}: holds no video; each needs a folder of frames")
+    return [label_video(name, frames / name, masks / name) for name in names]
+
+
+def label_video(name: str, frames: Path, masks: Path) -> LabeledVideo:
+    """A video and its label images."""
+    index = {Path(frame).stem: index for index, frame in enumerate(find_frames(str(frames)))}
+    return LabeledVideo(name, str(frames), find_masks(masks, index))
+
+
+def find_split(root: Path, split: str) -> tuple[Path, list[str] | None]:
+    """The folder with the frames of a split, and the videos in its list; None without a list."""
+    lists = {path.stem: path for year in ("2016", "2017") for path in sorted(root.glob(f"ImageSets/{year}/*.txt"))}
+    folders = {path.name: path for path in subfolders(root) if has_parts(path)}
+    known = sorted({*lists, *folders})
+    wanted = [split] if split else [*DEFAULT_SPLITS, *(known if len(known) == 1 else [])]
+    for name in wanted:
+        if name in folders:
+            return folders[name], None
+        if name in lists:
+            return root, listed_names(lists[name])
+    if has_parts(root) and not split:
+        return root, None
+    raise FileNotFoundError(f"{root}: has no split {split or 'val'}; give split, one of {', '.join(known) or 'none'}")
+
+
+def listed_names(path: Path) -> list[str]:
+    """The names of the videos in a list, one per line."""
+    return [check_file_name(line.strip(), path) for line in path.read_text().splitlines() if line.strip()]
+
+
+def label_masks(labels: dict[int, str], size: tuple[int, int]) -> dict[str, dict[int, np.ndarray]]:
+    """{object: {frame: bool [H, W]}} of label images, each object from the first frame on that shows it.
+
+    Objects are named after their labels. 255 marks pixels of no object, unless it is the only label of the clip.
+    """
+    images = {frame: read_labels(path, size) for frame, path in labels.items()}
+    found = sorted({int(label) for image in images.values() for label in np.unique(image)} - {0})
+    objects = [label for label in found if label != VOID] or found
+    masks = {}
+    for label in objects:
+        first = next(frame for frame, image in images.items() if (image == label).any())
+        masks[str(label)] = {frame: image == label for frame, image in images.items() if frame >= first}
+    return masks

@@ -1,0 +1,46 @@
+"""Label images: png files in which the value of a pixel is the number of its object."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from sam2jq.data.images import open_image
+from sam2jq.errors import UserError
+
+VOID = 255  # of label images: pixels of no object
+
+
+def read_labels(path: str, size: tuple[int, int] | None = None) -> np.ndarray:
+    """int [H, W], the values of a mask file: palette indices, grey values, or False and True.
+
+    Raises UserError unless it has one channel of integers, none negative, and the given `size` (H, W).
+    """
+    with open_image(path) as image:
+        labels = np.array(image)
+    if labels.ndim != 2:
+        raise UserError(f"{path}: not a mask but an image with {labels.shape[2]} channels; convert it to one channel")
+    if labels.dtype.kind == "f" or labels.min() < 0:
+        raise UserError(f"{path}: holds floats or negative numbers, as logits do; save 0 and 1 as a mask")
+    if size is not None and labels.shape != size:
+        raise UserError(
+            f"{path}: {labels.shape[1]} x {labels.shape[0]} pixels, but its frame has {size[1]} x {size[0]}"
+        )
+    return labels.astype(np.int64)
+
+
+def write_labels(path: str | Path, labels: np.ndarray) -> None:
+    """Writes labels, uint8 [H, W], as a png with DAVIS's palette, which the evaluators of SA-V and DAVIS read."""
+    if labels.dtype != np.uint8 or labels.ndim != 2:
+        raise UserError(f"{path}: labels must be uint8 [H, W], got {labels.dtype} {list(labels.shape)}")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(labels)
+    image.putpalette(davis_palette())
+    image.save(path, format="PNG")
+
+
+def davis_palette() -> bytes:
+    """The 256 colors of DAVIS and PASCAL VOC: bits 0, 1 and 2 of a label are the top bits of red, green and blue."""
+    bits = (np.arange(256)[:, None] >> np.arange(9)) & 1  # [label, bit]
+    channels = [sum(bits[:, 3 * i + channel] << (7 - i) for i in range(3)) for channel in range(3)]
+    return np.stack(channels, axis=-1).astype(np.uint8).tobytes()

@@ -1,0 +1,52 @@
+"""Instance masks in SA-1B's layout: sa_1.jpg beside sa_1.json, which holds one image's run lengths, in any folder."""
+
+from pathlib import Path
+
+from sam2jq.data.coco import CocoImage
+from sam2jq.data.coco_masks import check_segmentation
+from sam2jq.data.folders import images_below, walk
+from sam2jq.data.listed import read_json
+from sam2jq.errors import UserError
+
+CATEGORY = 0  # of every object: SA-1B names none
+
+
+def is_sa1b(root: Path) -> bool:
+    """Whether a folder holds a file sa_*.json, in it or in a folder below it."""
+    return root.is_dir() and any(is_annotation(path) for content in walk(root) for path in content)
+
+
+def is_annotation(path: Path) -> bool:
+    return path.name.startswith("sa_") and path.suffix == ".json"
+
+
+def sa1b_files(root: str) -> tuple[list[Path], dict[Path, list[str]]]:
+    """The images with a json beside them, sorted, and {json: [name of the image]} of those whose image is missing."""
+    images = {path.with_suffix(""): path for path in images_below(Path(root))}
+    files = sorted(path for content in walk(Path(root)) for path in content if is_annotation(path))
+    found = [images[file.with_suffix("")] for file in files if file.with_suffix("") in images]
+    return found, {file: [f"{file.stem}.jpg"] for file in files if file.with_suffix("") not in images}
+
+
+def sa1b_image(path: Path) -> CocoImage:
+    """An image with the annotations in the json beside it. Raises UserError that names it if it is invalid."""
+    file = path.with_suffix(".json")
+    try:
+        content = read_json(file)
+        size = int(content["image"]["height"]), int(content["image"]["width"])
+        for annotation in content["annotations"]:
+            check_annotation(file, annotation, size)
+    except UserError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: not in SA-1B's format ({error!r}); download it again") from error
+    annotations = [annotation | {"category_id": CATEGORY} for annotation in content["annotations"]]
+    return CocoImage(str(path), size, annotations, {CATEGORY: "object"}, file)
+
+
+def check_annotation(file: Path, annotation: dict, size: tuple[int, int]) -> None:
+    """Raises UserError with the annotation's id if its mask is malformed."""
+    try:
+        check_segmentation(annotation["segmentation"], size)
+    except UserError as error:
+        raise UserError(f"{file}: annotation {annotation['id']} is not readable: {error}") from error
