@@ -1,12 +1,19 @@
 import json
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from sam2jq import ImagePredictor, VideoPredictor, build
 from sam2jq.data import draw_scene, find_images, preprocess, read_image
+from sam2jq.data.images import rgb_pixels
+from sam2jq.data.loader import find_items
 from sam2jq.data.synthetic.names import scene_seed
+from sam2jq.data.video import open_video
+from sam2jq.errors import UserError
 
 
 def write_images(root: Path, *names: str) -> Path:
@@ -113,6 +120,101 @@ def test_pixels_are_those_of_pil_and_exif_does_not_rotate_them(tmp_path, mode):
     image = read_image(str(path))
     assert (image.shape, image.dtype) == ((20, 30, 3), np.uint8)
     np.testing.assert_array_equal(image, np.asarray(Image.open(path).convert("RGB")))
+
+
+RAMP = np.linspace(0, 65535, 40 * 50).reshape(40, 50).astype(np.uint16)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bit_greys_are_scaled_by_the_range_of_their_type(tmp_path, suffix):
+    path = tmp_path / f"grey.{suffix}"
+    Image.fromarray(RAMP).save(path)
+    image = read_image(str(path))
+    np.testing.assert_array_equal(image, np.repeat((RAMP >> 8)[..., None], 3, -1))
+    assert abs(image.mean() - 127.5) < 0.5
+
+
+def png16(path: Path, pixels: np.ndarray) -> None:
+    """Writes a png of 16 bits a channel, [H, W, 2 (grey, alpha), 3 or 4], which PIL cannot write."""
+    height, width, channels = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    parts = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_16_bits_a_channel_are_scaled_and_alpha_is_ignored(tmp_path, channels):
+    pixels = np.stack([RAMP, RAMP[::-1], RAMP[:, ::-1], RAMP // 2][:channels], -1)
+    png16(tmp_path / "a.png", pixels)
+    expected = pixels[..., [0, 0, 0]] if channels == 2 else pixels[..., :3]
+    np.testing.assert_array_equal(read_image(str(tmp_path / "a.png")), expected >> 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("float.tif", "its pixels are floats, whose range is unknown; scale them to 8 bits"),
+        ("int32.tif", "its pixels are integers of 32 bits, whose range is unknown"),
+        ("inverted.tif", "its pixels are of mode I;16, whose range is unknown"),
+        ("pages.tif", "holds 2 images, not one; save the one that is meant"),
+        ("moving.webp", "holds 2 images, not one"),
+        ("moving.png", "holds 2 images, not one"),
+    ],
+)
+def test_pixels_of_unknown_range_and_several_images_are_refused_by_name(tmp_path, name, message):
+    pages = [Image.fromarray(random_image(8, 9, seed)) for seed in range(2)]
+    Image.fromarray((RAMP / 65535).astype(np.float32)).save(tmp_path / "float.tif")
+    Image.fromarray(RAMP.astype(np.int32) * 30000).save(tmp_path / "int32.tif")
+    Image.fromarray(RAMP).save(tmp_path / "inverted.tif", tiffinfo={262: 0})
+    for several in ("pages.tif", "moving.webp", "moving.png"):
+        pages[0].save(tmp_path / several, save_all=True, append_images=pages[1:], lossless=True)
+    with pytest.raises(UserError, match=f"{name}: {message}"):
+        read_image(str(tmp_path / name))
+
+
+def test_pil_images_are_converted_as_files_are():
+    predictor = ImagePredictor(None, {})
+    with pytest.raises(UserError, match="the image: its pixels are floats"):
+        predictor.set_image(Image.fromarray(np.zeros((4, 4), np.float32)))
+    np.testing.assert_array_equal(rgb_pixels(Image.fromarray(RAMP)), np.repeat((RAMP >> 8)[..., None], 3, -1))
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32, np.int32])
+def test_predictors_refuse_arrays_of_other_types_by_name(dtype):
+    with pytest.raises(UserError, match=rf"uint8 \[H, W, 3\], got {np.dtype(dtype)} \[4, 4, 3\]"):
+        ImagePredictor(build("nano"), {}).set_image(np.zeros((4, 4, 3), dtype))
+    with pytest.raises(UserError, match=rf"uint8 \[T, H, W, 3\] .* got {np.dtype(dtype)}"):
+        VideoPredictor(build("nano"), {}).init_state(np.zeros((2, 4, 4, 3), dtype))
+
+
+def test_files_of_other_programs_are_passed_over_and_linked_folders_are_followed(tmp_path):
+    root = write_images(tmp_path / "root", "a.jpg", "b/c.jpg", ".ipynb_checkpoints/a.jpg", "__MACOSX/._a.jpg")
+    write_images(root, "__MACOSX/b.jpg")
+    for name in (".DS_Store", "Thumbs.db", "b/desktop.ini"):
+        (root / name).write_bytes(b"no image")
+    write_images(tmp_path / "disk", "d.jpg", "e/f.jpg")
+    (root / "photos").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk/back").symlink_to(root)  # an endless loop
+    (root / "also_b").symlink_to(root / "b")  # the same images twice
+    assert names_in(root) == ["a.jpg", "b/c.jpg", "photos/d.jpg", "photos/e/f.jpg"]
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path):
+    write_images(tmp_path, "a.jpg")
+    (tmp_path / "photos").symlink_to("/nowhere/photos")
+    with pytest.raises(FileNotFoundError, match="photos: a link to /nowhere/photos, which is not there"):
+        names_in(tmp_path)
+
+
+def test_a_tilde_is_the_users_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = [str(write_images(tmp_path / "photos", "a.jpg") / "a.jpg")]
+    assert find_images("~/photos", None, 0) == names
+    assert [item.name for item in find_items("~/photos", None, 0)] == names
+    assert read_image("~/photos/a.jpg").shape == (8, 12, 3)
+    assert open_video("~/photos").size == (8, 12)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp"])

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from sam2jq.data.loader import check_disjoint, find_items, order, prefetched, read_item, split_of
+from sam2jq.errors import UserError
 
 
 def frame(path, value=0):
@@ -39,6 +40,23 @@ def test_clips_do_not_overlap(sav):
     assert not np.array_equal(*read_item(clips[1], 8))
     with pytest.raises(ValueError, match="fewer than num_samples 3"):
         find_items(str(sav / "sav_train"), 3, 0, frames=2, stride=3)
+
+
+def test_foreign_and_empty_folders_beside_clips_are_passed_over(tmp_path):
+    for clip in ("a", "b"):
+        for i in range(9):
+            frame(tmp_path / clip / f"{i:05d}.jpg")
+    expected = [item.name for item in find_items(str(tmp_path), None, 0, frames=3, stride=2)]
+    assert len(expected) == 2
+    for name in (".ipynb_checkpoints", "__MACOSX", "empty", "notes"):
+        (tmp_path / name).mkdir()
+    for name in (".DS_Store", "Thumbs.db", "notes/readme.txt", "__MACOSX/._00000.jpg", "a/Thumbs.db"):
+        (tmp_path / name).touch()
+    frame(tmp_path / ".ipynb_checkpoints/00000.jpg")
+    assert [item.name for item in find_items(str(tmp_path), None, 0, frames=3, stride=2)] == expected
+    frame(tmp_path / "deep/c/00000.jpg")
+    with pytest.raises(UserError, match=r"deep: holds no frame, but .*deep/c/00000.jpg lies below it"):
+        find_items(str(tmp_path), None, 0, frames=3, stride=2)
 
 
 def test_every_epoch_has_each_item_at_most_once_in_another_order():

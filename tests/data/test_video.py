@@ -1,3 +1,4 @@
+import struct
 import sys
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import pytest
 from PIL import Image
 
 from sam2jq.data.video import find_frames, open_video
+from sam2jq.errors import UserError
 
 SIZE = (32, 48)
 
@@ -78,6 +80,98 @@ def test_a_rotated_video_is_read_upright(tmp_path, clockwise):
     expected = np.rot90(frames, -clockwise // 90, axes=(1, 2))
     assert video.size == expected.shape[1:3]
     np.testing.assert_array_equal(list(video), expected)
+
+
+MATRICES = {  # a, b, c, d of a display matrix: (x, y) is shown at (a x + c y, b x + d y)
+    "as stored": ((1, 0, 0, 1), lambda x: x),
+    "mirrored": ((-1, 0, 0, 1), lambda x: x[:, :, ::-1]),
+    "upside down": ((1, 0, 0, -1), lambda x: x[:, ::-1]),
+    "180 degrees": ((-1, 0, 0, -1), lambda x: x[:, ::-1, ::-1]),
+    "90 degrees clockwise": ((0, 1, -1, 0), lambda x: np.rot90(x, -1, (1, 2))),
+    "270 degrees clockwise": ((0, -1, 1, 0), lambda x: np.rot90(x, 1, (1, 2))),
+    "90 degrees and mirrored": ((0, 1, 1, 0), lambda x: x.swapaxes(1, 2)),
+    "270 degrees and mirrored": ((0, -1, -1, 0), lambda x: x.swapaxes(1, 2)[:, ::-1, ::-1]),
+}
+
+
+def set_matrix(path: str, matrix: tuple[float, ...]) -> None:
+    """Writes a, b, c, d into the display matrix of an mp4's track header, in 16.16 fixed-point numbers."""
+    content = bytearray(Path(path).read_bytes())
+    start = content.index(b"tkhd") + 44
+    a, b, c, d = (round(number * 65536) for number in matrix)
+    content[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    Path(path).write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", MATRICES)
+def test_a_video_is_read_as_its_display_matrix_shows_it(tmp_path, kind):
+    matrix, show = MATRICES[kind]
+    frames = random_frames(2)
+    path = write_video(tmp_path / "phone.mp4", frames)
+    set_matrix(path, matrix)
+    video, expected = open_video(path), show(frames)
+    assert video.size == expected.shape[1:3]
+    np.testing.assert_array_equal(list(video), expected)
+    height, width = SIZE  # where the matrix itself shows each pixel
+    y, x = np.mgrid[:height, :width]
+    a, b, c, d = matrix
+    shown = np.zeros_like(expected[0])
+    shown_x, shown_y = a * x + c * y, b * x + d * y
+    shown[shown_y - shown_y.min(), shown_x - shown_x.min()] = frames[0]
+    np.testing.assert_array_equal(shown, expected[0])
+
+
+def test_a_display_matrix_that_is_no_quarter_turn_is_refused(tmp_path):
+    path = write_video(tmp_path / "phone.mp4", random_frames(2))
+    set_matrix(path, (0.8, 0.6, -0.6, 0.8))
+    with pytest.raises(UserError, match="phone.mp4: its display matrix .* is no quarter turn or mirror image"):
+        open_video(path)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "m4v", "wmv", "mpg", "mpeg"])
+def test_clips_of_other_containers_are_read(tmp_path, suffix):
+    """Within 12 of 255 on average: these codecs are lossy; another frame is 60 away."""
+    av = pytest.importorskip("av")
+    frames = np.stack([np.roll(np.kron(random_frames(1, (4, 6))[0], np.ones((24, 24, 1), np.uint8)), 24 * i, 1)
+                       for i in range(5)])  # fmt: skip
+    path = str(tmp_path / f"clip.{suffix}")
+    if suffix == "gif":
+        first, *rest = map(Image.fromarray, frames)
+        first.save(path, save_all=True, append_images=rest, duration=50)
+    else:
+        codec = {"wmv": "wmv2", "m4v": "mpeg4"}.get(suffix, "mpeg1video")
+        with av.open(path, "w") as container:
+            stream = container.add_stream(codec, rate=24, bit_rate=8_000_000)
+            stream.height, stream.width, stream.pix_fmt = 96, 144, "yuv420p"
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode(None))
+    video = open_video(path)
+    assert (len(video), video.size) == (5, (96, 144))
+    errors = [[np.abs(got - frame.astype(int)).mean() for frame in frames] for got in video]
+    assert np.diag(errors).max() < 12
+    assert np.argmin(errors, axis=1).tolist() == list(range(5))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["-2.jpg", "-1.jpg", "0.jpg", "1.jpg", "10.jpg"],
+        ["-1.jpg", "+2.jpg", "003.jpg", "1_0.jpg"],
+    ],
+)
+def test_numbers_with_a_sign_are_sorted_as_sam2_sorts_them(tmp_path, names):
+    misc = pytest.importorskip("sam2.utils.misc")
+    greys = np.broadcast_to(50 * np.arange(len(names), dtype=np.uint8)[:, None, None, None], (len(names), 8, 8, 3))
+    path = write_frames(tmp_path, names[::-1], greys[::-1])
+    assert [Path(frame).name for frame in find_frames(path)] == names
+    expected, _, _ = misc.load_video_frames(path, 8, True, img_mean=(0,) * 3, img_std=(1,) * 3)
+    np.testing.assert_allclose(np.stack(list(open_video(path)))[:, 0, 0, 0] / 255, expected[:, 0, 0, 0], atol=1e-6)
+
+
+def test_two_names_of_one_number_are_an_error(tmp_path):
+    with pytest.raises(UserError, match="1.jpg and .*1.jpg are both frame"):
+        find_frames(write_frames(tmp_path, ["0.jpg", "1.jpg", "01.jpg"], random_frames(3)))
 
 
 @pytest.mark.parametrize(
