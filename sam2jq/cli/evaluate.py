@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -13,6 +14,7 @@ from sam2jq.cli.loading import load_model
 from sam2jq.cli.run_folder import job_folder, job_path, stage
 from sam2jq.config import loader
 from sam2jq.config.run import EvaluateConfig
+from sam2jq.data.masks import write_labels
 from sam2jq.data.sav import write_mask
 from sam2jq.data.sources import find_clips, find_samples
 from sam2jq.eval.image_benchmark import evaluate_images
@@ -45,23 +47,36 @@ def evaluate(config: EvaluateConfig, folder: Path) -> dict:
     images = config.task == "image"
     with stage("data", config.data):
         if images:
-            samples = find_samples(config.data, config.num_samples)
+            say = partial(log.warning, "left out    %s")
+            samples, unscored = find_samples(config.data, config.num_samples, config.allow_missing, say), {}
         else:
             samples = find_clips(config.data, config.split, config.num_samples)
+            unscored = {f"{clip.name}/{obj}": why for clip in samples for obj, why in clip.unscored.items()}
+    log_left_out(unscored)
     model, checkpoint = load_model(config.model, config.cache.root)
     params, progress = materialize_weights(checkpoint.params), tqdm(samples, leave=False, disable=None)
     with stage("evaluate", f"{len(samples)} {'images' if images else 'clips'}"):
         if images:
-            return evaluate_images(model, params, progress, config.model.dtype)
-        predictor = VideoPredictor(model, params, dtype=config.model.dtype)
-        return evaluate_clips(predictor, progress, mask_writer(folder) if config.masks else None)
+            results = evaluate_images(model, params, progress, config.model.dtype)
+        else:
+            predictor = VideoPredictor(model, params, dtype=config.model.dtype)
+            results = evaluate_clips(predictor, progress, mask_writer(folder) if config.masks else None)
+    log_left_out({name: why for name, why in results["left_out"].items() if name not in unscored})
+    return results
+
+
+def log_left_out(names: dict[str, str]) -> None:
+    """Logs a line with the reason for each name."""
+    for name, why in names.items():
+        log.warning("left out    %s", why if name in why else f"{name}: {why}")
 
 
 def mask_writer(folder: Path) -> Callable:
     """A function (clip, object, frame name, mask) that writes masks/<clip>/<object>/<frame>.png below `folder`, as the
-    SA-V evaluator reads them."""
+    SA-V evaluator reads them, or for label images masks/<clip>/<frame>.png, as the DAVIS evaluator reads them."""
 
     def write(clip: str, name: str, frame: str, mask) -> None:
-        write_mask(folder / "masks" / clip.replace(":", "_") / name / f"{frame}.png", mask)
+        write_file = write_mask if name else write_labels
+        write_file(folder / "masks" / clip.replace(":", "_") / name / f"{frame}.png", mask)
 
     return write

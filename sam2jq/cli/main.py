@@ -9,6 +9,7 @@ from types import ModuleType
 
 from sam2jq import __version__
 from sam2jq.errors import UserError
+from sam2jq.files import home
 
 # {name: help}; the file cli/<name>.py has SCHEMA (a settings dataclass or None), add_arguments(parser) and
 # run(args, flags). It is imported when the command is called, so that `sam2jq --help` starts fast.
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     0: it ended well; 2: an error that the user can mend, printed in one line; 130: interrupted; 1: a fault of the
     program, with a traceback.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    argv = [home(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     args, flags = command_parser(argv).parse_known_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
     log.setLevel(logging.DEBUG if args.verbose else logging.INFO)

@@ -14,6 +14,7 @@ from draccus.wrappers.docstring import get_attribute_docstring
 
 from sam2jq.config.run import Config
 from sam2jq.errors import ConfigError, UserError, suggest
+from sam2jq.files import home
 
 RENAMED = {"settle_epochs": "cooldown_epochs"}  # keys of older versions
 
@@ -91,6 +92,8 @@ def decode_value(value: object, hint: object, key: str) -> object:
     """`value` as the type `hint`. Raises ConfigError that names `key`."""
     if value is None and hint is str:
         return ""  # as in --model.checkpoint ""
+    if isinstance(value, str):
+        value = home(value)
     if value is None and type(None) not in get_args(hint):
         raise ConfigError(f"{key}: null is not allowed: give a value, or leave the key out for its default")
     if isinstance(value, dict | list) and str in (hint, *get_args(hint)) and get_origin(hint) in (None, UnionType):

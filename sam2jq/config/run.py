@@ -38,14 +38,16 @@ class ModelConfig:
 class MeasureConfig:
     """Images and clips with ground truth, for scores before and after: the section `measure`."""
 
-    # scenes:<seed> or a COCO folder, for mIoU; empty: the images of calibration if these are scenes
+    # scenes:<seed>, or a COCO, LVIS, Roboflow or SA-1B folder, for mIoU; empty: calibration's if these are scenes
     images: str = ""
     # number of images, from the first; null: all
     num_images: int | None = None
-    # scenes:<seed> or an SA-V folder, for J&F
+    # number of annotated images that may be missing; they are left out
+    allow_missing: int = 0
+    # scenes:<seed>, or an SA-V, DAVIS, MOSE or YouTube-VOS folder, for J&F
     clips: str = ""
-    # split of the SA-V folder
-    split: str = "sav_val"
+    # split of the folder; empty: sav_val, val or valid
+    split: str = ""
     # number of clips, from the first; null: all
     num_clips: int | None = None
 
@@ -56,6 +58,8 @@ class MeasureConfig:
                 raise ConfigError(f"num_{name} is not set: there is no end of synthetic scenes, give a number")
             if number is not None and number < 1:
                 raise ConfigError(f"num_{name} must be at least 1, got {number}")
+        if self.allow_missing < 0:
+            raise ConfigError(f"allow_missing must be at least 0, got {self.allow_missing}")
 
 
 @dataclass(frozen=True)
@@ -115,12 +119,14 @@ class EvaluateConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     # image: mIoU of prompted objects; vos: J&F of tracked objects
     task: str = "image"
-    # scenes:<seed>, a COCO folder (image), or an SA-V folder (vos)
+    # scenes:<seed>; a COCO, LVIS, Roboflow or SA-1B folder (image); an SA-V, DAVIS, MOSE or YouTube-VOS folder (vos)
     data: str = ""
-    # split of the SA-V folder
-    split: str = "sav_val"
+    # split of the folder of clips; empty: sav_val, val or valid
+    split: str = ""
     # number of images or clips, from the first; null: all
     num_samples: int | None = None
+    # number of annotated images that may be missing; they are left out
+    allow_missing: int = 0
     # write every mask of vos, one PNG per object and frame
     masks: bool = True
     output: OutputConfig = field(default_factory=OutputConfig)
@@ -131,3 +137,5 @@ class EvaluateConfig:
             raise ConfigError("data is not set: give a COCO or SA-V folder, or scenes:0 for synthetic images")
         if self.num_samples is not None and self.num_samples < 1:
             raise ConfigError(f"num_samples must be at least 1, got {self.num_samples}")
+        if self.allow_missing < 0:
+            raise ConfigError(f"allow_missing must be at least 0, got {self.allow_missing}")

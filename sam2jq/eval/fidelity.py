@@ -9,11 +9,12 @@ from tqdm import tqdm
 
 from sam2jq.config.run import Config
 from sam2jq.data import read_image
-from sam2jq.data.sources import LabeledClip, LabeledImage, find_clips, find_samples
+from sam2jq.data.labeled import LabeledClip, LabeledImage
+from sam2jq.data.sources import find_clips, find_samples
 from sam2jq.errors import UserError
 from sam2jq.eval.agreement import ImageAgreement, compare, summarize
 from sam2jq.eval.gallery import Gallery, add_items, click_items, object_items, sample_images
-from sam2jq.eval.image_benchmark import mean_ious, object_ious, segment_objects
+from sam2jq.eval.image_benchmark import mean_ious, object_ious, read_sample, segment_objects
 from sam2jq.eval.vos_benchmark import evaluate_clips
 from sam2jq.models.sam2 import FLOW, SAM2
 from sam2jq.predictors.video import VideoPredictor
@@ -36,13 +37,18 @@ PARTS = (
 )  # of the patterns in FLOW
 
 
-def find_ground_truth(config: Config) -> tuple[list[LabeledImage], list[LabeledClip]]:
-    """(images, clips) with ground-truth masks that the config names; an empty list for those that it does not name."""
+def find_ground_truth(
+    config: Config, say: Callable[[str], None] = lambda line: None
+) -> tuple[list[LabeledImage], list[LabeledClip]]:
+    """(images, clips) with ground-truth masks that the config names; an empty list for those that it does not name.
+
+    say: called with a line on images that are left out.
+    """
     settings, calib = config.measure, config.quant.calib
     source, number = settings.images, settings.num_images
     if not source and calib.path.startswith("scenes:"):
         source, number = calib.path, calib.num_samples
-    samples = find_samples(source, number) if source else []
+    samples = find_samples(source, number, settings.allow_missing, say) if source else []
     return samples, find_clips(settings.clips, settings.split, settings.num_clips) if settings.clips else []
 
 
@@ -111,9 +117,13 @@ def score_images(
     Raises UserError if no image has an object.
     """
     sampled, gallery, scores = sample_images(len(samples), config.seed), Gallery(), {name: [] for name in variants}
+    left_out = {}
     for i, sample in enumerate(tqdm(samples, unit="image", leave=False, disable=None)):
-        image, masks = sample.read()
-        if len(masks):
+        pair, why = read_sample(sample)
+        if why:
+            left_out[sample.name] = why
+        if pair:
+            image, masks = pair
             predicted = {
                 name: segment_objects(model, params, image, masks, config.model.dtype)
                 for name, params in variants.items()
@@ -127,7 +137,8 @@ def score_images(
         raise UserError(f"{config.measure.images}: no image has an object to segment, give others for measure.images")
     objects = sum(len(ious["box"]) for ious in last_scores)
     means = {name: mean_ious(ious) for name, ious in scores.items()}
-    return {"miou": means, "miou_images": len(last_scores), "miou_objects": objects}, gallery
+    results = {"miou": means, "miou_images": len(last_scores), "miou_objects": objects}
+    return results | ({"miou_left_out": left_out} if left_out else {}), gallery
 
 
 def score_clips(model: SAM2, variants: Mapping[str, dict], clips: list[LabeledClip], config: Config) -> dict:
@@ -141,7 +152,8 @@ def score_clips(model: SAM2, variants: Mapping[str, dict], clips: list[LabeledCl
     }
     last = next(reversed(results.values()))
     scores = {name: {key: result[key] for key in ("j", "f", "j&f")} for name, result in results.items()}
-    return {"video": scores, "video_clips": last["clips"], "video_objects": last["objects"]}
+    results = {"video": scores, "video_clips": last["clips"], "video_objects": last["objects"]}
+    return results | ({"video_left_out": last["left_out"]} if last["left_out"] else {})
 
 
 def stage_errors(

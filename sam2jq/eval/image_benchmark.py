@@ -10,8 +10,8 @@ import numpy as np
 from scipy.ndimage import distance_transform_edt
 
 from sam2jq.data import preprocess
-from sam2jq.data.sources import LabeledImage
-from sam2jq.errors import UserError
+from sam2jq.data.labeled import LabeledImage
+from sam2jq.errors import UserError, few
 from sam2jq.eval.metrics import iou
 from sam2jq.models.sam2 import SAM2
 from sam2jq.predictors.image import LOGIT_LIMIT, decode, encode_images
@@ -23,13 +23,31 @@ BATCH = 16  # prompts decoded together; smaller batches are padded, so that the 
 def evaluate_images(model: SAM2, params: dict, samples: Iterable[LabeledImage], dtype: str = "float32") -> dict:
     """{"miou": {"box", "1 click", "3 clicks"}: means over all instances in 0..1, "images", "instances": counts}.
 
+    "left_out" is {image: why} of those that cannot be read, or have objects with empty masks.
     Raises UserError if no image has an object.
     """
-    pairs = (pair for pair in (sample.read() for sample in samples) if len(pair[1]))
-    ious = [object_ious(segment_objects(model, params, *pair, dtype), pair[1]) for pair in pairs]
+    ious, left_out = [], {}
+    for sample in samples:
+        pair, why = read_sample(sample)
+        if why:
+            left_out[sample.name] = why
+        if pair:
+            ious.append(object_ious(segment_objects(model, params, *pair, dtype), pair[1]))
     if not ious:
-        raise UserError("no image has an object to segment: every annotation is a crowd or missing")
-    return {"miou": mean_ious(ious), "images": len(ious), "instances": sum(len(image["box"]) for image in ious)}
+        reasons = few([f"{name}: {why}" for name, why in left_out.items()], 3)
+        raise UserError(f"no image has an object to segment: {reasons or 'every annotation is a crowd or missing'}")
+    counts = {"images": len(ious), "instances": sum(len(image["box"]) for image in ious)}
+    return {"miou": mean_ious(ious), **counts, "left_out": left_out}
+
+
+def read_sample(sample: LabeledImage) -> tuple[tuple[np.ndarray, np.ndarray] | None, str]:
+    """((image, masks), ""), with what is left out of it as text; None for an image that is left out as a whole."""
+    try:
+        image, masks = sample.read()
+    except (UserError, OSError) as error:
+        return None, str(error)
+    empty = 0 if sample.objects is None else sample.objects - len(masks)
+    return (image, masks) if len(masks) else None, f"{empty} of {sample.objects} masks are empty" if empty else ""
 
 
 def segment_objects(

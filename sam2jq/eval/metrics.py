@@ -84,24 +84,29 @@ def share_near(points: np.ndarray, others: np.ndarray, radius: float) -> float:
     return float(np.mean(distance <= radius)) if len(points) else 1.0
 
 
-def video_scores(predicted: np.ndarray, reference: np.ndarray) -> VideoScores:
+def video_scores(predicted: np.ndarray, reference: np.ndarray, *, from_first_mask: bool = False) -> VideoScores:
     """Mean J and F of one object from its boolean masks [T, H, W] in all its annotated frames, in order.
+
+    By default as SA-V's evaluator computes them; from_first_mask: as DAVIS's, from the object's first mask on.
 
     The first and the last annotated frame of the object are left out. So are frames before the first one in which the
     prediction or the reference is not empty. In the remaining frames J and F are 1 if both masks are empty; if one is,
     J is 0, and so is F unless the other mask fills the image. Where the model lost the object its mask must be empty:
-    the evaluator accepts no missing file.
-    Raises UserError if the reference is empty in all frames between the first and the last: the evaluator has no score
-    for such an object.
+    the evaluator accepts no missing file. With `from_first_mask` no other frame is left out, and the reference may be
+    empty in all of them.
+    Raises UserError if there is no frame between the first and the last or, without `from_first_mask`, if the reference
+    is empty in all of them: SA-V's evaluator has no score for such an object.
     """
     check_masks(predicted, reference, "T, H, W")
     predicted, reference = predicted[1:-1], reference[1:-1]
-    if not reference.any():
+    if from_first_mask and not len(reference):
+        raise UserError("two annotated frames or fewer: the first and the last have no score")
+    if not from_first_mask and not reference.any():
         raise UserError(
             f"the object is in none of the {len(reference)} annotated frames between the first and the last: "
             "SA-V's evaluator has no score for it, leave it out"
         )
-    first = np.argmax((predicted | reference).any((1, 2)))
+    first = 0 if from_first_mask else np.argmax((predicted | reference).any((1, 2)))
     predicted, reference = predicted[first:], reference[first:]
     f = [contour_accuracy(*masks) for masks in zip(predicted, reference)]
     return VideoScores(float(region_similarity(predicted, reference).mean()), float(np.mean(f)))

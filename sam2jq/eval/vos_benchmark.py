@@ -5,9 +5,13 @@ from itertools import groupby
 
 import numpy as np
 
-from sam2jq.data.sources import LabeledClip
+from sam2jq.data.labeled import SCORED, LabeledClip, too_few
+from sam2jq.data.video import Video
+from sam2jq.errors import UserError, few
 from sam2jq.eval.metrics import VideoScores, mean_scores, video_scores
 from sam2jq.predictors.video import VideoPredictor
+
+Masks = dict[str, dict[int, np.ndarray]]  # {object: {frame: bool [H, W]}}
 
 
 def evaluate_clips(
@@ -17,13 +21,22 @@ def evaluate_clips(
 ) -> dict:
     """{"j", "f", "j&f": means over all objects in percent; "clips", "objects": counts; "scores": by clip and object}.
 
-    write: called with the clip's name, the object, the frame's name and the bool mask [H, W] of every frame.
+    "left_out" is {clip or clip/object: why it has no score}: its files cannot be read, or no scored frame shows it.
+    write: called with the clip's name, the object, the frame's name and the bool mask [H, W] of every frame; for clips
+    with label images once for a frame, with "" and the labels, uint8 [H, W].
+    Raises UserError if no object has a score.
     """
-    scores = {}
+    scores, left_out = {}, {}
     for clip in clips:
         writer = write and (lambda *args, name=clip.name: write(name, *args))
-        scores[clip.name] = track_objects(predictor, clip, writer)
+        bad = lambda obj, why, name=clip.name: left_out.__setitem__(f"{name}/{obj}", why)
+        try:
+            scores[clip.name] = track_objects(predictor, clip, writer, bad)
+        except (UserError, OSError) as error:
+            left_out[clip.name] = str(error)
     all_scores = [score for by_object in scores.values() for score in by_object.values()]
+    if not all_scores:
+        raise UserError(f"no object has a score: {few([f'{name}: {why}' for name, why in left_out.items()], 3)}")
     mean = mean_scores(all_scores)
     return {
         "j": 100 * mean.j,
@@ -31,6 +44,7 @@ def evaluate_clips(
         "j&f": 100 * mean.jf,
         "clips": len(scores),
         "objects": len(all_scores),
+        "left_out": left_out,
         "scores": {name: {obj: score_dict(s) for obj, s in objects.items()} for name, objects in scores.items()},
     }
 
@@ -41,34 +55,84 @@ def score_dict(score: VideoScores) -> dict[str, float]:
 
 
 def track_objects(
-    predictor: VideoPredictor, clip: LabeledClip, write: Callable[[str, str, np.ndarray], None] | None = None
+    predictor: VideoPredictor,
+    clip: LabeledClip,
+    write: Callable[[str, str, np.ndarray], None] | None = None,
+    bad: Callable[[str, str], None] | None = None,
 ) -> dict[str, VideoScores]:
     """{object: J and F} of a clip's objects, each given by its first mask that is not empty.
 
-    write: called with the object, the frame's name and the bool mask [H, W] of every frame. An object that is absent
-    from all scored frames has no score.
+    write: called with the object, the frame's name and the mask of every frame, as in `evaluate_clips`. bad: called
+    before the clip is tracked with each object that has no score, and why.
+    Raises UserError for an object whose masks cannot be read, without `bad`, and for a clip that cannot be read.
     """
-    video, ground_truth = clip.open(), clip.masks()
-    first_masks = {}
-    for obj, masks in ground_truth.items():
-        visible = [frame for frame, mask in masks.items() if mask.any()]
-        if visible:
-            first_masks[obj] = visible[0], masks[visible[0]]
-    zeros = lambda masks: {frame: np.zeros_like(mask) for frame, mask in masks.items()}
-    predicted = {obj: zeros(masks) for obj, masks in ground_truth.items()}
-    for frame, obj, mask in track_from_masks(predictor, video, first_masks):
+    video = clip.open()
+    truth = clip.masks(bad and (lambda obj, error: bad(obj, str(error))))
+    without_score = {obj: why for obj, masks in truth.items() if (why := why_unscored(masks, clip.exclusive))}
+    for obj, why in without_score.items():
+        if bad:
+            bad(obj, why)
+    track = track_labels if clip.exclusive else track_apart
+    predicted = track(predictor, video, truth, write or (lambda *_: None))
+    scores = {}
+    for obj in truth.keys() - without_score.keys():
+        got, expected = (np.stack(list(masks[obj].values())) for masks in (predicted, truth))
+        scores[obj] = video_scores(got, expected, from_first_mask=clip.exclusive)
+    return {obj: scores[obj] for obj in truth if obj in scores}
+
+
+def why_unscored(masks: dict[int, np.ndarray], exclusive: bool) -> str:
+    """Why an object with these masks, by annotated frame, has no score; "" if it has one."""
+    if len(masks) < SCORED:
+        return too_few(len(masks))
+    between = list(masks.values())[1:-1]
+    return "" if exclusive or any(mask.any() for mask in between) else "no annotated frame between the ends shows it"
+
+
+def track_apart(predictor: VideoPredictor, video: Video, truth: Masks, write: Callable) -> Masks:
+    """The predicted masks in the annotated frames; masks of several objects may overlap."""
+    predicted = {obj: {frame: np.zeros_like(mask) for frame, mask in masks.items()} for obj, masks in truth.items()}
+    for frame, obj, mask in track_from_masks(predictor, video, first_masks(truth)):
         if frame in predicted[obj]:
             predicted[obj][frame] = mask
-        if write:
-            write(obj, video.names[frame], mask)
-    stacked = {obj: [np.stack(list(masks[obj].values())) for masks in (predicted, ground_truth)] for obj in predicted}
-    return {obj: video_scores(got, expected) for obj, (got, expected) in stacked.items() if expected[1:-1].any()}
+        write(obj, video.names[frame], mask)
+    return predicted
+
+
+def track_labels(predictor: VideoPredictor, video: Video, truth: Masks, write: Callable) -> Masks:
+    """The predicted masks in the annotated frames; each pixel belongs to the object with the highest positive logit.
+
+    This is how SAM 2 makes one label image of several objects (`non_overlap_masks` in its vos_inference.py). The names
+    of objects are their labels.
+    """
+    labels = [np.zeros(video.size, np.uint8) for _ in range(len(video))]
+    best = [np.zeros(video.size, np.float16) for _ in range(len(video))]
+    for frame, obj, logits in track_logits(predictor, video, first_masks(truth)):
+        higher = logits > best[frame]
+        best[frame][higher], labels[frame][higher] = logits[higher], int(obj)
+    for name, image in zip(video.names, labels):
+        write("", name, image)
+    return {obj: {frame: labels[frame] == int(obj) for frame in masks} for obj, masks in truth.items()}
+
+
+def first_masks(truth: Masks) -> dict[str, tuple[int, np.ndarray]]:
+    """{object: (frame, mask)} of the first mask that is not empty, of the objects that have one."""
+    visible = {obj: [frame for frame, mask in masks.items() if mask.any()] for obj, masks in truth.items()}
+    return {obj: (frames[0], truth[obj][frames[0]]) for obj, frames in visible.items() if frames}
 
 
 def track_from_masks(
     predictor: VideoPredictor, clip, first_masks: dict[str, tuple[int, np.ndarray]]
 ) -> Iterator[tuple[int, str, np.ndarray]]:
-    """Yields (frame, object, bool mask [H, W]) of objects tracked from their first masks.
+    """Yields (frame, object, bool mask [H, W]) of objects tracked from their first masks, as `track_logits` does."""
+    for frame, name, logits in track_logits(predictor, clip, first_masks):
+        yield frame, name, logits > 0
+
+
+def track_logits(
+    predictor: VideoPredictor, clip, first_masks: dict[str, tuple[int, np.ndarray]]
+) -> Iterator[tuple[int, str, np.ndarray]]:
+    """Yields (frame, object, mask logits [H, W]) of objects tracked from their first masks.
 
     clip: as `VideoPredictor.init_state` takes it. first_masks: {object: (frame, bool mask)}. Nothing is yielded for an
     object before its frame.
@@ -79,4 +143,4 @@ def track_from_masks(
         for name in group:
             predictor.add_new_mask(state, start, name, first_masks[name][1])
         for frame, names, logits in predictor.propagate_in_video(state):
-            yield from ((frame, name, mask) for name, mask in zip(names, logits[:, 0] > 0))
+            yield from ((frame, name, mask) for name, mask in zip(names, logits[:, 0]))

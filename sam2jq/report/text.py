@@ -19,9 +19,16 @@ def scores(results: dict) -> str:
     """The scores that `evaluate` measured, one per line."""
     if "miou" in results:
         lines = [(name, f"mIoU {value:.4f}") for name, value in results["miou"].items()]
-        return aligned([*lines, ("instances", f"{results['instances']} in {results['images']} images")])
-    lines = [(name.upper(), f"{results[name]:.2f}") for name in ("j", "f", "j&f")]
-    return aligned([*lines, ("objects", f"{results['objects']} in {results['clips']} clips")])
+        lines.append(("instances", f"{results['instances']} in {results['images']} images"))
+    else:
+        lines = [(name.upper(), f"{results[name]:.2f}") for name in ("j", "f", "j&f")]
+        lines.append(("objects", f"{results['objects']} in {results['clips']} clips"))
+    return aligned(lines + left_out(results["left_out"]))
+
+
+def left_out(names: dict[str, str]) -> list[tuple[str, str]]:
+    """The line with the number of images, clips or objects without a score; none if all have one."""
+    return [("left out", f"{len(names)}, such as {next(iter(names))}; metrics.json says why")] if names else []
 
 
 def aligned(lines: list[tuple[str, str]]) -> str:
@@ -54,6 +61,7 @@ def totals(summary: dict) -> str:
             lines.append(("mIoU", ", ".join(f"{name} {value:.4f}" for name, value in miou.items()) + f" ({kind})"))
         for kind, scores in results.get("video", {}).items():
             lines.append(("J&F", f"{scores['j&f']:.2f} ({kind})"))
+        lines += left_out(results.get("miou_left_out", {})) + left_out(results.get("video_left_out", {}))
     if summary["random_weights"]:
         lines.append(("warning", "the weights are RANDOM: no result here says anything about a trained model"))
     return aligned(lines)
