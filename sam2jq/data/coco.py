@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sam2jq.data.coco_masks import check_segmentation, decode_mask
+from sam2jq.data.coco_masks import FARTHEST, check_segmentation, decode_mask
 from sam2jq.data.folders import subfolders
 from sam2jq.data.images import image_size
 from sam2jq.data.listed import ImageIndex, file_name, find_image, index_images, read_json
@@ -140,19 +140,18 @@ def listed_images(file: Path) -> list[CocoImage]:
 
     Raises UserError that names the file and the annotation if one is invalid.
     """
-    content = read_json(file)
+    content, by_image = read_json(file), defaultdict(list)
     try:
         categories = {category["id"]: category["name"] for category in content["categories"]}
-        instances = [annotation for annotation in content["annotations"] if not annotation.get("iscrowd")]
         images = {entry["id"]: name_and_size(file, entry) for entry in content["images"]}
+        for annotation in content["annotations"]:
+            if not annotation.get("iscrowd"):
+                check_annotation(file, annotation, categories, images)
+                by_image[annotation["image_id"]].append(annotation)
     except UserError:
         raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{file}: not in COCO's format for instances ({error!r}); download it again") from error
-    by_image = defaultdict(list)
-    for annotation in instances:
-        check_annotation(file, annotation, categories, images)
-        by_image[annotation["image_id"]].append(annotation)
     return [CocoImage(*images[id], by_image[id], categories, file) for id in images if id in by_image]
 
 
@@ -201,7 +200,7 @@ def read_instance(image: CocoImage, annotation: dict) -> Instance:
     try:
         mask = decode_mask(annotation["segmentation"], image.size)
         box = annotated_box(annotation["bbox"]) if annotation.get("bbox") else box_of(mask)
-    except (TypeError, ValueError) as error:
+    except (ArithmeticError, TypeError, ValueError) as error:
         raise UserError(
             f"{image.path}: annotation {annotation['id']} is not readable: {error}; it is in {image.file}"
         ) from error
@@ -210,7 +209,9 @@ def read_instance(image: CocoImage, annotation: dict) -> Instance:
 
 def annotated_box(bbox: list[float]) -> np.ndarray:
     """The box [4], x0 y0 x1 y1, of COCO's x, y, width, height."""
-    x, y, width, height = bbox
+    x, y, width, height = map(float, bbox)
+    if not max(map(abs, (x, y, width, height))) <= FARTHEST:
+        raise UserError(f"its bbox {bbox} is not finite, or lies far outside of the image")
     return np.array([x, y, x + width, y + height], np.float32)
 
 

@@ -1,10 +1,10 @@
 """Segmentations of COCO's format, polygons and run lengths: their check and the masks that they stand for."""
 
-import math
-
 import numpy as np
 
 from sam2jq.errors import UserError
+
+FARTHEST = 1e5  # pixels; pycocotools takes memory in proportion to the length of an edge
 
 
 def check_segmentation(segmentation, size: tuple[int, int]) -> None:
@@ -27,7 +27,7 @@ def check_polygon(polygon) -> None:
     """Raises UserError unless `polygon` is [x, y, x, y, ...] with 3 points at least."""
     if not isinstance(polygon, list) or any(isinstance(value, list | tuple) for value in polygon):
         raise UserError("its segmentation must be lists of numbers, [[x, y, x, y, ...], ...], not of pairs")
-    finite = all(isinstance(value, int | float) and math.isfinite(value) for value in polygon)
+    finite = all(isinstance(value, int | float) and abs(value) <= FARTHEST for value in polygon)
     if len(polygon) < 6 or len(polygon) % 2 or not finite:
         raise UserError(f"a polygon has {len(polygon)} numbers; it needs x and y, finite, of 3 points at least")
 

@@ -38,9 +38,9 @@ def sa1b_image(path: Path) -> CocoImage:
             check_annotation(file, annotation, size)
     except UserError:
         raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{file}: not in SA-1B's format ({error!r}); download it again") from error
-    annotations = [annotation | {"category_id": CATEGORY} for annotation in content["annotations"]]
+    annotations = [{"id": i} | each | {"category_id": CATEGORY} for i, each in enumerate(content["annotations"])]
     return CocoImage(str(path), size, annotations, {CATEGORY: "object"}, file)
 
 
@@ -49,4 +49,4 @@ def check_annotation(file: Path, annotation: dict, size: tuple[int, int]) -> Non
     try:
         check_segmentation(annotation["segmentation"], size)
     except UserError as error:
-        raise UserError(f"{file}: annotation {annotation['id']} is not readable: {error}") from error
+        raise UserError(f"{file}: annotation {annotation.get('id')} is not readable: {error}") from error
