@@ -47,7 +47,7 @@ def evaluate(config: EvaluateConfig, folder: Path) -> dict:
     images = config.task == "image"
     with stage("data", config.data):
         if images:
-            say = partial(log.warning, "left out    %s")
+            say = partial(log.warning, "note        %s")
             samples, unscored = find_samples(config.data, config.num_samples, config.allow_missing, say), {}
         else:
             samples = find_clips(config.data, config.split, config.num_samples)

@@ -46,7 +46,7 @@ def quantize(config: Config, folder: Path, command: str) -> None:
     timed = partial(stage, record=record)
     with timed("images", config.quant.calib.path):
         images = find_calibration(config.quant.calib, config.seed)
-        ground_truth = find_ground_truth(config, partial(log.warning, "left out    %s"))
+        ground_truth = find_ground_truth(config, partial(log.warning, "note        %s"))
     asked = replace(config, quant=replay_bits(config.quant))
     model, checkpoint = load_model(config.model, config.cache.root, config.quant.calib.image_size)
     full = materialize_params(checkpoint.params)

@@ -15,7 +15,7 @@ from sam2jq.data.coco_masks import FARTHEST, check_segmentation, decode_mask
 from sam2jq.data.folders import subfolders
 from sam2jq.data.images import image_size
 from sam2jq.data.listed import ImageIndex, file_name, find_image, index_images, read_json
-from sam2jq.errors import UserError
+from sam2jq.errors import UserError, few
 
 FIELDS = {"id", "image_id", "category_id", "segmentation"}
 PATTERNS = ("instances*.json", "lvis*.json")
@@ -45,7 +45,7 @@ class Instance(NamedTuple):
 class CocoFolder(NamedTuple):
     """images: those with an instance, sorted by path. missing: {json: names of its images that are not there}.
 
-    notes: a line on every json that is left out.
+    notes: a line on every json that is left out, and on those that are taken together.
     """
 
     images: list[CocoImage]
@@ -67,7 +67,7 @@ def check_missing(missing: dict[Path, list[str]], allowed: int) -> None:
         names = next(iter(missing.values()))
         raise FileNotFoundError(
             f"{', '.join(map(str, missing))}: {count} images with instances are missing, or lie only in a folder "
-            f"of another split, such as {names[0]}; put them there, or leave them out with --allow_missing {count}"
+            f"of another split, such as {names[0]}; put them there, or set allow_missing to {count} to leave them out"
         )
 
 
@@ -96,6 +96,8 @@ def find_coco(root: str) -> CocoFolder:
             images[image.path] = image
     missing = {file: absent for file, (_, absent) in found.items() if absent and file not in empty}
     notes = [f"{file}: none of its {len(found[file][1])} images is there, this file is left out" for file in empty]
+    taken = [str(file) for file in files if found[file][0]]
+    notes += [f"the images of {few(taken)} are taken together"] if len(taken) > 1 else []
     return CocoFolder([images[path] for path in sorted(images)], missing, notes)
 
 

@@ -27,10 +27,15 @@ def subfolders(folder: Path) -> list[Path]:
 
     Raises FileNotFoundError for a link that leads nowhere.
     """
-    return [path for path in listed(folder) if path.is_dir()]
+    return [Path(entry) for entry in entries(folder) if entry.is_dir()]
 
 
 def listed(folder: Path) -> list[Path]:
+    """The files and folders in a folder, as `entries` finds them."""
+    return [Path(entry) for entry in entries(folder)]
+
+
+def entries(folder: Path) -> list[os.DirEntry]:
     """The files and folders in a folder, sorted by name, without hidden ones.
 
     Raises FileNotFoundError for a link that leads nowhere: what it should hold would be missing without a word.
@@ -40,11 +45,11 @@ def listed(folder: Path) -> list[Path]:
     broken = next((entry.path for entry in found if entry.is_symlink() and not os.path.exists(entry.path)), None)
     if broken:
         raise FileNotFoundError(f"{broken}: a link to {os.readlink(broken)}, which is not there; mend or remove it")
-    return [folder / entry.name for entry in found]
+    return found
 
 
 def walk(root: Path, skipped: str | None = None) -> Iterator[list[Path]]:
-    """Yields the content of `root` and of every folder below it, as `listed` returns it.
+    """Yields the files in `root` and in every folder below it, without hidden ones.
 
     skipped: the beginning of the lower-case names of folders that are left out. Links to folders are followed after
     all real folders. A folder that several links lead to, or that holds a link to itself, is visited once.
@@ -55,11 +60,11 @@ def walk(root: Path, skipped: str | None = None) -> Iterator[list[Path]]:
         if (identity := os.path.realpath(folder)) in visited:
             continue
         visited.add(identity)
-        content = listed(folder)
-        for path in content:
-            if path.is_dir() and not (skipped and path.name.lower().startswith(skipped)):
-                (links if path.is_symlink() else folders).append(path)
-        yield content
+        content = entries(folder)
+        for entry in content:
+            if entry.is_dir() and not (skipped and entry.name.lower().startswith(skipped)):
+                (links if entry.is_symlink() else folders).append(Path(entry))
+        yield [Path(entry) for entry in content if not entry.is_dir()]
 
 
 def images_below(root: Path) -> list[Path]:

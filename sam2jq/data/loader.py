@@ -12,13 +12,16 @@ import numpy as np
 from sam2jq.data.folders import SAV_FRAMES
 from sam2jq.data.images import preprocess
 from sam2jq.data.sources import Item, find_images, read_images, source_of
+from sam2jq.data.video_frames import videos_below
 from sam2jq.errors import UserError
+from sam2jq.files import home
 
 
 def split_of(root: str, split: str) -> str:
-    """The folder of `split` in an SA-V root, or `root` itself if it has no such split."""
-    inside = Path(root) / split
-    return str(inside) if (inside / SAV_FRAMES).is_dir() else root
+    """The folder of `split` in an SA-V root, with frames or with videos, or `root` itself if it has no such split."""
+    inside = Path(home(root)) / split
+    found = (inside / SAV_FRAMES).is_dir() or (inside.is_dir() and videos_below(inside))
+    return str(inside) if found else root
 
 
 def find_items(spec: str, num_samples: int | None, seed: int, frames: int = 1, stride: int = 1) -> list[Item]:
@@ -31,6 +34,7 @@ def find_items(spec: str, num_samples: int | None, seed: int, frames: int = 1, s
         names = find_images(spec, num_samples, seed)
         items = [Item(name, (name,), partial(read_images, (name,))) for name in names]
     else:
+        spec = home(spec)
         items = source_of(spec).windows(spec, num_samples, frames, stride)
         if num_samples is not None and num_samples < len(items):
             chosen = np.random.default_rng(seed).choice(len(items), num_samples, replace=False)

@@ -107,7 +107,7 @@ def open_file(path: str) -> Video:
         raise UserError(f"{path}: holds no frame; convert it again or give a folder of frames")
     names = [f"{index:05d}" for index in range(len(sizes))]
     size = common_size([f"{path} frame {name}" for name in names], sizes)
-    frame_at = forward_reader(lambda: decode(path))
+    frame_at = frame_reader(path)
 
     def read(index: int) -> np.ndarray:
         with errors_named(path):
@@ -147,7 +147,7 @@ def errors_named(path: str) -> Iterator[None]:
     """A block in which PyAV reads `path`. Its errors become UserErrors with the file's name."""
     try:
         yield
-    except (UserError, StopIteration):  # StopIteration: the clip has fewer frames, for the caller to say
+    except UserError:
         raise
     except Exception as error:  # PyAV raises errors of many classes for broken files
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
@@ -209,5 +209,18 @@ def forward_reader(start: Callable[[], Iterator]) -> Callable[[int], object]:
         while index < target:
             index, item = index + 1, next(items)
         return item
+
+    return read
+
+
+def frame_reader(path: str) -> Callable:
+    """read(index) -> the `av.VideoFrame` of a video file. Raises UserError if it has none at `index`."""
+    read_next = forward_reader(lambda: decode(path))
+
+    def read(index: int):
+        try:
+            return read_next(index)
+        except StopIteration as error:
+            raise UserError(f"{path}: has no frame {index}, though its header says so; convert it again") from error
 
     return read

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from sam2jq.data.folders import walk
-from sam2jq.data.video import VIDEO_SUFFIXES, decode, forward_reader, open_container, upright_image
-from sam2jq.errors import UserError
+from sam2jq.data.video import VIDEO_SUFFIXES, decode, frame_reader, open_container, upright_image
 from sam2jq.tree import fingerprint
 
 NAME = re.compile(rf"(.+(?:{'|'.join(map(re.escape, VIDEO_SUFFIXES))}))#(\d+)", re.IGNORECASE)
@@ -37,19 +36,6 @@ def count_frames(video: Path) -> int:
 def read_frames(path: str, indices: Iterable[int]) -> list[np.ndarray]:
     """The frames, uint8 [H, W, 3], with rising `indices` of a video file. Raises UserError if it has fewer."""
     return [upright_image(frame) for frame in map(frame_reader(path), indices)]
-
-
-def frame_reader(path: str):
-    """read(index) -> the `av.VideoFrame` of a video file. Raises UserError if it has none at `index`."""
-    read_next = forward_reader(lambda: decode(path))
-
-    def read(index: int):
-        try:
-            return read_next(index)
-        except StopIteration as error:
-            raise UserError(f"{path}: has no frame {index}, though its header says so; convert it again") from error
-
-    return read
 
 
 def read_frame(name: str) -> np.ndarray:

@@ -32,7 +32,7 @@ def evaluate_clips(
         bad = lambda obj, why, name=clip.name: left_out.__setitem__(f"{name}/{obj}", why)
         try:
             scores[clip.name] = track_objects(predictor, clip, writer, bad)
-        except (UserError, OSError) as error:
+        except (UserError, FileNotFoundError) as error:  # no other OSError: a full disk ends the run
             left_out[clip.name] = str(error)
     all_scores = [score for by_object in scores.values() for score in by_object.values()]
     if not all_scores:

@@ -32,6 +32,16 @@ def test_flags_win_over_the_file_and_the_resolved_config_reads_back(tmp_path):
     assert loader.load(str(file), []) == loaded
 
 
+def test_a_tilde_is_the_users_folder_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "c.yaml"
+    file.write_text("quant: {calib: {path: ~/photos}}\noutput: {root: '~'}\ncache: {root: a~b}\n")
+    loaded = loader.load(str(file), ["--model.checkpoint", "~/tiny.pt", "--measure.images=~/coco"])
+    assert loaded.quant.calib.path == f"{tmp_path}/photos"
+    assert (loaded.output.root, loaded.cache.root) == (str(tmp_path), "a~b")
+    assert (loaded.model.checkpoint, loaded.measure.images) == (f"{tmp_path}/tiny.pt", f"{tmp_path}/coco")
+
+
 def test_a_version_may_be_written_as_a_number_and_a_switch_without_a_value():
     assert load("--model.version", "2.1").model.version == "2.1"
     assert load("--save-model").save_model

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from sam2jq.data import find_images, read_image
-from sam2jq.data.loader import find_items, read_item
+from sam2jq.data.loader import find_items, read_item, split_of
 from sam2jq.data.masks import davis_palette, write_labels
 from sam2jq.data.sources import SOURCES, find_clips, find_samples, source_of
 from sam2jq.data.video_frames import image_id
@@ -48,7 +48,7 @@ def test_coco_with_one_split_on_disk_takes_the_json_that_fits(tmp_path, equal_na
 def test_missing_images_are_left_out_up_to_allow_missing(tmp_path):
     spec = two_splits(tmp_path, ["val2017/1.jpg"], {"val": ["1.jpg", "2.jpg", "3.jpg"]})
     for allowed in (0, 1):
-        with pytest.raises(FileNotFoundError, match="val2017.json: 2 images .* such as 2.jpg; .* --allow_missing 2"):
+        with pytest.raises(FileNotFoundError, match="val2017.json: 2 images .* such as 2.jpg; .* allow_missing to 2"):
             find_samples(spec, None, allowed)
     said = []
     assert names_of(find_samples(spec, None, 2, said.append)) == ["1.jpg"]
@@ -118,9 +118,10 @@ def test_sa1b_has_a_json_of_run_lengths_beside_each_image(tmp_path):
 
 def test_videos_of_sav_give_training_frames(tmp_path):
     frames = random_frames(8)
-    (tmp_path / "sav_000").mkdir()
-    path = write_video(tmp_path / "sav_000/sav_000001.mp4", frames)
-    (tmp_path / "sav_000/sav_000001_manual.json").write_text("{}")
+    (tmp_path / "sav_train/sav_000").mkdir(parents=True)
+    path = write_video(tmp_path / "sav_train/sav_000/sav_000001.mp4", frames)
+    (tmp_path / "sav_train/sav_000/sav_000001_manual.json").write_text("{}")
+    assert split_of(str(tmp_path), "sav_train") == str(tmp_path / "sav_train")
     clips = find_items(str(tmp_path), None, 0, frames=2, stride=3)
     assert [clip.name for clip in clips] == ["sav_000001/0", "sav_000001/4"]
     np.testing.assert_array_equal(clips[1].read(), frames[[4, 7]])

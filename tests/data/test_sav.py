@@ -68,7 +68,7 @@ def test_the_list_of_a_split_selects_and_orders_its_videos(root):
 
 @pytest.mark.parametrize(
     ("mode", "values"),
-    [("L", [0, 255]), ("L", [0, 1]), ("P", [0, 3]), ("1", [0, 255]), ("I;16", [0, 60000])],
+    [("L", [0, 255]), ("L", [0, 1]), ("L", [0, 7]), ("P", [0, 3]), ("1", [0, 255]), ("I;16", [0, 60000])],
 )
 def test_a_mask_is_true_where_the_file_is_not_zero(tmp_path, mode, values):
     mask, path = random_mask(), str(tmp_path / "mask.png")
@@ -81,6 +81,24 @@ def test_a_mask_is_true_where_the_file_is_not_zero(tmp_path, mode, values):
     got = read_mask(path)
     assert got.dtype == bool
     np.testing.assert_array_equal(got, mask)
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels", "message"),
+    [
+        ("logits.tif", np.linspace(-10, 10, 54, dtype=np.float32), "holds floats or negative numbers, as logits do"),
+        ("soft.tif", np.linspace(0, 1, 54, dtype=np.float32), "holds floats or negative numbers"),
+        ("signed.tif", np.arange(-27, 27, dtype=np.int32), "holds floats or negative numbers"),
+        ("all.png", np.arange(54, dtype=np.uint8) % 3, "holds 2 objects, 1, 2; a mask file in SA-V's layout holds one"),
+    ],
+)
+def test_a_file_that_is_no_mask_of_one_object_is_refused_by_name(tmp_path, name, pixels, message):
+    image = Image.fromarray(pixels.reshape(SIZE))
+    if name == "all.png":
+        image.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
+    image.save(tmp_path / name)
+    with pytest.raises(UserError, match=f"{name}: {message}"):
+        read_mask(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("mask", [random_mask(), np.zeros(SIZE, bool), np.ones(SIZE, bool)])
@@ -144,6 +162,15 @@ def test_a_mask_without_its_frame_is_an_error(root):
     (root / "sav_val/JPEGImages_24fps/v/00004.jpg").unlink()
     with pytest.raises(ValueError, match="v.000: no frame belongs to 00004.png; add"):
         vos_videos(str(root), "sav_val")
+
+
+def test_foreign_and_empty_folders_are_no_clips_and_no_objects(root):
+    for folder in ("JPEGImages_24fps/.ipynb_checkpoints", "JPEGImages_24fps/__MACOSX", "JPEGImages_24fps/empty"):
+        (root / "sav_val" / folder).mkdir()
+    (root / "sav_val/Annotations_6fps/v/.ipynb_checkpoints").mkdir()
+    (root / "sav_val/JPEGImages_24fps/Thumbs.db").touch()
+    assert names(root) == ["u", "v"]
+    assert list(vos_videos(str(root), "sav_val")[1].objects) == ["000", "001"]
 
 
 def test_an_empty_list_is_an_error(root):

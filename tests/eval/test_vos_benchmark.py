@@ -177,7 +177,7 @@ def test_evaluate_keeps_what_it_measured_and_says_what_is_left_out(coco, tmp_pat
     (coco / "val2017/val3.png").unlink()
     assert main(command) == 2
     assert "1 images with instances are missing" in (error := capsys.readouterr().err)
-    assert "such as val3.png; put them there, or leave them out with --allow_missing 1" in error
+    assert "such as val3.png; put them there, or set allow_missing to 1 to leave them out" in error
     content = (coco / "val2017/val1.png").read_bytes()
     (coco / "val2017/val1.png").write_bytes(content[: len(content) // 2])
     assert main([*command, "--allow_missing", "1"]) == 0
