@@ -197,6 +197,23 @@ def read_instances(image: CocoImage) -> list[Instance]:
     return [instance for instance in instances if instance.mask.any()]
 
 
+def readable_instances(image: CocoImage) -> tuple[list[Instance], dict[int, str]]:
+    """As `read_instances`, and {annotation's id: why it is left out}: its mask is not readable, or empty."""
+    check_size(image)
+    instances, left_out = [], {}
+    for annotation in image.annotations:
+        try:
+            instance = read_instance(image, annotation)
+        except UserError as error:
+            left_out[annotation["id"]] = str(error)
+        else:
+            if instance.mask.any():
+                instances.append(instance)
+            else:
+                left_out[annotation["id"]] = "its mask is empty"
+    return instances, left_out
+
+
 def read_instance(image: CocoImage, annotation: dict) -> Instance:
     """One annotation with its mask decoded."""
     try:

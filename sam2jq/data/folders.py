@@ -7,7 +7,8 @@ from pathlib import Path
 from sam2jq.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-FOREIGN = ("__macosx", "thumbs.db", "desktop.ini")  # what file managers and archives leave behind, in lower case
+# what file managers, archives and disks leave behind, in lower case
+FOREIGN = ("__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information", "lost+found")
 SAV_FRAMES = "JPEGImages_24fps"
 SAV_SPLITS = ("sav_train", "sav_val", "sav_test")
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sam2jq.data.coco import CocoImage, check_missing, find_coco, read_instances
+from sam2jq.data.coco import CocoImage, check_missing, find_coco, readable_instances
 from sam2jq.data.davis import LabeledVideo, label_masks, label_videos
 from sam2jq.data.images import image_size, read_image
 from sam2jq.data.sa1b import sa1b_files, sa1b_image
@@ -22,12 +22,12 @@ SCORED = 3  # annotated frames that an object needs at least: the first and the 
 class LabeledImage(NamedTuple):
     """An image with masks: read() -> uint8 [H, W, 3], bool [objects, H, W], none of them empty.
 
-    objects: the number of annotated objects, also of those with an empty mask; None if it is not known.
+    left_out() -> {annotation: why `read` leaves it out}: its mask is empty or cannot be read.
     """
 
     name: str
     read: Callable[[], tuple[np.ndarray, np.ndarray]]
-    objects: int | None = None
+    left_out: Callable[[], dict[int, str]] = dict
 
 
 class Found(NamedTuple):
@@ -85,10 +85,11 @@ def labeled(images: list[CocoImage]) -> list[LabeledImage]:
         check_size(image.path, image.size, f"its annotations in {image.file} are for")
 
     def read(image: CocoImage) -> tuple[np.ndarray, np.ndarray]:
-        masks = [instance.mask for instance in read_instances(image)]
+        masks = [instance.mask for instance in readable_instances(image)[0]]
         return read_image(image.path), np.stack(masks) if masks else np.zeros((0, *image.size), bool)
 
-    return [LabeledImage(image.path, partial(read, image), len(image.annotations)) for image in images]
+    left_out = lambda image: readable_instances(image)[1]
+    return [LabeledImage(image.path, partial(read, image), partial(left_out, image)) for image in images]
 
 
 def check_size(path: str, expected: tuple[int, int], whose: str) -> None:

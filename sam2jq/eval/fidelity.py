@@ -119,9 +119,8 @@ def score_images(
     sampled, gallery, scores = sample_images(len(samples), config.seed), Gallery(), {name: [] for name in variants}
     left_out = {}
     for i, sample in enumerate(tqdm(samples, unit="image", leave=False, disable=None)):
-        pair, why = read_sample(sample)
-        if why:
-            left_out[sample.name] = why
+        pair, without = read_sample(sample)
+        left_out |= without
         if pair:
             image, masks = pair
             predicted = {

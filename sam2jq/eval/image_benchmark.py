@@ -23,14 +23,13 @@ BATCH = 16  # prompts decoded together; smaller batches are padded, so that the 
 def evaluate_images(model: SAM2, params: dict, samples: Iterable[LabeledImage], dtype: str = "float32") -> dict:
     """{"miou": {"box", "1 click", "3 clicks"}: means over all instances in 0..1, "images", "instances": counts}.
 
-    "left_out" is {image: why} of those that cannot be read, or have objects with empty masks.
+    "left_out" is {image or image/annotation: why} of those that cannot be read, or have an empty mask.
     Raises UserError if no image has an object.
     """
     ious, left_out = [], {}
     for sample in samples:
-        pair, why = read_sample(sample)
-        if why:
-            left_out[sample.name] = why
+        pair, without = read_sample(sample)
+        left_out |= without
         if pair:
             ious.append(object_ious(segment_objects(model, params, *pair, dtype), pair[1]))
     if not ious:
@@ -40,14 +39,14 @@ def evaluate_images(model: SAM2, params: dict, samples: Iterable[LabeledImage], 
     return {"miou": mean_ious(ious), **counts, "left_out": left_out}
 
 
-def read_sample(sample: LabeledImage) -> tuple[tuple[np.ndarray, np.ndarray] | None, str]:
-    """((image, masks), ""), with what is left out of it as text; None for an image that is left out as a whole."""
+def read_sample(sample: LabeledImage) -> tuple[tuple[np.ndarray, np.ndarray] | None, dict[str, str]]:
+    """((image, masks), {image or image/annotation: why it is left out}); None if nothing is left of the image."""
     try:
         image, masks = sample.read()
+        left_out = {f"{sample.name}/{annotation}": why for annotation, why in sample.left_out().items()}
     except (UserError, OSError) as error:
-        return None, str(error)
-    empty = 0 if sample.objects is None else sample.objects - len(masks)
-    return (image, masks) if len(masks) else None, f"{empty} of {sample.objects} masks are empty" if empty else ""
+        return None, {sample.name: str(error)}
+    return (image, masks) if len(masks) else None, left_out
 
 
 def segment_objects(

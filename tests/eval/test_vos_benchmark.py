@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -178,6 +179,11 @@ def test_evaluate_keeps_what_it_measured_and_says_what_is_left_out(coco, tmp_pat
     assert main(command) == 2
     assert "1 images with instances are missing" in (error := capsys.readouterr().err)
     assert "such as val3.png; put them there, or set allow_missing to 1 to leave them out" in error
+    file = coco / "annotations/instances_val2017.json"
+    listed = json.loads(file.read_text())
+    for id, segmentation in {8: {"size": [SIDE, SIDE], "counts": [9, 9]}, 9: [[90, 90, 99, 90, 99, 99]]}.items():
+        listed["annotations"].append(listed["annotations"][0] | {"id": id, "segmentation": segmentation})
+    file.write_text(json.dumps(listed))
     content = (coco / "val2017/val1.png").read_bytes()
     (coco / "val2017/val1.png").write_bytes(content[: len(content) // 2])
     assert main([*command, "--allow_missing", "1"]) == 0
@@ -187,7 +193,11 @@ def test_evaluate_keeps_what_it_measured_and_says_what_is_left_out(coco, tmp_pat
     assert f"left out    {coco / 'val2017/val1.png'}: not a readable image" in printed
     results = json.loads((tmp_path / "out/evaluate_image/metrics.json").read_text())
     assert (results["images"], results["instances"]) == (2, 2)
-    assert list(results["left_out"]) == [str(coco / "val2017/val1.png")]
+    names = {Path(name).relative_to(coco).as_posix(): why for name, why in results["left_out"].items()}
+    assert list(names) == ["val2017/val0.png/8", "val2017/val0.png/9", "val2017/val1.png"]
+    assert "annotation 8 is not readable: its run lengths cover 18 pixels" in names["val2017/val0.png/8"]
+    assert names["val2017/val0.png/9"] == "its mask is empty"
+    assert "left out    3, such as" in printed
 
 
 def test_the_command_writes_scores_and_a_mask_per_object_and_frame(sav, tmp_path, capsys):
