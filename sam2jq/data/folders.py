@@ -49,28 +49,34 @@ def entries(folder: Path) -> list[os.DirEntry]:
     return found
 
 
-def walk(root: Path, skipped: str | None = None) -> Iterator[list[Path]]:
+def walk(root: Path, skipped: str | None = None, *, aliases: bool = False) -> Iterator[list[Path]]:
     """Yields the files in `root` and in every folder below it, without hidden ones.
 
-    skipped: the beginning of the lower-case names of folders that are left out. Links to folders are followed after
-    all real folders. A folder that several links lead to, or that holds a link to itself, is visited once.
+    skipped: the beginning of the lower-case names of folders that are left out. Links to folders are followed, but not
+    to a folder that holds them. A folder with several names is visited by one of them, not by that of a link if it has
+    another; aliases: by all of them.
     """
-    folders, links, visited = [root], [], set()
+    folders, links, visited = [(root, frozenset[str]())], [], set()
     while folders or links:
-        folder = folders.pop() if folders else links.pop(0)
-        if (identity := os.path.realpath(folder)) in visited:
+        folder, holders = folders.pop() if folders else links.pop(0)
+        identity = os.path.realpath(folder)
+        if identity in (holders if aliases else visited):
             continue
         visited.add(identity)
         content = entries(folder)
         for entry in content:
             if entry.is_dir() and not (skipped and entry.name.lower().startswith(skipped)):
-                (links if entry.is_symlink() else folders).append(Path(entry))
+                (links if entry.is_symlink() else folders).append((Path(entry), holders | {identity}))
         yield [Path(entry) for entry in content if not entry.is_dir()]
 
 
-def images_below(root: Path) -> list[Path]:
-    """All images below `root`, sorted, without hidden files and sub folders called annotations*, which hold masks."""
-    return sorted(path for content in walk(root, "annotations") for path in content if is_image(path.name))
+def images_below(root: Path, *, aliases: bool = False) -> list[Path]:
+    """All images below `root`, sorted, without hidden files and sub folders called annotations*, which hold masks.
+
+    aliases: also the other names that images have by links to folders.
+    """
+    files = (path for content in walk(root, "annotations", aliases=aliases) for path in content)
+    return sorted(path for path in files if is_image(path.name))
 
 
 def frame_folders(root: Path) -> list[Path]:

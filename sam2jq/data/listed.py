@@ -1,17 +1,17 @@
 """Json files that list images: reading them, checking the names in them, and finding the files that they name."""
 
 import json
+import os
 import re
 from collections import defaultdict
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from sam2jq.data.folders import images_below
-from sam2jq.errors import UserError
+from sam2jq.errors import UserError, few
 
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}  # {word in a name: its split}
 SPLITS |= dict.fromkeys(("val", "valid", "validation", "minival"), "val")
-SHOWN = 5  # candidates in an error message
 
 
 def read_json(path: Path):
@@ -95,7 +95,7 @@ class ImageIndex(NamedTuple):
 def index_images(root: Path) -> ImageIndex:
     """The index of the images below `root`."""
     paths = defaultdict(list)
-    for path in images_below(root):
+    for path in images_below(root, aliases=True):
         parts = path.relative_to(root).parts
         for start in range(len(parts)):
             paths["/".join(parts[start:])].append(path)
@@ -124,8 +124,8 @@ def find_image(index: ImageIndex, name: str, file: Path) -> Path | None:
     for preferred in preferences:
         if len(found) > 1:
             found = [path for path in found if preferred(path)] or found
-    if len(found) > 1:
-        shown = ", ".join(map(str, found[:SHOWN])) + (", ..." if len(found) > SHOWN else "")
+    if len(set(map(os.path.realpath, found))) > 1:
+        shown = few(map(str, found))
         raise UserError(f"{file}: {name} fits {len(found)} files: {shown}; keep one, or write its folder into the json")
     return found[0] if found else None
 

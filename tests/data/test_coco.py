@@ -285,6 +285,18 @@ def test_a_linked_folder_of_images_is_followed(tmp_path):
     assert paths(tmp_path / "coco") == ["val2017/a.jpg"]
 
 
+def test_one_folder_may_have_the_names_of_both_splits(tmp_path):
+    """As people link COCO's images for LVIS."""
+    for name in ("1.jpg", "2.jpg"):
+        write_image(tmp_path / "disk" / name)
+    for split, name in {"train": "1.jpg", "val": "2.jpg"}.items():
+        (tmp_path / "coco").mkdir(exist_ok=True)
+        (tmp_path / "coco" / f"{split}2017").symlink_to(tmp_path / "disk")
+        write_json(tmp_path / "coco", [annotation(SQUARE)], [name], f"instances_{split}2017.json")
+    (tmp_path / "disk/loop").symlink_to(tmp_path / "coco")
+    assert paths(tmp_path / "coco") == ["train2017/1.jpg", "val2017/2.jpg"]
+
+
 def test_an_instance_without_a_box_gets_that_of_its_mask(root):
     pytest.importorskip("pycocotools")
     without = annotation(SQUARE)
