@@ -54,7 +54,7 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
         jax.config.update("jax_platforms", "cpu")  # training runs on all devices of jax's first platform
     final = job_path(config.output, args.config, "distill")
     initialize_distributed(config.distributed)
-    configure_jax(device, config.cache.root, key)
+    configure_jax(device, config.cache, key)
     if jax.process_index():
         log.setLevel(logging.WARNING)
     with fails_together(), shared_run_folder(final, loader.dump(config)) as folder:

@@ -53,7 +53,7 @@ def evaluate(config: EvaluateConfig, folder: Path) -> dict:
             samples = find_clips(config.data, config.split, config.num_samples)
             unscored = {f"{clip.name}/{obj}": why for clip in samples for obj, why in clip.unscored.items()}
     log_left_out(unscored)
-    model, checkpoint = load_model(config.model, config.cache.root)
+    model, checkpoint = load_model(config.model, config.cache)
     params, progress = materialize_weights(checkpoint.params), tqdm(samples, leave=False, disable=None)
     with stage("evaluate", f"{len(samples)} {'images' if images else 'clips'}"):
         if images:

@@ -1,13 +1,13 @@
 """Models, checkpoints and packages as several commands load them."""
 
 import logging
-from pathlib import Path
 
 import jax
 
+from sam2jq.cli.compiled import use_compilation_cache
 from sam2jq.cli.run_folder import stage
 from sam2jq.config.quant import QuantConfig
-from sam2jq.config.run import ModelConfig
+from sam2jq.config.run import CacheConfig, ModelConfig
 from sam2jq.errors import UserError
 from sam2jq.models.sam2 import SAM2, build
 from sam2jq.ptq.run import with_bits_of
@@ -15,7 +15,7 @@ from sam2jq.ptq.run import with_bits_of
 log = logging.getLogger("sam2jq")
 
 
-def configure_jax(device: str, cache_root: str, key: str = "model.device") -> None:
+def configure_jax(device: str, cache: CacheConfig, key: str = "model.device") -> None:
     """Sets jax's default device, float32 precision and the cache of compiled programs.
 
     Raises UserError, which names the setting `key`, if there is no such device.
@@ -26,16 +26,15 @@ def configure_jax(device: str, cache_root: str, key: str = "model.device") -> No
         except RuntimeError as error:
             raise UserError(f"{key} {device}: no such device here; use auto") from error
     jax.config.update("jax_default_matmul_precision", "highest")  # float32 products on GPU and TPU too
-    jax.config.update("jax_compilation_cache_dir", str(Path(cache_root).absolute() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # layers' programs are small but many
+    use_compilation_cache(cache)
 
 
-def load_model(config: ModelConfig, cache_root: str, image_size: int | None = None):
+def load_model(config: ModelConfig, cache: CacheConfig, image_size: int | None = None):
     """Returns (SAM2, Checkpoint) of `config`, on its device.
 
     Raises UserError or OSError if the device or the checkpoint is missing, or the checkpoint does not fit the model.
     """
-    configure_jax(config.device, cache_root)
+    configure_jax(config.device, cache)
     return load_checkpoint_of(config, image_size)
 
 

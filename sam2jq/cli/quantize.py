@@ -48,7 +48,7 @@ def quantize(config: Config, folder: Path, command: str) -> None:
         images = find_calibration(config.quant.calib, config.seed)
         ground_truth = find_ground_truth(config, partial(log.warning, "note        %s"))
     asked = replace(config, quant=replay_bits(config.quant))
-    model, checkpoint = load_model(config.model, config.cache.root, config.quant.calib.image_size)
+    model, checkpoint = load_model(config.model, config.cache, config.quant.calib.image_size)
     full = materialize_params(checkpoint.params)
     done = calibrate_and_quantize(model, full, asked, images, timed)
     config = replace(asked, quant=done.config)

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
     labels = prompt_labels(args)
     image = read_image(args.image)
     config = loader.load(None, flags, SegmentConfig)
-    model, checkpoint = load_model(config.model, config.cache.root)
+    model, checkpoint = load_model(config.model, config.cache)
     predictor = ImagePredictor(model, materialize_weights(checkpoint.params), dtype=config.model.dtype)
     predictor.set_image(image)
     points = {"point_coords": args.points, "point_labels": labels} if args.points else {}

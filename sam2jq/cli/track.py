@@ -38,7 +38,7 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
         raise UserError(f"--out {out}: give a name that ends in .gif or, for a strip of frames, in .png")
     video = scene_video(args.clip) if args.clip.startswith("scenes:") else open_video(args.clip)
     config = loader.load(None, flags, SegmentConfig)
-    model, checkpoint = load_model(config.model, config.cache.root)
+    model, checkpoint = load_model(config.model, config.cache)
     predictor = VideoPredictor(model, materialize_weights(checkpoint.params), dtype=config.model.dtype)
     state = predictor.init_state(video)
     points = {"points": args.points, "labels": labels} if args.points else {}

@@ -68,6 +68,12 @@ class CacheConfig:
 
     # folder of compiled programs, calibration statistics and teacher targets
     root: str = "./cache/sam2"
+    # limit in MB for the compiled programs, whose oldest are deleted at the start of a run; -1: no limit
+    max_compiled_mb: int = 1000
+
+    def __post_init__(self):
+        if self.max_compiled_mb < -1:
+            raise ConfigError(f"max_compiled_mb must be at least 0, or -1 for no limit, got {self.max_compiled_mb}")
 
 
 @dataclass(frozen=True)

@@ -151,10 +151,11 @@ def distill(
 
 def init_distill_state(student: dict, optimizer: optax.GradientTransformation, config: DistillConfig) -> DistillState:
     """The state before the first step. The student is copied, because the train step donates its arrays."""
+    host = jax.device_get(student)
     return DistillState(
-        init_state(jax.tree.map(jnp.copy, student), optimizer, config.seed),
+        init_state(jax.device_put(host), optimizer, config.seed),
         init_schedule(bits_of(student), config.distill.window),
-        jax.device_get(student),
+        host,
         jnp.float32(jnp.inf),
         jnp.float32(jnp.inf),
         jnp.int32(0),

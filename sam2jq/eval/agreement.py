@@ -47,7 +47,7 @@ def compare(
             ]
             masks = tuple(np.asarray(out.masks) > 0 for out in outputs)
             best = np.asarray(outputs[0].ious).argmax(1)
-            difference = squares(b.astype(jnp.float32) - a.astype(jnp.float32) for a, b in zip(before, after))
+            difference = squares(np.asarray(b, np.float32) - np.asarray(a, np.float32) for a, b in zip(before, after))
             yield ImageAgreement(difference, squares(before), iou(masks[1], masks[0]), best, masks)
 
 

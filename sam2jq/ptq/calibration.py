@@ -76,8 +76,8 @@ def collect(
     if clip is None:
         raise UserError("calibration got no clip or image")
     shapes = jax.eval_shape(step, params, {}, clip)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    folded = flatten(accumulate(partial(step, params), zeros, clips, cache_file))
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    folded = flatten(jax.device_get(accumulate(partial(step, params), zeros, clips, cache_file)))
     stats = {}
     for path, kernel in kernels(flatten(params)).items():
         if chosen is None or layer_name(path) in chosen:
@@ -97,8 +97,8 @@ def _fold(
     return unflatten({path: leaf for path, leaf in flatten(folded).items() if is_chosen(path)})
 
 
-def to_stats(totals: Range, gram: Array | None, sample: Sample | None, inputs: int) -> Stats:
-    """The Stats of a layer with `inputs` = K inputs per output, from the states of the folds.
+def to_stats(totals: Range, gram: np.ndarray | None, sample: Sample | None, inputs: int) -> Stats:
+    """The Stats, numpy arrays, of a layer with `inputs` = K inputs per output, from the states of the folds.
 
     A ConvTranspose has an input for each place of its kernel, but an output reads one place at a time; `places` counts
     them, and the statistics of one place are spread over all.
@@ -109,9 +109,9 @@ def to_stats(totals: Range, gram: Array | None, sample: Sample | None, inputs: i
     if places == 1:
         return Stats(mean, totals.low, totals.high, gram, tokens, totals.count)
     if gram is not None:
-        gram = jnp.kron(jnp.eye(places), gram) / places
+        gram = np.kron(np.eye(places, dtype=np.float32), gram) / places
     if tokens is not None:
-        place = jax.nn.one_hot(jnp.arange(len(tokens)) % places, places)
+        place = np.eye(places, dtype=np.float32)[np.arange(len(tokens)) % places]
         tokens = (place[..., None] * tokens[:, None]).reshape(len(tokens), -1)
-    low, high = jnp.tile(totals.low, places), jnp.tile(totals.high, places)
-    return Stats(jnp.tile(mean, places) / places, low, high, gram, tokens, totals.count)
+    low, high = np.tile(totals.low, places), np.tile(totals.high, places)
+    return Stats(np.tile(mean, places) / places, low, high, gram, tokens, totals.count)

@@ -7,7 +7,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import sam2jq
@@ -38,7 +37,7 @@ def accumulate(fold: Callable, sums, clips: Callable[[int], Iterable[np.ndarray]
     if path is not None and path.is_file():
         with np.load(path) as file:
             done, leaves = int(file["done"]), [file[str(i)] for i in range(len(leaves))]
-        sums = treedef.unflatten(map(jnp.asarray, leaves))
+        sums = treedef.unflatten(leaves)
     start = done
     for done, clip in enumerate(clips(start), start + 1):
         jax.block_until_ready(sums)  # while `clip` was read; otherwise JAX queues up to 32 clips

@@ -1,9 +1,12 @@
 """A quantized weight: its codes and scales, and how arrays are rounded to it and read from it."""
 
 import math
+from dataclasses import replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from sam2jq.quant.spec import E2M1, QuantSpec
@@ -24,6 +27,44 @@ class QTensor:
     scale: Array
     zero_point: Array | None
     spec: QuantSpec
+
+
+class TracedSpec(NamedTuple):
+    """A QuantSpec of integer codes with bits that may be traced: qmin and qmax are arrays."""
+
+    qmin: Array
+    qmax: Array
+    symmetric: bool
+    group_size: int | None
+    per_tensor: bool
+    scales: str
+    codes: str = "int"
+
+
+def trace_spec(spec: QuantSpec, bits: Array) -> TracedSpec:
+    """`spec` with `bits`, a float32 array []."""
+    levels = jnp.left_shift(1, bits.astype(jnp.int32)).astype(jnp.float32)  # 2 ** x may be inexact
+    qmax = levels / 2 - 1 if spec.symmetric else levels - 1
+    qmin = -qmax if spec.symmetric else jnp.float32(0)
+    return TracedSpec(qmin, qmax, spec.symmetric, spec.group_size, spec.per_tensor, spec.scales)
+
+
+def split_bits(spec: QuantSpec) -> tuple[QuantSpec, np.ndarray]:
+    """(spec, bits) for `join_bits`: specs that differ in bits only are split into the same spec.
+
+    A jitted function with a static spec and traced bits is so compiled once for all widths.
+    """
+    return spec if spec.codes == "float" else replace(spec, bits=8), np.float32(spec.bits)
+
+
+def join_bits(spec: QuantSpec, bits: Array) -> QuantSpec | TracedSpec:
+    """The inverse of `split_bits`; `bits` may be traced. Those of float codes are static, in `spec` itself."""
+    return spec if spec.codes == "float" else trace_spec(spec, bits)
+
+
+def group_count(inputs: int, spec: QuantSpec) -> int:
+    """The number of groups that share a scale among the `inputs` of an output channel, or of a tensor."""
+    return math.ceil(inputs / (spec.group_size or inputs))
 
 
 def by_group(w: Array, spec: QuantSpec) -> Array:

@@ -1,7 +1,6 @@
 """Bit allocation: the bits of each layer that give the least total error within a budget."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 
 import jax
@@ -9,32 +8,43 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam2jq.errors import UserError
-from sam2jq.quant.algorithms.fake_quant import to_fake_quant
 from sam2jq.quant.error import output_error
-from sam2jq.quant.leaves import materialize
+from sam2jq.quant.padding import pad_axes, pad_kernel
+from sam2jq.quant.qtensor import dequantize, join_bits, quantize, split_bits
 from sam2jq.quant.spec import QuantSpec
 
 Array = jax.Array
 WIDTHS = tuple(range(2, 9))
 
 
-@partial(jax.jit, static_argnames="spec")
 def error_by_width(w: Array, gram: Array, spec: QuantSpec) -> Array:
-    """[7]: the squared output error of `w` [*reduce, out] rounded to 2..8 bits, relative to the squared outputs."""
-    return by_width(w, spec, lambda m: output_error(m.reshape(len(gram), -1), gram).sum())
+    """[7]: the squared output error of `w` [*reduce, out] rounded to 2..8 bits, relative to the squared outputs.
+
+    gram: the Gram matrix [K, K] of the inputs.
+    """
+    spec, _ = split_bits(spec)
+    return _error_by_width(pad_kernel(w, len(gram)), pad_axes(gram, 0, 1), spec)
 
 
-@partial(jax.jit, static_argnames="spec")
 def input_error_by_width(w: Array, tokens: Array, spec: QuantSpec) -> Array:
     """[7]: the same for inputs `tokens` [T, K] rounded to 2..8 bits; `w` is unrounded, a Conv's patch is one token."""
-    flat = w.reshape(tokens.shape[1], -1)
-    return by_width(tokens.T, spec, lambda columns: jnp.square(columns.T @ flat).sum())
+    spec, _ = split_bits(spec)
+    return _input_error_by_width(pad_kernel(w, tokens.shape[1]), pad_axes(tokens, 1), spec)
+
+
+@partial(jax.jit, static_argnames="spec")
+def _error_by_width(w: Array, gram: Array, spec: QuantSpec) -> Array:
+    return by_width(w, spec, lambda m: output_error(m, gram).sum())
+
+
+@partial(jax.jit, static_argnames="spec")
+def _input_error_by_width(w: Array, tokens: Array, spec: QuantSpec) -> Array:
+    return by_width(tokens.T, spec, lambda columns: jnp.square(columns.T @ w).sum())
 
 
 def by_width(x: Array, spec: QuantSpec, energy: Callable[[Array], Array]) -> Array:
-    """[7]: energy(rounded x - x) for x [*reduce, out] in 2..8 bits, relative to energy(x); 0 where that is 0."""
-    grids = to_fake_quant(x, spec)  # its bits are traced, so one program serves all widths
-    rounding_error = lambda bits: materialize(replace(grids, bits=bits)) - x
+    """[7]: energy(rounded x - x) for x [K, out] in 2..8 bits, relative to energy(x); 0 where that is 0."""
+    rounding_error = lambda bits: dequantize(quantize(x, join_bits(spec, bits))) - x
     total = energy(x)
     return jax.lax.map(lambda bits: energy(rounding_error(bits)), jnp.array(WIDTHS, jnp.float32)) / jnp.where(
         total, total, 1

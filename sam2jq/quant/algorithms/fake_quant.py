@@ -4,24 +4,29 @@ Since bits are arrays and not constants, one compiled training step serves every
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sam2jq.errors import UserError
 from sam2jq.quant.algorithms.activations import ActQuantized
 from sam2jq.quant.leaves import base_weight, materialize
+from sam2jq.quant.padding import pad_kernel
 from sam2jq.quant.qtensor import (
     QTensor,
     by_group,
     compute_scale_zero_point,
     dequantize,
     from_groups,
+    group_count,
     round_to_grid,
+    split_bits,
     storage_dtype,
+    trace_spec,
 )
 from sam2jq.quant.spec import QuantSpec
 from sam2jq.quant.transform import each_layer, map_base_weight
@@ -45,23 +50,6 @@ class FakeQuant:
     clip_ratio: Array
     bits: Array
     spec: QuantSpec
-
-
-class TracedSpec(NamedTuple):
-    """The fields of a QuantSpec that define a grid, with bits that may be traced."""
-
-    qmin: Array
-    qmax: Array
-    symmetric: bool
-    scales: str
-    codes: str = "int"
-
-
-def trace_spec(spec: QuantSpec, bits: Array) -> TracedSpec:
-    """`spec` with `bits`, a float32 array []."""
-    levels = jnp.left_shift(1, bits.astype(jnp.int32)).astype(jnp.float32)  # 2 ** x may be inexact
-    qmax = levels / 2 - 1 if spec.symmetric else levels - 1
-    return TracedSpec(-qmax if spec.symmetric else jnp.float32(0), qmax, spec.symmetric, spec.scales)
 
 
 def scale_and_zero_point(w: FakeQuant) -> tuple[Array, Array]:
@@ -90,21 +78,40 @@ def to_fake_quant(w: Array | QTensor, spec: QuantSpec) -> FakeQuant:
     Raises UserError for an array with a float spec, whose bits cannot be reduced.
     """
     if isinstance(w, QTensor):
-        full_range = FakeQuant(dequantize(w), jnp.ones_like(w.scale), jnp.float32(w.spec.bits), w.spec)
-        return replace(full_range, clip_ratio=w.scale / scale_and_zero_point(full_range)[0][:, 0])
+        kernel, scale = dequantize(jax.device_get(w)), np.asarray(w.scale)
+        full_range = FakeQuant(kernel, np.ones_like(scale), np.float32(w.spec.bits), w.spec)
+        ratio = scale / padded_codes(full_range)[1]
+        return jax.device_put(replace(full_range, clip_ratio=ratio))
     if spec.codes != "int":
         raise UserError(f"the bits of {spec.dtype} cannot be reduced: distillation takes sintN and uintN")
-    groups = by_group(w, spec).shape
-    return FakeQuant(w, jnp.ones((groups[0], groups[2])), jnp.float32(spec.bits), spec)
+    ratio = np.ones((group_count(math.prod(w.shape[:-1]), spec), 1 if spec.per_tensor else w.shape[-1]), np.float32)
+    return FakeQuant(w, jax.device_put(ratio), jax.device_put(np.float32(spec.bits)), spec)
 
 
 def to_qtensor(w: FakeQuant) -> QTensor:
     """The quantized weight in codes that `w` rounds to."""
     spec = replace(w.spec, bits=int(w.bits))
+    codes, scale, zero_point = padded_codes(jax.device_get(w))
+    return jax.device_put(QTensor(codes, scale, None if spec.symmetric else zero_point, spec))
+
+
+def padded_codes(w: FakeQuant) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The codes, like w.kernel, and the scale and zero point [groups, out] of a weight, computed with padding."""
+    (*reduce, outputs), groups = w.kernel.shape, len(w.clip_ratio)
+    inputs = math.prod(reduce)
+    kernel = pad_kernel(w.kernel, inputs)
+    extra = group_count(len(kernel), w.spec) - groups, kernel.shape[1] - outputs
+    ratio = w.clip_ratio if w.spec.per_tensor else np.pad(w.clip_ratio, [(0, n) for n in extra], constant_values=1)
+    padded = FakeQuant(kernel, ratio, w.bits, split_bits(w.spec)[0])
+    codes, scale, zero_point = jax.device_get(_codes(padded))
+    return codes[:inputs, :outputs].reshape(w.kernel.shape), scale[:groups, :outputs], zero_point[:groups, :outputs]
+
+
+@jax.jit
+def _codes(w: FakeQuant) -> tuple[Array, Array, Array]:
     scale, zero_point = scale_and_zero_point(w)
-    codes = round_to_grid(by_group(w.kernel, spec), scale, zero_point, spec)
-    qvalue = from_groups(codes, w.kernel.shape).astype(storage_dtype(spec))
-    return QTensor(qvalue, scale[:, 0], None if spec.symmetric else zero_point[:, 0], spec)
+    codes = round_to_grid(by_group(w.kernel, w.spec), scale, zero_point, trace_spec(w.spec, w.bits))
+    return from_groups(codes, w.kernel.shape).astype(storage_dtype(w.spec)), scale[:, 0], zero_point[:, 0]
 
 
 def init_fake_quant(params: dict, specs: Mapping[str, QuantSpec]) -> dict:

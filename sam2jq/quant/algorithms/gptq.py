@@ -1,7 +1,8 @@
 """GPTQ: inputs are rounded one after the other, and each compensates the errors of those before (arXiv 2210.17323).
 
-Letters: K inputs, N outputs, G groups, B inputs in a block; w [K, N] the weight, w_hat the rounded weight,
-e = w - w_hat; h [K, K] the Gram matrix of the inputs. GPTQ makes the squared error of the outputs, tr(e^T h e), small.
+Letters: K inputs, N outputs, G groups, B inputs in a block; K', N' and G' are the same with padding (padding.py);
+w [K, N] the weight, w_hat the rounded weight, e = w - w_hat; h [K, K] the Gram matrix of the inputs. GPTQ makes the
+squared error of the outputs, tr(e^T h e), small.
 
 First pass. With the factors h = u diag(d) u^T, u unit upper triangular, that error is the sum over k of
 d_k (e_k + sum_{j<k} u_jk e_j)^2. Once the inputs before k are rounded, the k-th term is least when
@@ -25,12 +26,17 @@ from jax import lax
 
 from sam2jq.errors import ConfigError, UserError
 from sam2jq.quant.error import output_error
+from sam2jq.quant.padding import pad_axes, pad_kernel
 from sam2jq.quant.qtensor import (
     QTensor,
+    TracedSpec,
     by_group,
     compute_scale_zero_point,
     fit_scale_zero_point,
+    group_count,
+    join_bits,
     round_to_grid,
+    split_bits,
     storage_dtype,
 )
 from sam2jq.quant.spec import QuantSpec
@@ -83,24 +89,30 @@ def gptq_kernel(w: Array, stats: Stats, spec: QuantSpec, config: GptqConfig = Gp
             raise UserError(f"the {name} holds NaN or infinity: look at the checkpoint and the calibration images")
     if not np.diagonal(stats.gram).any():
         raise UserError("all inputs were 0 in calibration: skip the layer, or calibrate on other images")
-    order, h, u, d = ldl_factor(stats.gram, config.damp_percentage, config.num_inv_tries)
-    if not np.isfinite(d).all():
+    inputs = len(stats.gram)
+    factors = ldl_factor(pad_axes(stats.gram, 0, 1), inputs, config.damp_percentage, config.num_inv_tries)
+    if not np.isfinite(factors[-1]).all():
         raise UserError(
             f"the Gram matrix is not positive definite after {config.num_inv_tries} tries: "
             f"raise damp_percentage, now {config.damp_percentage}, or num_inv_tries"
         )
-    return gptq_round(w, order, h, u, d, spec, config)
+    codes, *grids = jax.device_get(gptq_round(pad_kernel(w, inputs), *factors, *split_bits(spec), config))
+    groups = group_count(inputs, spec)
+    qvalue = jax.device_put(codes[:inputs, : w.shape[-1]].reshape(w.shape))
+    scale, zero_point = (jax.device_put(part[:groups, : w.shape[-1]]) for part in grids)
+    return QTensor(qvalue, scale, None if spec.symmetric else zero_point, spec)
 
 
 @jax.jit
-def ldl_factor(gram: Array, damp_percentage: float, tries: int) -> tuple[Array, Array, Array, Array]:
-    """order [K] by falling diagonal, h [K, K] in that order, and the factors u [K, K], d [K] of h + damping.
+def ldl_factor(gram: Array, inputs: int, damp_percentage: float, tries: int) -> tuple[Array, Array, Array, Array]:
+    """order [K'] by falling diagonal, h [K', K'] in that order, and the factors u [K', K'], d [K'] of h + damping.
 
-    All are NaN if every try fails. The weakest inputs come last, since no later input can compensate their errors.
+    gram: [K', K'], zero after the first `inputs` rows and columns. u and d are NaN if every try fails. The weakest
+    inputs come last, since no later input can compensate their errors.
     """
     order = jnp.argsort(jnp.diag(gram), descending=True, stable=True)
     h = gram[order][:, order]
-    damping = damp_percentage * jnp.diag(h).mean()
+    damping = damp_percentage * jnp.trace(h) / inputs
 
     def attempt(state):
         count, _ = state
@@ -115,25 +127,26 @@ def ldl_factor(gram: Array, damp_percentage: float, tries: int) -> tuple[Array, 
 
 @partial(jax.jit, static_argnames=("spec", "config"))
 def gptq_round(
-    w: Array, order: Array, h: Array, u: Array, d: Array, spec: QuantSpec, config: GptqConfig = GptqConfig()
-) -> QTensor:
-    """`w` [*reduce, out] rounded in `order` by the first pass and the sweeps; arguments as `ldl_factor` returns them.
+    w: Array, order: Array, h: Array, u: Array, d: Array, spec: QuantSpec, bits: Array, config: GptqConfig
+) -> tuple[Array, Array, Array]:
+    """Codes [K', N'], scale and zero point [G', N'] of `w` [K', N'], rounded in `order`.
 
-    The first pass and the sweeps differ only in the matrix `pull` by which other inputs' errors change an input.
+    order, h, u, d: as `ldl_factor` returns them; spec, bits: from `split_bits`. The first pass and the sweeps differ
+    only in the matrix `pull` by which other inputs' errors change an input.
     """
     inputs, back = len(order), jnp.argsort(order)
     power = jnp.diag(h)  # 0 for inputs that are always 0
-    flat = w.astype(jnp.float32).reshape(inputs, -1)
+    spec = join_bits(spec, bits)
     if config.search_range:
-        scale, zero_point = search_grid(flat, d[back], spec)
+        scale, zero_point = search_grid(w, d[back], spec)
     else:
-        scale, zero_point = fit_scale_zero_point(by_group(flat, spec), spec)
+        scale, zero_point = fit_scale_zero_point(by_group(w, spec), spec)
     scale, zero_point = scale[:, 0], zero_point[:, 0]  # [G, N]
     inverse = 1 / scale  # the same reciprocal as in `round_to_grid`, so that ties round to the same side
 
     size = min(config.block_size, inputs)
     complete = lambda x, axes: jnp.pad(x, [(0, -inputs % size)] * axes + [(0, 0)] * (x.ndim - axes))  # the last block
-    rows, group = complete(flat[order], 1), complete(order // (spec.group_size or inputs), 1)
+    rows, group = complete(w[order], 1), complete(order // (spec.group_size or inputs), 1)
 
     def at_input(x: Array, k: Array) -> tuple[Array, Array]:
         """The codes of x [N] on the grids of input k, and the dequantized numbers."""
@@ -149,8 +162,7 @@ def gptq_round(
     plain, w_hat = at_input(rows, jnp.arange(len(rows)))
     error = lambda e: output_error(e[:inputs], h)
     codes = jnp.where(error(e) <= error(rows - w_hat), codes, plain)
-    qvalue = codes[back].reshape(w.shape).astype(storage_dtype(spec))
-    return QTensor(qvalue, scale, None if spec.symmetric else zero_point, spec)
+    return codes[back].astype(storage_dtype(spec)), scale, zero_point
 
 
 def sweep(w: Array, e: Array, pull: Array, round_input: Callable, size: int) -> tuple[Array, Array]:
@@ -177,7 +189,7 @@ def sweep(w: Array, e: Array, pull: Array, round_input: Callable, size: int) -> 
     return e, codes.reshape(w.shape)
 
 
-def search_grid(w: Array, cost: Array, spec: QuantSpec) -> tuple[Array, Array]:
+def search_grid(w: Array, cost: Array, spec: QuantSpec | TracedSpec) -> tuple[Array, Array]:
     """The scale and zero point [G, 1, N] of the share of each group's range that has the least sum_k cost_k e_k^2.
 
     The cost is d [K]: the output error of an error in input k after the later inputs compensated it. The diagonal of h

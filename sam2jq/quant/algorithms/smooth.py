@@ -19,7 +19,8 @@ from jax import lax
 from sam2jq.errors import ConfigError, UserError, one_of
 from sam2jq.quant.algorithms.activations import fake_quantize
 from sam2jq.quant.leaves import apply_kernel, materialize, weight_leaf
-from sam2jq.quant.qtensor import QTensor, dequantize, quantize
+from sam2jq.quant.padding import pad_axes, pad_kernel, padded_size
+from sam2jq.quant.qtensor import QTensor, dequantize, join_bits, quantize, split_bits
 from sam2jq.quant.spec import QuantSpec
 from sam2jq.quant.stats import Stats
 from sam2jq.quant.transform import Transform, each_layer, map_base_weight, pair_specs
@@ -113,7 +114,8 @@ def _(w: Smoothed, x: Array, product) -> Array:
 
 @map_base_weight.register
 def _(w: Smoothed, stats, fn):
-    return Smoothed(map_base_weight(w.inner, None if stats is None else stats.scaled(1 / w.scale), fn), w.scale)
+    inner_stats = None if stats is None else stats.scaled(1 / np.asarray(w.scale))
+    return Smoothed(map_base_weight(w.inner, inner_stats, fn), w.scale)
 
 
 def smooth(
@@ -156,60 +158,72 @@ def smooth_kernel(
     for name, array in {"weight": w, "inputs' range": stats.high - stats.low, "sampled inputs": stats.tokens}.items():
         if array is not None and not np.isfinite(array).all():
             raise UserError(f"the {name} holds NaN or infinity: look at the checkpoint and the calibration images")
-    with jax.default_matmul_precision("highest"):  # accelerators would use fewer bits for float32
-        return _smooth(w, stats, weights, inputs, config)
-
-
-@partial(jax.jit, static_argnames=("weights", "inputs", "config"))
-def _smooth(
-    w: Array, stats: Stats, weights: QuantSpec | None, inputs: QuantSpec | None, config: SmoothConfig
-) -> Smoothed:
-    w = w.astype(jnp.float32)
+    w = np.asarray(w, np.float32)
     scales = candidates(w, stats, config)
-    if config.strategy == "Manual":
-        return Smoothed(w * scales[0][:, None], scales[0])
-    group_errors = partial(errors, w, stats.tokens, weights=weights, inputs=inputs)
-    scale = best(scales, group_errors(scales, size=len(w)), len(w))
-    size = None if weights is None else weights.group_size
-    if config.granularity == "ChannelGroup" and size is not None:
-        mixed = best(scales, group_errors(scales, size=size), size)
-        both = jnp.stack([scale, mixed])  # errors that are least group by group may still add up
-        scale = best(both, group_errors(both, size=len(w)), len(w))
-    return Smoothed(w * scale[:, None], scale)
+    scale = scales[0]
+    if config.strategy == "GridSearch":
+        rows = padded_size(len(w)) - len(w)  # zeros, which any scale but 0 keeps
+        padded = np.pad(scales, ((0, 0), (0, rows)), constant_values=1)
+        specs, bits = zip(*((None, None) if spec is None else split_bits(spec) for spec in (weights, inputs)))
+        with jax.default_matmul_precision("highest"):  # accelerators would use fewer bits for float32
+            found = search_scale(
+                pad_kernel(w, len(w)), pad_axes(stats.tokens, 1), padded, specs, bits, config.granularity
+            )
+        scale = np.asarray(found)[: len(w)]
+    return Smoothed(jax.device_put(w * scale[:, None]), jax.device_put(scale))
 
 
-def candidates(w: Array, stats: Stats, config: SmoothConfig) -> Array:
-    """[C, K]: the scales of every pair in config.spans and config.pairs, with 1 in place of 0.
+def candidates(w: np.ndarray, stats: Stats, config: SmoothConfig) -> np.ndarray:
+    """float32 [C, K]: the scales of every pair in config.spans and config.pairs, with 1 in place of 0.
 
     A candidate that is not finite becomes all 1.
     """
-    alpha, beta = jnp.array(config.pairs, jnp.float32).T[..., None]  # [pairs, 1] each
-    scales = [input_span(stats, a) ** alpha / weight_span(w, b) ** beta for a, b in config.spans]
-    scales = jnp.concatenate(scales)
-    usable = jnp.isfinite(scales).all(1, keepdims=True)
-    return jnp.where(usable & (scales != 0), scales, 1)
+    alpha, beta = np.array(config.pairs, np.float32).T[..., None]  # [pairs, 1] each
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        scales = [input_span(stats, a) ** alpha / weight_span(w, b) ** beta for a, b in config.spans]
+    scales = np.concatenate(scales)
+    usable = np.isfinite(scales).all(1, keepdims=True)
+    return np.where(usable & (scales != 0), scales, np.float32(1))
+
+
+@partial(jax.jit, static_argnames=("specs", "granularity"))
+def search_scale(w: Array, x: Array, scales: Array, specs: tuple, bits: tuple, granularity: str) -> Array:
+    """[K']: the row of `scales` [C, K'] with the least output error; with ChannelGroup, one row for each group.
+
+    w: [K', N'], x: tokens [T, K'], padded. specs, bits: from `split_bits`, of weights and inputs, None where these are
+    not rounded.
+    """
+    weights, inputs = (None if spec is None else join_bits(spec, b) for spec, b in zip(specs, bits))
+    group_errors = partial(errors, w, x, weights=weights, inputs=inputs)
+    scale = best(scales, group_errors(scales, size=len(w)), len(w))
+    size = None if weights is None else weights.group_size
+    if granularity == "ChannelGroup" and size is not None:
+        mixed = best(scales, group_errors(scales, size=size), size)
+        both = jnp.stack([scale, mixed])  # errors that are least group by group may still add up
+        scale = best(both, group_errors(both, size=len(w)), len(w))
+    return scale
 
 
 def recover_alpha_beta(w: Array, stats: Stats, config: SmoothConfig, scale: Array) -> tuple[float, float] | None:
     """The alpha and beta that give `scale` [K] for `w`; None if groups of inputs have different ones."""
-    known = np.asarray(candidates(w, stats, config))
+    known = candidates(np.asarray(w), stats, config)
     off = np.abs(known / np.asarray(scale) - 1).max(1)
     at = int(np.nanargmin(off))
     return config.pairs[at % len(config.pairs)] if off[at] < 1e-3 else None
 
 
-def input_span(stats: Stats, name: str) -> Array:
+def input_span(stats: Stats, name: str) -> np.ndarray:
     """[K]: the span of each input channel, its largest magnitude or its root mean square."""
     if name == "AbsMax":
-        return jnp.maximum(-stats.low, stats.high)
+        return np.maximum(-np.asarray(stats.low), stats.high)
     if stats.gram is None and stats.tokens is None:
         raise UserError(f"the span {name} of inputs needs gram or tokens: calibrate for them, or use AbsMax")
-    return jnp.sqrt((stats.tokens**2).mean(0) if stats.gram is None else jnp.diag(stats.gram))
+    return np.sqrt((np.asarray(stats.tokens) ** 2).mean(0) if stats.gram is None else np.diag(stats.gram))
 
 
-def weight_span(w: Array, name: str) -> Array:
+def weight_span(w: np.ndarray, name: str) -> np.ndarray:
     """[K]: the span of each input's weights, their largest magnitude or their root mean square."""
-    return jnp.abs(w).max(1) if name == "AbsMax" else jnp.sqrt((w**2).mean(1))
+    return np.abs(w).max(1) if name == "AbsMax" else np.sqrt((w**2).mean(1))
 
 
 def errors(
