@@ -87,6 +87,12 @@ def frame_info(state: VideoState, frame: int, reverse: bool) -> FrameInfo:
     return FrameInfo(np.int32(frame), np.int32(-1 if reverse else 1), np.float32(max_age))
 
 
+def check_frame(state: VideoState, frame: int) -> None:
+    """Raises UserError unless the clip has a frame of this number."""
+    if frame not in range(state.num_frames):
+        raise UserError(f"frame {frame}: the clip has frames 0 to {state.num_frames - 1}")
+
+
 def frame_order(first: int, num_frames: int, max_frames: int | None, reverse: bool) -> range:
     """The frames tracked from `first` on, at most `max_frames` after it; none in reverse from frame 0."""
     max_frames = num_frames if max_frames is None else max_frames
