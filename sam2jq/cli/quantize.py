@@ -82,8 +82,7 @@ def quantize(config: Config, folder: Path, command: str) -> None:
         alphas=smoothing_exponents(done, full),
     )
     metrics = finish_run(folder, measured, exports(config, done, checkpoint), timed).to_dict()
-    rows = sorted(metrics["layers"], key=lambda row: -row["relative_error"])
-    log.info("\n%s\n\nworst layers\n%s", text.totals(metrics), text.layer_table(rows[:5]))
+    log.info("\n%s\n\n%s", text.totals(metrics), text.worst_layers(metrics["layers"]))
 
 
 def calibrate_and_quantize(model: SAM2, full: dict, config: Config, images: CalibrationImages, on_stage) -> Quantized:
