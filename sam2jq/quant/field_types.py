@@ -1,5 +1,6 @@
 """A check of the types of a settings class's fields, before its other checks compare them."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
@@ -17,13 +18,13 @@ def check_types(config) -> None:
     """Raises ConfigError that names the first field of a dataclass whose value is not of its type, or is NaN."""
     for field in fields(config):
         value, hint = getattr(config, field.name), type_hints(type(config))[field.name]
-        if not has_type(value, hint):
+        if not has_type(value, hint) or (isinstance(value, float) and math.isnan(value)):
             shown = repr(value) if len(repr(value)) < 100 else type(value).__name__
             raise ConfigError(f"{field.name} must be {describe(hint)}, got {shown}")
 
 
 def has_type(value: object, hint) -> bool:
-    """Whether `value` is of the type `hint`. Tuples are lists, whole numbers are numbers, and NaN is none."""
+    """Whether `value` is of the type `hint`. Tuples are lists, whole numbers are numbers, and true is neither."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is UnionType:
         return any(has_type(value, part) for part in inner)
@@ -33,7 +34,7 @@ def has_type(value: object, hint) -> bool:
         pairs = value.items() if isinstance(value, Mapping) else None
         return pairs is not None and all(has_type(k, inner[0]) and has_type(v, inner[1]) for k, v in pairs)
     if hint is float:
-        return isinstance(value, Real) and not isinstance(value, bool) and value == value
+        return isinstance(value, Real) and not isinstance(value, bool)
     if hint is int:
         return isinstance(value, Integral) and not isinstance(value, bool)
     return isinstance(value, hint)
