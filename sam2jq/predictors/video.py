@@ -19,6 +19,7 @@ from sam2jq.predictors.prompts import LOGIT_LIMIT, object_mask, point_prompts
 from sam2jq.predictors.video_state import (
     ObjectState,
     VideoState,
+    any_prompt_is_cond,
     check_frame,
     frame_info,
     frame_order,
@@ -201,7 +202,8 @@ class VideoPredictor(FromPretrained):
             obj.non_cond[frame_idx] = obj.cond.pop(frame_idx)
             obj.reverse.pop(frame_idx, None)
         if need_output:
-            return frame_idx, inference_state.obj_ids, self._masks(inference_state, frame_idx)
+            is_cond = any_prompt_is_cond(inference_state, frame_idx)
+            return frame_idx, inference_state.obj_ids, self._masks(inference_state, frame_idx, is_cond)
         return None
 
     def remove_object(
@@ -218,7 +220,8 @@ class VideoPredictor(FromPretrained):
         del inference_state.objects[obj_id]
         if not (need_output and inference_state.objects):
             return inference_state.obj_ids, []
-        return inference_state.obj_ids, [(frame, self._masks(inference_state, frame)) for frame in frames]
+        masks = lambda frame: self._masks(inference_state, frame, any_prompt_is_cond(inference_state, frame))
+        return inference_state.obj_ids, [(frame, masks(frame)) for frame in frames]
 
     def _image(self, state: VideoState, frame: int) -> Array:
         check_frame(state, frame)
@@ -232,7 +235,7 @@ class VideoPredictor(FromPretrained):
     def _prompt(self, state: VideoState, obj: ObjectState, frame: int, features: list[Array]) -> FrameOutput:
         """The output of an object's points on a frame; a frame tracked before is conditioned on memory."""
         coords, labels = obj.prompts[frame]
-        earlier, reverse = obj.latest(frame), obj.reverse.get(frame, False)
+        earlier, reverse = obj.latest(frame, self._is_cond(obj, frame)), obj.reverse.get(frame, False)
         return prompt_frame(
             self.model,
             self.params,
@@ -246,9 +249,13 @@ class VideoPredictor(FromPretrained):
 
     def _add_output(self, state: VideoState, obj: ObjectState, frame: int, output: FrameOutput) -> FrameMasks:
         """Stores the output of a prompted frame, whose memory is encoded before tracking; returns the frame's masks."""
-        is_cond = frame not in obj.reverse or self.add_all_frames_to_correct_as_cond
+        is_cond = self._is_cond(obj, frame)
         obj.pending[frame] = jax.tree.map(np.asarray, output), is_cond
-        return frame, state.obj_ids, self._masks(state, frame)
+        return frame, state.obj_ids, self._masks(state, frame, is_cond)
+
+    def _is_cond(self, obj: ObjectState, frame: int) -> bool:
+        """Whether a prompt on `frame` makes it a conditioning frame of the object, instead of correcting its output."""
+        return frame not in obj.reverse or self.add_all_frames_to_correct_as_cond
 
     def _encode_pending(self, state: VideoState, obj: ObjectState) -> None:
         """Encodes the memories of an object's prompted frames that have none yet."""
@@ -260,9 +267,13 @@ class VideoPredictor(FromPretrained):
         for frame in obj.cond:
             obj.non_cond.pop(frame, None)
 
-    def _masks(self, state: VideoState, frame: int) -> np.ndarray:
-        """Mask logits [objects, 1, H, W] of a frame; NO_OBJECT for objects without an output there."""
-        outputs = [obj.latest(frame) for obj in state.objects.values()]
+    def _masks(self, state: VideoState, frame: int, is_cond: bool) -> np.ndarray:
+        """Mask logits [objects, 1, H, W] of a frame; NO_OBJECT for objects without an output there.
+
+        Of prompts since the last tracking, those of conditioning frames show if `is_cond`, else those of corrections,
+        and other objects show their output of before. So the original does.
+        """
+        outputs = [obj.latest(frame, is_cond) for obj in state.objects.values()]
         absent = np.full((self.model.variant.image_size // 4,) * 2, NO_OBJECT, np.float32)
         masks = np.stack([absent if output is None else output.mask[0] for output in outputs])
         return np.asarray(resize_masks(masks, state.video.size))

@@ -138,4 +138,6 @@ def check_metrics(metrics: dict) -> list[str]:
             missing = [f"{score}_{name}" for name in (number, *others) if f"{score}_{name}" not in results]
             missing += [f"{score}.{kind}" for kind in results["kinds"] if kind not in results[score]]
             found += [f"results.{name} is missing" for name in missing]
-    return found
+    bits = metrics.get("history", {}).get("bits", {"steps": [], "layers": {}})
+    uneven = [layer for layer, series in bits["layers"].items() if len(series) != len(bits["steps"])]
+    return found + [f"history.bits.layers.{layer} has not one value for each step" for layer in uneven]

@@ -106,6 +106,8 @@ def put(content: dict, path: tuple, value: object) -> None:
         (("model", "version"), 2.1, "model.version is 2.1, not text"),
         (("bytes_float32",), ..., "bytes_float32 is missing"),
         (("asked",), 3, "asked is 3, not"),
+        (("history",), {"bits": {"steps": [0, 1], "layers": {"a": [8.0]}}}, "history.bits.layers.a has not one value"),
+        (("history",), {"loss": [[1]]}, r"history.loss\[0\] is \[1\], not"),
     ],
 )
 def test_a_malformed_part_of_metrics_json_is_named(path, value, message):
