@@ -68,7 +68,7 @@ METRICS = {
     "layers": [LAYER],
     "stages": [STAGE],
     "results": {
-        "kinds": list[str],
+        "kinds": (str, str),
         "images": int,
         "prompts_per_image": int,
         "held_out?": bool,
@@ -137,7 +137,10 @@ def check_metrics(metrics: dict) -> list[str]:
         if score in results:
             missing = [f"{score}_{name}" for name in (number, *others) if f"{score}_{name}" not in results]
             missing += [f"{score}.{kind}" for kind in results["kinds"] if kind not in results[score]]
+            missing += ["held_out"] * (score == "miou" and "held_out" not in results)
             found += [f"results.{name} is missing" for name in missing]
     bits = metrics.get("history", {}).get("bits", {"steps": [], "layers": {}})
+    found += [f"stages[{i}].mask_iou is missing" for i, row in enumerate(metrics["stages"])
+              if "feature_error" in row and "mask_iou" not in row]  # fmt: skip
     uneven = [layer for layer, series in bits["layers"].items() if len(series) != len(bits["steps"])]
     return found + [f"history.bits.layers.{layer} has not one value for each step" for layer in uneven]
