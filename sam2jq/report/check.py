@@ -91,7 +91,10 @@ METRICS = {
         "decisions?": [DECISION],
     },
 }
-TOGETHER = {"miou": ("images", "objects", "data"), "video": ("clips", "objects", "data")}  # keys after "miou_"
+TOGETHER = {  # the results that are read where the first one is there
+    "miou": ("miou_images", "miou_objects", "miou_data", "held_out"),
+    "video": ("video_clips", "video_objects", "video_data"),
+}
 
 
 def problems(value: object, form: object, path: str = "") -> Iterator[str]:
@@ -128,16 +131,15 @@ def key_problems(value: dict, form: dict, path: str) -> Iterator[str]:
 def check_metrics(metrics: dict) -> list[str]:
     """What is wrong with the content of metrics.json, in words; [] if pages can be made from it."""
     found = list(problems(metrics, METRICS))
-    results = metrics.get("results")
-    if found or not isinstance(results, dict):
+    if found:
         return found
+    results = metrics["results"]
     if not {"miou", "mask_iou"} & set(results):
         found.append("results.miou and results.mask_iou are missing")
-    for score, (number, *others) in TOGETHER.items():
+    for score, others in TOGETHER.items():
         if score in results:
-            missing = [f"{score}_{name}" for name in (number, *others) if f"{score}_{name}" not in results]
+            missing = [name for name in others if name not in results]
             missing += [f"{score}.{kind}" for kind in results["kinds"] if kind not in results[score]]
-            missing += ["held_out"] * (score == "miou" and "held_out" not in results)
             found += [f"results.{name} is missing" for name in missing]
     bits = metrics.get("history", {}).get("bits", {"steps": [], "layers": {}})
     found += [f"stages[{i}].mask_iou is missing" for i, row in enumerate(metrics["stages"])
