@@ -30,7 +30,6 @@ from sam2jq.data.images import normalize
 from sam2jq.data.synthetic.scenes import MAX_OBJECTS
 from sam2jq.models.decoder import Decoded
 from sam2jq.models.sam2 import MEMORIES, POINTERS
-from sam2jq.predictors.image import LOGIT_LIMIT
 from sam2jq.predictors.memory_bank import (
     FrameInfo,
     FrameOutput,
@@ -39,6 +38,7 @@ from sam2jq.predictors.memory_bank import (
     track_objects_in_frame,
     update_memory_bank,
 )
+from sam2jq.predictors.prompts import LOGIT_LIMIT
 from sam2jq.training.loop import Hooks, fit, log_mean_metrics
 from sam2jq.training.losses import balanced_dice, focal_dice, mask_loss, soft_iou
 from sam2jq.training.state import init_state

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable
 
 from sam2jq.errors import UserError
+from sam2jq.predictors.prompts import LABELS
 
 
 def add_config(parser: argparse.ArgumentParser, example: str = "") -> None:
@@ -14,7 +15,13 @@ def add_config(parser: argparse.ArgumentParser, example: str = "") -> None:
 
 def add_prompts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--points", nargs="+", type=numbers(2), default=[], metavar="X,Y", help="clicks, in pixels")
-    parser.add_argument("--labels", nargs="+", type=int, metavar="L", help="1 foreground (default), 0 background")
+    parser.add_argument(
+        "--labels",
+        nargs="+",
+        type=int,
+        metavar="L",
+        help="1 foreground (default), 0 background, 2 and 3 corners of a box",
+    )
     parser.add_argument("--box", type=numbers(4), metavar="X0,Y0,X1,Y1", help="a box, in pixels")
 
 
@@ -25,6 +32,8 @@ def prompt_labels(args: argparse.Namespace) -> list[int]:
     labels = args.labels or [1] * len(args.points)
     if len(labels) != len(args.points):
         raise UserError(f"{len(args.points)} points but {len(labels)} labels: give one label each")
+    if wrong := set(labels) - set(LABELS):
+        raise UserError(f"--labels {wrong.pop()}: allowed are {', '.join(map(str, LABELS))}")
     return labels
 
 
@@ -32,7 +41,10 @@ def numbers(count: int) -> Callable[[str], list[float]]:
     """A parser of `count` numbers separated by commas."""
 
     def parse(argument: str) -> list[float]:
-        parsed = [float(part) for part in argument.split(",")]
+        try:
+            parsed = [float(part) for part in argument.split(",")]
+        except ValueError:
+            parsed = []
         if len(parsed) != count or not all(map(math.isfinite, parsed)):
             raise argparse.ArgumentTypeError(f"{argument!r} is not {count} finite numbers separated by commas")
         return parsed

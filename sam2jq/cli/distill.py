@@ -24,9 +24,10 @@ from sam2jq.data.loader import Item, check_disjoint, find_items, split_of
 from sam2jq.distillation import trainer as cdpq
 from sam2jq.distillation.history import history
 from sam2jq.distillation.init_student import check_pair, collect_input_stats, start
-from sam2jq.errors import UserError
+from sam2jq.errors import UserError, section
 from sam2jq.eval.fidelity import find_ground_truth, ground_truth_id, layer_errors, measure
 from sam2jq.models.sam2 import SAM2
+from sam2jq.ptq.recipe import rounding_name
 from sam2jq.ptq.run import CalibrationImages, find_calibration, run_ptq
 from sam2jq.quant.algorithms.activations import materialize_weights
 from sam2jq.quant.algorithms.fake_quant import fake_quant_layers, to_quantized_params
@@ -49,6 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, flags: list[str]) -> None:
     """Distills a teacher into a quantized student and writes <output.root>/<job>/."""
     config = loader.load(args.config, flags, DistillConfig)
+    if config.ptq:
+        with section("ptq"):
+            rounding_name(config.ptq.wgts)
     key, device = device_setting(config)
     if device == "cpu":
         jax.config.update("jax_platforms", "cpu")  # training runs on all devices of jax's first platform

@@ -1,13 +1,11 @@
 """`sam2jq inspect`: the layers, sizes and scores of a package."""
 
 import argparse
-import logging
 
 from sam2jq.cli.arguments import refuse_flags
 from sam2jq.report import text
 
 SCHEMA = None
-log = logging.getLogger("sam2jq")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,5 +21,5 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
     summary = api.open_package(args.package).summary()
     model = summary["model"]
     name, overrides = hydra_config(model["name"], model["version"], model["image_size"])
-    log.info("%s\n\n%s", text.layer_table(summary["layers"]), text.totals(summary))
-    log.info("vanilla.pt  build_sam2(%r, 'vanilla.pt', hydra_overrides_extra=%r)", name, overrides)
+    print(f"{text.layer_table(summary['layers'])}\n\n{text.totals(summary)}")
+    print(f"vanilla.pt  build_sam2({name!r}, 'vanilla.pt', hydra_overrides_extra={overrides!r})")

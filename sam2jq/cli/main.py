@@ -3,11 +3,15 @@
 import argparse
 import importlib
 import logging
+import re
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 from sam2jq import __version__
+from sam2jq.cli.failures import CLOSED_PIPE, discard_output, explain, raising
 from sam2jq.errors import UserError
 from sam2jq.files import home
 
@@ -24,33 +28,73 @@ COMMANDS = {
     "sweep": "quantize with every combination of settings, and compare the runs",
     "inspect": "print the layers and sizes of a package",
 }
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit codes
+NEGATIVE = re.compile(r"-[\d.][-+\d.,eE]*")  # numbers separated by commas
 log = logging.getLogger("sam2jq")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code.
 
-    0: it ended well; 2: an error that the user can mend, printed in one line; 130: interrupted; 1: a fault of the
-    program, with a traceback.
+    0: it ended well; 2: an error that the user can mend; 1: a fault of the program; both are printed in one line, and
+    with -v the traceback before it. 130: interrupted. 141: nobody reads the output any more, which prints nothing.
     """
     argv = [home(argument) for argument in (sys.argv[1:] if argv is None else argv)]
-    args, flags = command_parser(argv).parse_known_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
-    log.setLevel(logging.DEBUG if args.verbose else logging.INFO)
     try:
-        command_module(args.command).run(args, flags)
-    except (UserError, OSError) as error:
-        return end(BAD_INPUT, f"error: {one_line(error)}", trace=args.verbose)
-    except KeyboardInterrupt:
-        return end(INTERRUPTED, "interrupted", trace=args.verbose)
-    except Exception as error:  # the outermost handler: nothing is hidden, the traceback is printed
-        if isinstance(error, ModuleNotFoundError) and error.name == "torch":
-            message = "error: this command needs torch: pip install 'sam2jq[torch]'"
-            return end(BAD_INPUT, message, trace=args.verbose)
-        message = f"program fault: {type(error).__name__}: {one_line(error)}; please report it with the traceback above"
-        return end(FAILED, message, trace=True)
+        try:
+            return run_command(argv)
+        finally:
+            if sys.stdout is not None:  # None: closed by the shell
+                sys.stdout.flush()
+    except BrokenPipeError:
+        discard_output()
+        return CLOSED_PIPE
+
+
+def run_command(argv: list[str]) -> int:
+    """Runs one command; prints the error that ends it, except of a closed pipe, which is raised."""
+    verbose = not {"-v", "--verbose"}.isdisjoint(argv)
+    try:
+        args, flags = command_parser(argv).parse_known_args(protect_numbers(argv))
+        with logged_to_stdout(logging.DEBUG if args.verbose else logging.INFO):
+            command_module(args.command).run(args, unprotect_numbers(flags))
+    except BrokenPipeError:
+        raise
+    except (Exception, KeyboardInterrupt) as error:  # the outermost handler: what is not understood is a program fault
+        code, message = explain(error)
+        if verbose:
+            traceback.print_exc()
+        print(f"sam2jq: {message}", file=sys.stderr)
+        return code
     return 0
+
+
+@contextmanager
+def logged_to_stdout(level: int) -> Iterator[None]:
+    """Prints what the project logs from `level` on, and the warnings of all others, during the block."""
+    handler = raising(logging.StreamHandler(sys.stdout))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s", force=True)
+    log.setLevel(level)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+
+
+def protect_numbers(argv: list[str]) -> list[str]:
+    """`argv` with a space before each argument such as "-5,10", which argparse takes for an option without it."""
+    return [f" {part}" if NEGATIVE.fullmatch(part) else part for part in argv]
+
+
+def unprotect_numbers(argv: list[str]) -> list[str]:
+    """`argv` before `protect_numbers`."""
+    return [part[1:] if part.startswith(" ") and NEGATIVE.fullmatch(part[1:]) else part for part in argv]
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are UserError, as those of the commands."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def command_parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
@@ -58,8 +102,8 @@ def command_parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
 
     Only the arguments of commands that are named in `argv` are added; those of all commands if it is None.
     """
-    parser = argparse.ArgumentParser(prog="sam2jq", description="Quantize SAM 2 checkpoints, in JAX.")
-    parser.add_argument("-v", "--verbose", action="store_true", help="print the traceback of an error")
+    parser = Parser(prog="sam2jq", description="Quantize SAM 2 checkpoints, in JAX.")
+    parser.add_argument("-v", "--verbose", action="store_true", help="print the traceback of an error, too")
     parser.add_argument("--version", action="version", version=f"sam2jq {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
@@ -86,15 +130,3 @@ def settings_help(schema: type | None) -> str | None:
     from sam2jq.config import loader
 
     return "settings and their defaults:\n  " + "\n  ".join(loader.keys(schema))
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def end(code: int, message: str, trace: bool) -> int:
-    """Prints `message`, after the traceback if `trace` is true, to stderr, and returns `code`."""
-    if trace:
-        traceback.print_exc()
-    print(f"sam2jq: {message}", file=sys.stderr)
-    return code

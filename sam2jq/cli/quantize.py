@@ -12,10 +12,11 @@ from sam2jq.cli.loading import load_model, replay_bits
 from sam2jq.cli.run_folder import job_folder, job_path, stage
 from sam2jq.config import loader
 from sam2jq.config.run import Config
+from sam2jq.errors import section
 from sam2jq.eval.fidelity import find_ground_truth, ground_truth_id, layer_errors, measure
 from sam2jq.models.sam2 import SAM2, TRUNK_LINEAR
 from sam2jq.ptq.pipeline import FOLDED, UNROUNDED, Quantized, smoothing_exponents
-from sam2jq.ptq.recipe import gptq_onto, weight_specs
+from sam2jq.ptq.recipe import gptq_onto, rounding_name, weight_specs
 from sam2jq.ptq.run import CalibrationImages, find_calibration, run_ptq
 from sam2jq.quant.algorithms.activations import materialize_weights
 from sam2jq.quant.leaves import materialize_params
@@ -33,11 +34,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, flags: list[str]) -> None:
     """Quantizes a checkpoint and writes <output.root>/<job>/."""
-    config = loader.load(args.config, flags)
+    config = load_config(args.config, flags)
     final = job_path(config.output, args.config, "quantize")
     with job_folder(final, loader.dump(config)) as folder:
         quantize(config, folder, command_line(args, flags))
     log.info("\nwritten     %s (all layers: sam2jq inspect %s)\nreport      %s", final, final, final / "report.html")
+
+
+def load_config(path: str | None, flags: list[str]) -> Config:
+    """The settings of a run. Raises UserError as `loader.load`, and for an unknown rounding algorithm."""
+    config = loader.load(path, flags)
+    with section("quant"):
+        rounding_name(config.quant.wgts)
+    return config
 
 
 def quantize(config: Config, folder: Path, command: str) -> None:
@@ -82,8 +91,7 @@ def quantize(config: Config, folder: Path, command: str) -> None:
         alphas=smoothing_exponents(done, full),
     )
     metrics = finish_run(folder, measured, exports(config, done, checkpoint), timed).to_dict()
-    rows = sorted(metrics["layers"], key=lambda row: -row["relative_error"])
-    log.info("\n%s\n\nworst layers\n%s", text.totals(metrics), text.layer_table(rows[:5]))
+    log.info("\n%s\n\n%s", text.totals(metrics), text.worst_layers(metrics["layers"]))
 
 
 def calibrate_and_quantize(model: SAM2, full: dict, config: Config, images: CalibrationImages, on_stage) -> Quantized:

@@ -15,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO
 
+from sam2jq.cli.failures import raising
 from sam2jq.config.run import OutputConfig
 from sam2jq.errors import UserError
 
@@ -91,7 +92,7 @@ def open_partial(partial: Path, final: Path, settings: str, resumable: bool) -> 
 @contextmanager
 def logged_to(path: Path) -> Iterator[None]:
     """Appends log lines to `path` during the block, and the traceback of the error that ends it, if there is one."""
-    handler = logging.FileHandler(path)
+    handler = raising(logging.FileHandler(path))
     log.addHandler(handler)
     try:
         yield

@@ -42,12 +42,16 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
 
 def find_jobs(args: argparse.Namespace, flags: list[str], folder: Path) -> Jobs:
     """Every combination, with its settings checked, so that a wrong one is an error before the first run."""
-    jobs = {}
-    for values in loader.sweep_combinations(args.over):
+    jobs, combinations = {}, loader.sweep_combinations(args.over)
+    if named := [key for key in combinations[0] if key.partition(".")[0] == "output"]:
+        raise UserError(f"--over {named[0]}: a sweep names its runs after their settings: sweep over other keys")
+    for values in combinations:
         name = job_name(values)
+        if folder / name in jobs:
+            raise UserError(f"--over: two runs would be called {name}: give values that differ in more than signs")
         given = values | {"output.root": str(folder), "output.job": name}
-        own = [*flags, *(part for key, value in given.items() for part in (f"--{key}", json.dumps(value)))]
-        jobs[folder / name] = own, loader.load(args.config, own)
+        own = [*flags, *(part for key, value in given.items() for part in (f"--{key}", as_flag(value)))]
+        jobs[folder / name] = own, quantize.load_config(args.config, own)
     return jobs
 
 
@@ -66,9 +70,14 @@ def run_jobs(args: argparse.Namespace, jobs: Jobs) -> None:
         log.info("job %2d/%-4d %s done, about %.0f s left\n", i, len(jobs), folder.name, left)
 
 
+def as_flag(value: object) -> str:
+    """A value of YAML, which may hold dates, as the text of a flag."""
+    return json.dumps(value, default=str)
+
+
 def job_name(values: dict[str, object]) -> str:
     """The folder name of a job: its settings, as "quant.wgts.dtype=sint4,seed=1"."""
-    text = lambda value: value if isinstance(value, str) else json.dumps(value)
+    text = lambda value: value if isinstance(value, str) else as_flag(value)
     return re.sub(r"[^\w.,=+{}\[\]-]+", "_", ",".join(f"{key}={text(value)}" for key, value in values.items()))
 
 

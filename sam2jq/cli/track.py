@@ -1,4 +1,4 @@
-"""`sam2jq track`: one object through a video, from a prompt on one frame."""
+"""`sam2jq track`: one object through a video, from clicks, a box or a mask on one frame."""
 
 import argparse
 import logging
@@ -11,6 +11,7 @@ from sam2jq.cli.loading import load_model
 from sam2jq.cli.run_folder import stage
 from sam2jq.config import loader
 from sam2jq.config.run import SegmentConfig
+from sam2jq.data.sav import read_mask
 from sam2jq.data.sources import scene_video
 from sam2jq.data.video import open_video
 from sam2jq.errors import UserError
@@ -27,22 +28,29 @@ log = logging.getLogger("sam2jq")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("clip", help="a video, a folder of frames, or scenes:<seed>/0000 for a synthetic one")
     add_prompts(parser)
+    parser.add_argument("--mask", metavar="FILE", help="a PNG in place of clicks and box, not 0 where the object is")
     parser.add_argument("--frame", type=int, default=0, help="index of the frame with the prompt (0)")
     parser.add_argument("--out", default="tracked.gif", help=".gif, or .png for a strip of frames (tracked.gif)")
 
 
 def run(args: argparse.Namespace, flags: list[str]) -> None:
     """Writes the frames from the prompt on, with the object's mask on each, as a GIF or a strip to `args.out`."""
-    labels, out = prompt_labels(args), Path(args.out)
+    labels, out = [] if args.mask else prompt_labels(args), Path(args.out)
+    if args.mask and (args.points or args.box):
+        raise UserError("--mask: a mask is the whole prompt: leave --points and --box out")
     if out.suffix.lower() not in (".gif", ".png"):
         raise UserError(f"--out {out}: give a name that ends in .gif or, for a strip of frames, in .png")
     video = scene_video(args.clip) if args.clip.startswith("scenes:") else open_video(args.clip)
+    mask = read_mask(args.mask, video.size) if args.mask else None
     config = loader.load(None, flags, SegmentConfig)
     model, checkpoint = load_model(config.model, config.cache)
     predictor = VideoPredictor(model, materialize_weights(checkpoint.params), dtype=config.model.dtype)
     state = predictor.init_state(video)
-    points = {"points": args.points, "labels": labels} if args.points else {}
-    predictor.add_new_points_or_box(state, args.frame, 1, **points, box=args.box)
+    if mask is not None:
+        predictor.add_new_mask(state, args.frame, 1, mask)
+    else:
+        points = {"points": args.points, "labels": labels} if args.points else {}
+        predictor.add_new_points_or_box(state, args.frame, 1, **points, box=args.box)
     pictures = []
     with stage("track", f"{len(video)} frames of {args.clip}"):
         for frame, _, logits in predictor.propagate_in_video(state):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from sam2jq.config.quant import InputsConfig, QuantConfig, WeightsConfig
 from sam2jq.config.run import CacheConfig, MeasureConfig, ModelConfig, OutputConfig
 from sam2jq.errors import ConfigError, one_of
+from sam2jq.quant.field_types import check_types
 
 METHODS = ("baseline", "variance", "ladder", "fixed")
 
@@ -29,6 +30,7 @@ class DataConfig:
     image_size: int | None = None
 
     def __post_init__(self):
+        check_types(self)
         for name in ("train", "val"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} is not set: give a folder of frames, an SA-V root, or scenes:<seed>")
@@ -57,8 +59,10 @@ class StudentConfig:
     learn_clipping: bool = True
 
     def __post_init__(self):
+        check_types(self)
         wgts = self.wgts
-        if wgts.mixed or wgts.kernel_gptq or wgts.low_rank or wgts.ridge or wgts.bias_correction:
+        rounded = wgts.rounding in (None, "nearest")
+        if not rounded or wgts.mixed or wgts.kernel_gptq or wgts.low_rank or wgts.ridge or wgts.bias_correction:
             raise ConfigError(
                 "wgts: here weights are only rounded to nearest: give GPTQ, branches and bits for a target under ptq, "
                 "or a package that quantize made with them as student.checkpoint"
@@ -105,6 +109,7 @@ class DistillLossConfig:
     cache_teacher: bool = False
 
     def __post_init__(self):
+        check_types(self)
         for name in ("prompts", "objects"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1")
@@ -143,6 +148,7 @@ class BitScheduleConfig:
     cooldown_epochs: int = 1
 
     def __post_init__(self):
+        check_types(self)
         one_of("confidence_method", self.confidence_method, METHODS)
         one_of("confidence_on", self.confidence_on, ("weight", "output"))
         if self.window < 1:
@@ -154,6 +160,7 @@ class DistillSection(BitScheduleConfig, DistillLossConfig):
     """The loss and the bit schedule: the section `distill`."""
 
     def __post_init__(self):
+        check_types(self)
         DistillLossConfig.__post_init__(self)
         BitScheduleConfig.__post_init__(self)
         if not self.layers and self.confidence_method in ("baseline", "variance"):
@@ -197,6 +204,7 @@ class TrainConfig:
     log_interval: int = 10
 
     def __post_init__(self):
+        check_types(self)
         one_of("schedule", self.schedule, ("cosine", "constant"))
         one_of("parallel", self.parallel, ("jit", "pmap"))
         for name in ("epochs", "batch_size", "accumulate", "checkpoint_every", "log_interval"):
@@ -220,6 +228,7 @@ class DistributedConfig:
     timeout: int = 300
 
     def __post_init__(self):
+        check_types(self)
         alone = self.coordinator in (None, "auto")
         if alone != (self.processes is None) or alone != (self.index is None):
             raise ConfigError("coordinator HOST:PORT, processes and index belong together")
@@ -243,6 +252,7 @@ class TrackConfig:
     tensorboard: bool = False
 
     def __post_init__(self):
+        check_types(self)
         one_of("mode", self.mode, ("online", "offline"))
 
 
@@ -269,6 +279,7 @@ class DistillConfig:
     seed: int = 42
 
     def __post_init__(self):
+        check_types(self)
         if self.ptq and not self.ptq.calib.path:
             raise ConfigError("ptq.calib.path is not set: give a folder of images, or scenes:0 for synthetic ones")
         if self.ptq and self.ptq.calib.image_size not in (None, self.data.image_size):

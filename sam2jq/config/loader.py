@@ -4,17 +4,19 @@ import dataclasses
 import inspect
 import itertools
 import json
+from datetime import datetime
 from pathlib import Path
 from types import UnionType
 from typing import get_args, get_origin, get_type_hints
 
 import draccus
-import yaml
 from draccus.wrappers.docstring import get_attribute_docstring
 
 from sam2jq.config.run import Config
+from sam2jq.config.strict_yaml import parse_yaml
 from sam2jq.errors import ConfigError, UserError, suggest
 from sam2jq.files import home
+from sam2jq.quant.field_types import describe
 
 RENAMED = {"settle_epochs": "cooldown_epochs"}  # keys of older versions
 
@@ -56,8 +58,9 @@ def load(path: str | None, flags: list[str], schema: type = Config):
 
     Raises UserError or FileNotFoundError with one line that names the key and what is allowed.
     """
-    settings = {} if path is None else read_yaml(path)
-    for key, value in parse_flags(flags).items():
+    settings = {} if path is None else read_yaml(path, schema)
+    given = parse_flags(flags)
+    for key, value in given.items():
         *sections, last = key.split(".")
         node = settings
         for section in sections:
@@ -66,7 +69,12 @@ def load(path: str | None, flags: list[str], schema: type = Config):
                 raise UserError(f"--{key}: {section} is not a section")
         node[last] = value
     check_keys(settings, schema)
-    return decode(settings, schema)
+    try:
+        return decode(settings, schema)
+    except ConfigError as error:
+        if path is None or any(str(error).startswith(key) for key in given):
+            raise
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def decode(settings: dict, schema: type, path: str = ""):
@@ -96,8 +104,12 @@ def decode_value(value: object, hint: object, key: str) -> object:
         value = home(value)
     if value is None and type(None) not in get_args(hint):
         raise ConfigError(f"{key}: null is not allowed: give a value, or leave the key out for its default")
+    if get_origin(hint) is dict and not isinstance(value, dict):
+        raise ConfigError(f"{key} must be a mapping such as {{a: 4}}, got {value}")
     if isinstance(value, dict | list) and str in (hint, *get_args(hint)) and get_origin(hint) in (None, UnionType):
         raise ConfigError(f"{key} must be text, got {value}: quote it if it holds a colon, a comma or brackets")
+    if type(value) in (bool, bytes, datetime) and type(value) not in (hint, *get_args(hint)):
+        raise ConfigError(f"{key} must be {describe(hint)}, got {value}: quote it if it is text")
     try:
         return draccus.decode(hint, value)
     except Exception as error:  # draccus raises plain Exceptions too
@@ -109,10 +121,7 @@ def sweep_combinations(overs: list[str]) -> list[dict[str, object]]:
     axes = {}
     for over in overs:
         key, equals, values = over.partition("=")
-        try:
-            axes[key] = yaml.safe_load(f"[{values}]")
-        except yaml.YAMLError as error:
-            raise UserError(f"--over {over}: the values are not YAML, with commas between") from error
+        axes[key] = parse_yaml(f"[{values}]", f"--over {over}: the list of values")
         if not (key and equals and axes[key]):
             raise UserError(f"--over {over}: write key=value,value such as quant.wgts.dtype=sint8,sint4")
     if len(axes) < len(overs):
@@ -120,17 +129,22 @@ def sweep_combinations(overs: list[str]) -> list[dict[str, object]]:
     return [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
 
 
-def read_yaml(path: str) -> dict:
-    """The mapping in a YAML file."""
+def read_yaml(path: str, schema: type | None = None) -> dict:
+    """The mapping in a YAML file. Raises UserError, which names the file, if it is none or has keys not in `schema`."""
     if not Path(path).is_file():
         near = suggest(Path(path).name, [p.name for p in Path(path).parent.glob("*.yaml")])
         raise FileNotFoundError(f"no config at {path}{near}")
     try:
-        settings = yaml.safe_load(Path(path).read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        settings = parse_yaml(Path(path).read_text(encoding="utf-8-sig"), path)
+    except UnicodeDecodeError as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise UserError(f"{path} holds no settings: it must be a mapping such as model: {{name: tiny}}")
+    if schema is not None:
+        try:
+            check_keys(settings, schema)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
     return settings
 
 
@@ -143,10 +157,7 @@ def parse_flags(flags: list[str]) -> dict[str, object]:
             raise UserError(f"unexpected argument {flag!r}: settings are given as --key value")
         if not equals:
             value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
-        try:
-            parsed[flag[2:].replace("-", "_")] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UserError(f"{flag} {value!r} is not a YAML value") from error
+        parsed[flag[2:].replace("-", "_")] = parse_yaml(value, f"{flag} {value!r}")
     return parsed
 
 

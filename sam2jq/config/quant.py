@@ -8,6 +8,7 @@ from sam2jq.quant.algorithms.gptq import GptqConfig
 from sam2jq.quant.algorithms.lowrank import LowRankConfig
 from sam2jq.quant.algorithms.rotate import RotationConfig
 from sam2jq.quant.algorithms.smooth import SmoothConfig
+from sam2jq.quant.field_types import check_types
 from sam2jq.quant.spec import check_bits, parse_spec
 
 
@@ -32,6 +33,7 @@ class CalibConfig:
     sequential: bool = False
 
     def __post_init__(self):
+        check_types(self)
         for name in ("num_samples", "frames", "stride", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -67,6 +69,7 @@ class WeightsConfig:
     bias_correction: bool = False
 
     def __post_init__(self):
+        check_types(self)
         parse_spec(self.dtype, self.group_shapes)
         one_of("scale_dtype", self.scale_dtype, ("float32", "bfloat16"))
         check_bits(self.bits, self.target_bits)
@@ -88,6 +91,9 @@ class SmoothSection:
     # settings of smoothing; null: no smoothing
     proj: SmoothConfig | None = None
 
+    def __post_init__(self):
+        check_types(self)
+
 
 @dataclass(frozen=True)
 class QuantConfig:
@@ -105,6 +111,7 @@ class QuantConfig:
     integer: bool = False
 
     def __post_init__(self):
+        check_types(self)
         if self.bits_from and any(part.mixed or part.bits for part in (self.wgts, self.ipts)):
             raise ConfigError("bits_from: the package sets all bits: leave bits and targets of wgts and ipts out")
         if self.calib.sequential and (self.wgts.mixed or self.ipts.mixed):

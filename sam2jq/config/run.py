@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from sam2jq.config.quant import QuantConfig
 from sam2jq.errors import ConfigError, one_of
+from sam2jq.models.variants import VARIANTS, VERSIONS
+from sam2jq.quant.field_types import check_types
 
 DEVICES = ("auto", "cpu", "gpu", "cuda", "tpu")
 FLOATS = ("float32", "bfloat16", "float16")
@@ -26,6 +28,11 @@ class ModelConfig:
     dtype: str = "float32"
 
     def __post_init__(self):
+        check_types(self)
+        if self.name is not None:
+            one_of("name", self.name.replace("_", "-"), VARIANTS)
+        if self.version is not None:
+            one_of("version", self.version, VERSIONS)
         if not self.checkpoint and self.name == "nano":
             object.__setattr__(self, "checkpoint", "demo")
         if not self.checkpoint:
@@ -52,6 +59,7 @@ class MeasureConfig:
     num_clips: int | None = None
 
     def __post_init__(self):
+        check_types(self)
         for name in ("images", "clips"):
             number = getattr(self, f"num_{name}")
             if number is None and getattr(self, name).startswith("scenes:"):
@@ -75,6 +83,9 @@ class CacheConfig:
         if self.max_compiled_mb < -1:
             raise ConfigError(f"max_compiled_mb must be at least 0, or -1 for no limit, got {self.max_compiled_mb}")
 
+    def __post_init__(self):
+        check_types(self)
+
 
 @dataclass(frozen=True)
 class OutputConfig:
@@ -84,6 +95,9 @@ class OutputConfig:
     root: str = "./outputs/sam2"
     # name of the run; empty: the name of the config file
     job: str = ""
+
+    def __post_init__(self):
+        check_types(self)
 
 
 @dataclass(frozen=True)
@@ -103,6 +117,7 @@ class Config:
     seed: int = 42
 
     def __post_init__(self):
+        check_types(self)
         if not self.quant.calib.path:
             raise ConfigError("quant.calib.path is not set: give a folder of images, or scenes:0 for synthetic ones")
         if self.convert_nunchaku and self.quant.rotation.transforms:
@@ -115,6 +130,9 @@ class SegmentConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
+
+    def __post_init__(self):
+        check_types(self)
 
 
 @dataclass(frozen=True)
@@ -138,6 +156,7 @@ class EvaluateConfig:
     output: OutputConfig = field(default_factory=OutputConfig)
 
     def __post_init__(self):
+        check_types(self)
         one_of("task", self.task, TASKS)
         if not self.data:
             raise ConfigError("data is not set: give a COCO or SA-V folder, or scenes:0 for synthetic images")

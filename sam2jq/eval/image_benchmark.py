@@ -14,7 +14,8 @@ from sam2jq.data.labeled import LabeledImage
 from sam2jq.errors import UserError, few
 from sam2jq.eval.metrics import iou
 from sam2jq.models.sam2 import SAM2
-from sam2jq.predictors.image import LOGIT_LIMIT, decode, encode_images
+from sam2jq.predictors.image import decode, encode_images
+from sam2jq.predictors.prompts import LOGIT_LIMIT
 
 PROMPTS = ("box", "1 click", "3 clicks")
 BATCH = 16  # prompts decoded together; smaller batches are padded, so that the decoder compiles once

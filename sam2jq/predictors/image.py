@@ -14,9 +14,9 @@ from sam2jq.models.decoder import Decoded
 from sam2jq.models.layers import resize
 from sam2jq.models.sam2 import SAM2
 from sam2jq.predictors.pretrained import FromPretrained
+from sam2jq.predictors.prompts import LOGIT_LIMIT, mask_logits, point_prompts
 
 Array = jax.Array
-LOGIT_LIMIT = 32.0  # low-resolution logits are handed out within +- this
 
 
 @partial(jax.jit, static_argnames="model")
@@ -102,20 +102,24 @@ class ImagePredictor(FromPretrained):
         P > 1 prompts add a leading axis P. Masks are 0 and 1, or logits with `return_logits`.
 
         point_coords: [N, 2] or [P, N, 2], x and y in pixels of the image, or in 0..1 with normalize_coords=False.
-        point_labels: [N] or [P, N], 1 foreground, 0 background. box: [4] or [P, 4], x0 y0 x1 y1.
-        mask_input: logits [1, S / 4, S / 4] or [P, 1, S / 4, S / 4] of an earlier call.
+        point_labels: [N] or [P, N], 1 foreground, 0 background, 2 and 3 the corners of a box. box: [4] or [P, 4], x0 y0
+        x1 y1; [0, 4] gives results with P = 0.
+        mask_input: logits [1, S / 4, S / 4] or [P, 1, S / 4, S / 4] of an earlier call, not a mask.
         multimask_output: M = 3 masks per prompt, for ambiguous prompts, else 1.
 
-        Raises UserError if prompts have the wrong shape, RuntimeError if no image is set.
+        Raises UserError if prompts have the wrong shape, are not finite, or if mask_input holds a mask; RuntimeError if
+        no image is set.
         """
         features = self._require_image()
         size = self._orig_hw if normalize_coords else (1, 1)
         points = None
         if not (point_coords is None and point_labels is None and box is None):
             points = point_prompts(point_coords, point_labels, box, size, self.model.variant.image_size)
-        masks = None if mask_input is None else self._mask_prompt(mask_input)
+        masks = None if mask_input is None else mask_logits(mask_input, self.model.variant.image_size // 4)
         if points is not None and masks is not None and len(masks) not in (1, len(points[0])):
             raise UserError(f"{len(points[0])} point or box prompts but {len(masks)} mask_input: give 1 or as many")
+        if points is not None and len(points[0]) == 0:
+            return self._no_results(3 if multimask_output else 1)
         out = decode(self.model, self.params, features, points, masks, multimask=multimask_output)
         low_res = out.masks.astype(jnp.float32)
         full = resize(jnp.moveaxis(low_res, 1, -1), self._orig_hw)
@@ -126,66 +130,16 @@ class ImagePredictor(FromPretrained):
         results = full, np.asarray(out.ious, np.float32), low_res
         return tuple(x[0] for x in results) if len(full) == 1 else results
 
+    def _no_results(self, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What `predict` returns for no prompt, with `count` masks per prompt."""
+        side = self.model.variant.image_size // 4
+        shapes = (0, count, *self._orig_hw), (0, count), (0, count, side, side)
+        return tuple(np.zeros(shape, np.float32) for shape in shapes)
+
     def _require_image(self) -> list[Array]:
         if self._features is None:
             raise RuntimeError("no image is set: call set_image before predict")
         return self._features
-
-    def _mask_prompt(self, mask_input) -> np.ndarray:
-        """[P, S / 4, S / 4, 1]."""
-        mask, side = as_array("mask_input", mask_input, np.float32), self.model.variant.image_size // 4
-        if mask.ndim not in (3, 4) or mask.shape[-3:] != (1, side, side):
-            raise UserError(f"mask_input {list(mask.shape)} must be [1, {side}, {side}] or [P, 1, {side}, {side}]")
-        return np.moveaxis(mask.reshape(-1, 1, side, side), 1, -1)
-
-
-def point_prompts(coords, labels, box, size: tuple[int, int], image_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Points float32 [P, N, 2] in pixels of the model's image and labels int32 [P, N]; a box is the first two points.
-
-    coords [N, 2] or [P, N, 2], labels [N] or [P, N], box [4] or [P, 4], in pixels of an image of size (height, width).
-    Raises UserError if a shape or a label is wrong, or if only one of coords and labels is given.
-    """
-    if (coords is None) != (labels is None):
-        raise UserError("point_coords and point_labels go together: give both or neither")
-    prompts = []
-    if box is not None:
-        prompts.append(box_corners(box))
-    if coords is not None:
-        prompts.append(clicks(coords, labels))
-    if len({len(coords) for coords, _ in prompts}) > 1:
-        raise UserError("box and point_coords must hold the same number of prompts")
-    coords, labels = (np.concatenate(part, axis=1) for part in zip(*prompts))
-    return coords / np.array(size[::-1], np.float32) * image_size, labels
-
-
-def box_corners(box) -> tuple[np.ndarray, np.ndarray]:
-    """Corners [P, 2, 2] and labels [P, 2], 2 and 3, of boxes [4] or [P, 4]; corners [2, 2] are one box, as in sam2."""
-    box = as_array("box", box, np.float32)
-    if box.shape != (2, 2) and (box.ndim not in (1, 2) or box.shape[-1] != 4):
-        raise UserError(f"box {list(box.shape)} must be [4] or [P, 4]: x0 y0 x1 y1")
-    corners = box.reshape(-1, 2, 2)
-    return corners, np.tile(np.array([[2, 3]], np.int32), (len(corners), 1))
-
-
-def clicks(coords, labels) -> tuple[np.ndarray, np.ndarray]:
-    """Points [P, N, 2] and labels [P, N] of coords [N, 2] or [P, N, 2] and labels [N] or [P, N]."""
-    coords, labels = as_array("point_coords", coords, np.float32), as_array("point_labels", labels, np.int32)
-    if coords.shape[-1:] != (2,) or coords.shape[:-1] != labels.shape or labels.ndim not in (1, 2):
-        raise UserError(
-            f"point_coords {list(coords.shape)} and point_labels {list(labels.shape)} must be [N, 2] and [N], "
-            "or [P, N, 2] and [P, N]"
-        )
-    if not np.isin(labels, (-1, 0, 1)).all():
-        raise UserError("point_labels must be 1 (foreground), 0 (background) or -1 (padding)")
-    return coords.reshape(-1, *coords.shape[-2:]), labels.reshape(-1, labels.shape[-1])
-
-
-def as_array(name: str, value, dtype) -> np.ndarray:
-    """`value` as a numpy array. Raises UserError if it is not an array of numbers."""
-    try:
-        return np.asarray(value, dtype)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{name} is not an array of numbers: {error}") from error
 
 
 def float_dtype(dtype) -> str:

@@ -12,10 +12,20 @@ from sam2jq.data.video import Video, open_video, video_of
 from sam2jq.errors import UserError
 from sam2jq.models.layers import resize
 from sam2jq.models.sam2 import NO_OBJECT, SAM2
-from sam2jq.predictors.image import LOGIT_LIMIT, as_array, check_default, float_dtype, point_prompts
+from sam2jq.predictors.image import check_default, float_dtype
 from sam2jq.predictors.memory_bank import FrameOutput
 from sam2jq.predictors.pretrained import FromPretrained
-from sam2jq.predictors.video_state import ObjectState, VideoState, frame_info, frame_order, memory_bank, stack
+from sam2jq.predictors.prompts import LOGIT_LIMIT, object_mask, point_prompts
+from sam2jq.predictors.video_state import (
+    ObjectState,
+    VideoState,
+    any_prompt_is_cond,
+    check_frame,
+    frame_info,
+    frame_order,
+    memory_bank,
+    stack,
+)
 from sam2jq.predictors.video_steps import (
     encode_frame,
     mask_frame,
@@ -105,9 +115,10 @@ class VideoPredictor(FromPretrained):
     ) -> FrameMasks:
         """Adds clicks or a box on one object; returns the frame's masks.
 
-        points: [N, 2], x and y; labels: [N], 1 foreground, 0 background; box: [4], x0 y0 x1 y1. Coordinates are in
-        pixels of the clip, or in 0..1 with normalize_coords=False. clear_old_points=False adds the points to earlier
-        ones on the frame. Raises UserError if the prompt is missing or has the wrong shape.
+        points: [N, 2], x and y; labels: [N], 1 foreground, 0 background, 2 and 3 the corners of a box; box: [4], x0 y0
+        x1 y1. Coordinates are in pixels of the clip, or in 0..1 with normalize_coords=False. clear_old_points=False
+        adds the points to earlier ones on the frame. Raises UserError if the prompt is missing, is not finite or has
+        the wrong shape.
         """
         state = inference_state
         if points is None and labels is None and box is None:
@@ -131,12 +142,12 @@ class VideoPredictor(FromPretrained):
         return self.add_new_points_or_box(*args, **kwargs)
 
     def add_new_mask(self, inference_state: VideoState, frame_idx: int, obj_id: int, mask) -> FrameMasks:
-        """Adds the mask [H, W] of one object, bool or 0 and 1; returns the frame's masks.
+        """Adds the mask [H, W] of one object, any number but 0 where it is; returns the frame's masks.
 
-        Raises UserError if the mask's size is not the clip's.
+        Raises UserError if the mask's size is not the clip's, or if it holds logits (negative values), inf or NaN.
         """
         state, size = inference_state, self.model.variant.image_size
-        mask = as_array("mask", mask, np.float32)
+        mask = object_mask(mask).astype(np.float32)
         if mask.shape != state.video.size:
             raise UserError(f"object {obj_id}: the mask is {list(mask.shape)}, the frames {list(state.video.size)}")
         features = self._features(state, frame_idx)
@@ -154,7 +165,8 @@ class VideoPredictor(FromPretrained):
     ) -> Iterator[FrameMasks]:
         """Yields the masks of frame after frame, from the first prompted frame or `start_frame_idx` on.
 
-        max_frame_num_to_track: frames after the first one; None for all. Raises UserError if an object has no prompt.
+        max_frame_num_to_track: frames after the first one; None for all. Raises UserError if an object has no prompt,
+        or if the clip has no such frame.
         """
         state, objects = inference_state, list(inference_state.objects.values())
         for obj in objects:
@@ -164,6 +176,7 @@ class VideoPredictor(FromPretrained):
             which = f"objects {unprompted}" if unprompted else "any object"
             raise UserError(f"no prompt on {which}: add points, a box or a mask")
         first = min(min(obj.cond) for obj in objects) if start_frame_idx is None else start_frame_idx
+        check_frame(state, first)
         batch = objects + [objects[-1]] * (2 ** (len(objects) - 1).bit_length() - len(objects))
         bank = memory_bank(batch, first, reverse)
         blank = jax.tree.map(np.zeros_like, next(iter(objects[0].cond.values())))
@@ -189,7 +202,8 @@ class VideoPredictor(FromPretrained):
             obj.non_cond[frame_idx] = obj.cond.pop(frame_idx)
             obj.reverse.pop(frame_idx, None)
         if need_output:
-            return frame_idx, inference_state.obj_ids, self._masks(inference_state, frame_idx)
+            is_cond = any_prompt_is_cond(inference_state, frame_idx)
+            return frame_idx, inference_state.obj_ids, self._masks(inference_state, frame_idx, is_cond)
         return None
 
     def remove_object(
@@ -206,11 +220,11 @@ class VideoPredictor(FromPretrained):
         del inference_state.objects[obj_id]
         if not (need_output and inference_state.objects):
             return inference_state.obj_ids, []
-        return inference_state.obj_ids, [(frame, self._masks(inference_state, frame)) for frame in frames]
+        masks = lambda frame: self._masks(inference_state, frame, any_prompt_is_cond(inference_state, frame))
+        return inference_state.obj_ids, [(frame, masks(frame)) for frame in frames]
 
     def _image(self, state: VideoState, frame: int) -> Array:
-        if not 0 <= frame < state.num_frames:
-            raise UserError(f"frame {frame}: the clip has frames 0 to {state.num_frames - 1}")
+        check_frame(state, frame)
         return jnp.asarray(preprocess_frame(state.video[frame], self.model.variant.image_size)[None], self.dtype)
 
     def _features(self, state: VideoState, frame: int) -> list[Array]:
@@ -221,7 +235,7 @@ class VideoPredictor(FromPretrained):
     def _prompt(self, state: VideoState, obj: ObjectState, frame: int, features: list[Array]) -> FrameOutput:
         """The output of an object's points on a frame; a frame tracked before is conditioned on memory."""
         coords, labels = obj.prompts[frame]
-        earlier, reverse = obj.latest(frame), obj.reverse.get(frame, False)
+        earlier, reverse = obj.latest(frame, self._is_cond(obj, frame)), obj.reverse.get(frame, False)
         return prompt_frame(
             self.model,
             self.params,
@@ -235,9 +249,13 @@ class VideoPredictor(FromPretrained):
 
     def _add_output(self, state: VideoState, obj: ObjectState, frame: int, output: FrameOutput) -> FrameMasks:
         """Stores the output of a prompted frame, whose memory is encoded before tracking; returns the frame's masks."""
-        is_cond = frame not in obj.reverse or self.add_all_frames_to_correct_as_cond
+        is_cond = self._is_cond(obj, frame)
         obj.pending[frame] = jax.tree.map(np.asarray, output), is_cond
-        return frame, state.obj_ids, self._masks(state, frame)
+        return frame, state.obj_ids, self._masks(state, frame, is_cond)
+
+    def _is_cond(self, obj: ObjectState, frame: int) -> bool:
+        """Whether a prompt on `frame` makes it a conditioning frame of the object, instead of correcting its output."""
+        return frame not in obj.reverse or self.add_all_frames_to_correct_as_cond
 
     def _encode_pending(self, state: VideoState, obj: ObjectState) -> None:
         """Encodes the memories of an object's prompted frames that have none yet."""
@@ -249,9 +267,13 @@ class VideoPredictor(FromPretrained):
         for frame in obj.cond:
             obj.non_cond.pop(frame, None)
 
-    def _masks(self, state: VideoState, frame: int) -> np.ndarray:
-        """Mask logits [objects, 1, H, W] of a frame; NO_OBJECT for objects without an output there."""
-        outputs = [obj.latest(frame) for obj in state.objects.values()]
+    def _masks(self, state: VideoState, frame: int, is_cond: bool) -> np.ndarray:
+        """Mask logits [objects, 1, H, W] of a frame; NO_OBJECT for objects without an output there.
+
+        Of prompts since the last tracking, those of conditioning frames show if `is_cond`, else those of corrections,
+        and other objects show their output of before. So the original does.
+        """
+        outputs = [obj.latest(frame, is_cond) for obj in state.objects.values()]
         absent = np.full((self.model.variant.image_size // 4,) * 2, NO_OBJECT, np.float32)
         masks = np.stack([absent if output is None else output.mask[0] for output in outputs])
         return np.asarray(resize_masks(masks, state.video.size))

@@ -23,10 +23,11 @@ class ObjectState:
     non_cond: dict[int, FrameOutput] = field(default_factory=dict)
     reverse: dict[int, bool] = field(default_factory=dict)  # direction in which each frame was tracked
 
-    def latest(self, frame: int) -> FrameOutput | None:
-        """The newest output of a frame, if any."""
-        pending, _ = self.pending.get(frame, (None, False))
-        return pending or self.cond.get(frame) or self.non_cond.get(frame)
+    def latest(self, frame: int, is_cond: bool) -> FrameOutput | None:
+        """The newest output of a frame, if any; one whose memory is not encoded yet only if it `is_cond` or not."""
+        pending, pending_cond = self.pending.get(frame, (None, is_cond))
+        shown = pending if pending_cond == is_cond else None
+        return shown or self.cond.get(frame) or self.non_cond.get(frame)
 
 
 @dataclass
@@ -85,6 +86,17 @@ def frame_info(state: VideoState, frame: int, reverse: bool) -> FrameInfo:
     """What the model needs to know about the position of a frame in its clip."""
     max_age = max(min(POINTERS, state.num_frames - 1), 1)
     return FrameInfo(np.int32(frame), np.int32(-1 if reverse else 1), np.float32(max_age))
+
+
+def any_prompt_is_cond(state: VideoState, frame: int) -> bool:
+    """Whether a prompt since the last tracking made `frame` a conditioning frame of any object."""
+    return any(obj.pending.get(frame, (None, False))[1] for obj in state.objects.values())
+
+
+def check_frame(state: VideoState, frame: int) -> None:
+    """Raises UserError unless the clip has a frame of this number."""
+    if frame not in range(state.num_frames):
+        raise UserError(f"frame {frame}: the clip has frames 0 to {state.num_frames - 1}")
 
 
 def frame_order(first: int, num_frames: int, max_frames: int | None, reverse: bool) -> range:

@@ -70,13 +70,19 @@ def rounding(config: WeightsConfig, specs: Mapping[str, QuantSpec]) -> Transform
 
     Raises ConfigError if there is no rounding algorithm of that name.
     """
-    name = config.rounding or ("nearest" if config.kernel_gptq is None else "gptq")
-    one_of("wgts.rounding", name, ROUNDING)
+    name = rounding_name(config)
     own_section = {"gptq": config.kernel_gptq}.get(name)
     transform = ROUNDING[name](specs) if own_section is None else ROUNDING[name](specs, own_section)
     transform = transform._replace(description=transform.description or name)
     transform = bias_correction(transform, specs) if config.bias_correction else transform
     return transform._replace(description=f"{config.dtype} {config.group_shapes}, {transform.description}")
+
+
+def rounding_name(config: WeightsConfig) -> str:
+    """The key of ROUNDING that the config asks for. Raises ConfigError if there is none of that name."""
+    name = config.rounding or ("nearest" if config.kernel_gptq is None else "gptq")
+    one_of("wgts.rounding", name, ROUNDING)
+    return name
 
 
 def gptq_onto(grid: QuantSpec, config: WeightsConfig, layers: Iterable[str]) -> Transform:

@@ -12,15 +12,13 @@ from PIL import Image
 from sam2jq.data import read_image
 from sam2jq.errors import UserError
 from sam2jq.eval.gallery import Gallery, GalleryItem
+from sam2jq.report.check import METRICS, check_metrics
 from sam2jq.report.figures import SIDE, draw_prompts
 from sam2jq.report.page import file_inside, run_page
 from sam2jq.report.schema import REPORT_VERSION, RunMetrics
 
-# keys without which no page can be made; other fields of RunMetrics may be missing
-NEEDED = (
-    *("model", "checkpoint", "images_id", "truth_id", "asked", "config", "command", "versions", "random_weights"),
-    *("results", "layers", "unquantized", "stages", "stage_images", "gallery"),
-)
+NEEDED = (*(key for key in METRICS if not key.endswith("?")), "gallery")  # keys without which no page can be made
+SHOWN = 3  # faults of a file that an error names
 
 
 def layer_rows(rows: list[dict], figures: Mapping[str, dict], alphas: Mapping[str, tuple | None]) -> list[dict]:
@@ -100,7 +98,7 @@ def read_metrics(folder: Path) -> dict:
         raise FileNotFoundError(f"{folder} has no metrics.json: give the folder that a finished `sam2jq quantize` left")
     try:
         metrics = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}): quantize again") from error
     if not isinstance(metrics, dict) or "layers" not in metrics:
         raise UserError(f"{path} holds no quantized layers: give runs of `sam2jq quantize` or `distill`")
@@ -112,6 +110,10 @@ def read_metrics(folder: Path) -> dict:
     missing = missing_parts(folder, metrics)
     if missing:
         raise UserError(f"{folder} lacks {', '.join(missing)}: quantize again")
+    wrong = check_metrics(metrics)
+    if wrong:
+        more = f", and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        raise UserError(f"{path}: {'; '.join(wrong[:SHOWN])}{more}: quantize again")
     return metrics
 
 
@@ -121,8 +123,6 @@ def missing_parts(folder: Path, metrics: dict) -> list[str]:
     Raises UserError if a picture's name leads out of the folder, or if an entry of the gallery is not one.
     """
     missing = [key for key in NEEDED if key not in metrics]
-    if not {"miou", "mask_iou"} & set(metrics.get("results", ())):
-        missing.append("results.miou and results.mask_iou")
     gallery = metrics.get("gallery", [])
     if not isinstance(gallery, list):
         raise UserError(f"{folder / 'metrics.json'}: gallery is not a list of masks: quantize again")

@@ -3,16 +3,38 @@
 MB = 1e6  # bytes
 
 
+WORST = 5  # layers
+
+
 def layer_table(rows: list[dict]) -> str:
-    """One line per layer: dtype, group, bytes, relative weight error, and the leaves around the quantized weight."""
+    """One line per layer: dtype, group, bytes, relative errors, and the leaves around the quantized weight.
+
+    The error of the output is left out where no row has one: a package does not, metrics.json may.
+    """
     width = max([len(row["name"]) for row in rows], default=0)
+    outputs = any(row.get("output_error") is not None for row in rows)
     head = f"{'layer':{width}}  {'dtype':>6} {'group':>8} {'weights':>10} {'bytes':>9} {'rel. error':>10}"
-    lines = [
-        f"{row['name']:{width}}  {row['dtype']:>6} {row['group']:>8} {row['weights']:>10} {row['bytes']:>9} "
-        f"{row['relative_error']:>10.5f}  {' > '.join(row['around'])}".rstrip()
-        for row in rows
-    ]
-    return "\n".join([head, *lines])
+    head += f" {'of output':>10}" * outputs
+    return "\n".join([head, *(layer_line(row, width, outputs) for row in rows)])
+
+
+def layer_line(row: dict, width: int, outputs: bool) -> str:
+    """The line of one layer in `layer_table`."""
+    sizes = f"{row['name']:{width}}  {row['dtype']:>6} {row['group']:>8} {row['weights']:>10} {row['bytes']:>9}"
+    output_error = row.get("output_error")
+    of_output = ("-" if output_error is None else f"{output_error:.5f}").rjust(11) if outputs else ""
+    return f"{sizes} {row['relative_error']:>10.5f}{of_output}  {' > '.join(row['around'])}".rstrip()
+
+
+def worst_layers(rows: list[dict]) -> str:
+    """The layers with the largest relative error of their output, worst first, under a line that says so.
+
+    The output of a layer is what reaches the masks. Where it was not measured, the error of the weight decides.
+    """
+    measured = [row for row in rows if row["output_error"] is not None]
+    key, what = ("output_error", "output") if measured else ("relative_error", "weight, as outputs were not measured")
+    worst = sorted(measured or rows, key=lambda row: -row[key])[:WORST]
+    return f"worst layers, by relative error of their {what}\n{layer_table(worst)}"
 
 
 def scores(results: dict) -> str:

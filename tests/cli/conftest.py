@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -5,6 +8,8 @@ import pytest
 from converters.checkpoint import save_checkpoint
 from sam2jq import build, init_params
 from sam2jq.cli.main import main
+
+ROOT = Path(__file__).parents[2]
 
 
 def failure(capsys, *arguments: str) -> str:
@@ -27,3 +32,19 @@ def job(tmp_path_factory) -> Path:
     where = ["--output.root", str(folder / "out"), "--output.job", "w4", "--cache.root", str(folder / "cache")]
     assert main(["quantize", *model, *images, *where]) == 0
     return folder / "out" / "w4"
+
+
+def run(*arguments: str, **settings) -> subprocess.CompletedProcess:
+    """What a command in a process of its own returns and prints; settings: of `subprocess.run`."""
+    command = [sys.executable, "-m", "sam2jq", *arguments]
+    return subprocess.run(command, text=True, cwd=ROOT, check=False, stderr=subprocess.PIPE,
+                          **{"stdout": subprocess.PIPE} | settings)  # fmt: skip
+
+
+@pytest.fixture
+def closed_pipe():
+    """The end of a pipe to write to that nobody reads, as behind `| head` when it has enough."""
+    read, write = os.pipe()
+    os.close(read)
+    yield write
+    os.close(write)

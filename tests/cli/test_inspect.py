@@ -1,8 +1,9 @@
 """`sam2jq inspect`."""
 
+from sam2jq.cli.failures import CLOSED_PIPE
 from sam2jq.cli.main import main
 
-from .conftest import failure
+from .conftest import failure, run
 
 
 def test_inspect_prints_every_layer_and_the_totals(job, capsys):
@@ -15,3 +16,8 @@ def test_inspect_prints_every_layer_and_the_totals(job, capsys):
 
 def test_a_file_that_is_no_package_is_named(tmp_path, capsys):
     assert "no package at" in failure(capsys, "inspect", str(tmp_path))
+
+
+def test_a_closed_pipe_ends_a_command_quietly(job, closed_pipe):
+    done = run("inspect", str(job), stdout=closed_pipe)
+    assert (done.stderr, done.returncode) == ("", CLOSED_PIPE)

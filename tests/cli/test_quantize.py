@@ -91,7 +91,7 @@ def test_a_run_repeats_to_the_bit(job, flags, capsys):
     ("wrong", "message"),
     [
         (["--model.checkpoint", "nothing.pt"], "no checkpoint at nothing.pt"),
-        (["--model.name", "tinny"], "unknown model 'tinny'.*did you mean 'tiny'"),
+        (["--model.name", "tinny"], "model.name 'tinny': allowed are .* did you mean 'tiny'"),
         (["--model.name", "tiny"], r"does not fit the model; it is nano 2\.1: give --model.name nano"),
         (["--model.version", "2.0"], r"it is nano 2\.1: give --model.name nano --model.version 2\.1"),
         (["--quant.calib.num-samples", "3"], "holds 2 images, fewer than num_samples 3"),

@@ -41,7 +41,12 @@ def test_a_sweep_runs_every_combination_once_and_compares_them(flags, tmp_path, 
         ("quant.wgts.dtype", "write key=value,value"),
         ("quant.wgts.dtype=sint8,sint1", "sint1.*2..8"),
         ("quant.wgts.dtpe=sint8", "unknown key quant.wgts.dtpe; did you mean 'dtype'"),
-        ("quant.wgts.skips=[a", "the values are not YAML"),
+        ("quant.wgts.skips=[a", "the list of values is not YAML"),
+        ("output.job=a,b", "output.job: a sweep names its runs after their settings"),
+        ("output={job: a},{job: b}", "output: a sweep names its runs"),
+        ("quant.wgts.rounding=nearest,nearst", "quant.wgts.rounding 'nearst': .* did you mean 'nearest'"),
+        ("seed=1,1", "two runs would be called seed=1"),
+        ("model.checkpoint='random:0','random/0'", "two runs would be called model.checkpoint=random_0"),
     ],
 )
 def test_a_sweep_is_checked_before_its_first_run(flags, tmp_path, capsys, over, message):

@@ -1,5 +1,6 @@
 """`sam2jq track`."""
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -21,6 +22,30 @@ def test_track_writes_every_frame_or_a_strip(flags, tmp_path, name):
             assert (picture.n_frames, picture.size) == (3, (64, 64))
         else:
             assert picture.width == 3 * picture.height - 3 * 16  # three squares, and a line of titles above them
+
+
+def test_track_takes_a_mask_of_any_value(flags, tmp_path, capsys):
+    """0 and 1, 0 and 255 or a label give one picture, which is not that of another mask."""
+    disc = (np.hypot(*(np.mgrid[:64, :64] - 30)) < 12).astype(np.uint8)
+    (tmp_path / "clip").mkdir()
+    Image.fromarray(draw_clip(0, 1, 64).frames[0]).save(tmp_path / "clip" / "0.png")
+    strips = {}
+    for name, mask in {
+        "ones": disc,
+        "white": disc * 255,
+        "label": disc * 7,
+        "other": disc.T * (np.mgrid[:64, :64][0] > 30),
+    }.items():
+        Image.fromarray(mask.astype(np.uint8)).save(tmp_path / "mask.png")
+        command = ["track", str(tmp_path / "clip"), *flags[:4], "--mask", str(tmp_path / "mask.png")]
+        assert main([*command, "--out", str(tmp_path / "strip.png")]) == 0
+        strips[name] = np.asarray(Image.open(tmp_path / "strip.png"))
+    for name in ("white", "label"):
+        np.testing.assert_array_equal(strips[name], strips["ones"])
+    assert (strips["other"] != strips["ones"]).any()
+    assert "a mask is the whole prompt" in failure(capsys, *command, "--points", "3,3")
+    Image.fromarray(disc[:60]).save(tmp_path / "mask.png")
+    assert "64 x 60 pixels, but its frame has 64 x 64" in failure(capsys, *command)
 
 
 def test_track_says_what_it_lacks(flags, tmp_path, capsys):

@@ -1,10 +1,13 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from sam2jq import CalibConfig, QuantConfig, RotationConfig, SmoothConfig, WeightsConfig
 from sam2jq.config import loader
 from sam2jq.config.distill import DistillConfig
-from sam2jq.config.run import Config, EvaluateConfig
+from sam2jq.config.run import Config, EvaluateConfig, MeasureConfig
+from sam2jq.errors import UserError
 
 NEEDED = ["--model.checkpoint", "random:0", "--quant.calib.path", "scenes:0"]
 OTHERS = {"task": EvaluateConfig, "teacher": DistillConfig}  # by a key that only they have
@@ -96,6 +99,17 @@ def test_a_version_may_be_written_as_a_number_and_a_switch_without_a_value():
         (["--quant.wgts.skips", "null"], "quant.wgts.skips: null is not allowed"),
         (["--quant.calib.path", "scenes:"], "quant.calib.path must be text, got {'scenes': None}: quote it"),
         (["--quant.wgts.rounding", "[gptq]"], "quant.wgts.rounding must be text"),
+        (["--model.name", "nope", "--model.checkpoint", ""], "model.name 'nope': allowed are tiny"),
+        (["--model.version", "2.2", "--model.checkpoint", ""], "model.version '2.2': allowed are 2.0, 2.1"),
+        (["--quant.wgts.bits", "{a: null}"], r"quant.wgts.bits must be dict\[str, int\], got"),
+        (["--quant.wgts.bits", "[[1, a]]"], "quant.wgts.bits must be a mapping such as {a: 4}"),
+        (["--quant.wgts.bits", "{a: 4, a: 3}"], "--quant.wgts.bits .*: key a is given twice, in line 1: remove one"),
+        (["--quant.rotation", "{transforms: [null]}"], "quant.rotation.transforms must be"),
+        (["--seed", "yes"], "seed must be a whole number, got True"),
+        (["--output.job", "no"], "output.job must be text, got False: quote it if it is text"),
+        (["--quant.wgts.ridge", ".nan"], "quant.wgts.ridge must be a number, got nan"),
+        (["--seed", "2026-13-45"], "--seed '2026-13-45' holds a value that YAML cannot read"),
+        (["--seed", "[" * 2000], "is nested too deeply"),
     ],
 )
 def test_a_wrong_setting_is_named_in_one_line(flags, message):
@@ -120,10 +134,58 @@ def test_a_grid_is_every_combination():
 def test_a_missing_or_broken_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config at .*demo_w8\.yml; did you mean 'demo_w8\.yaml'"):
         loader.load(str(EXPERIMENTS[0].with_name("demo_w8.yml")), [])
-    for text, message in (("a: [", "is not YAML"), ("- 1", "holds no settings")):
+    for text, message in {
+        "a: [": "is not YAML: .* in line 1, column 5",
+        "- 1": "holds no settings",
+        "a: !!int b": "holds a value that YAML cannot read",
+        "seed: soon": r"c\.yaml: seed: .*'soon'",
+        "sed: 1": r"c\.yaml: unknown key sed; did you mean 'seed'",
+        "quant: {calib: {num_samples: 0}}": r"c\.yaml: quant.calib.num_samples must be at least 1",
+        "seed: 1\nquant:\n  wgts:\n    dtype: sint8\n  calib: {path: x}\n  wgts: {}\n": (
+            r"c\.yaml: key wgts is given twice, in lines 3 and 6: remove one"
+        ),
+    }.items():
         (tmp_path / "c.yaml").write_text(text)
-        with pytest.raises(ValueError, match=message):
-            loader.load(str(tmp_path / "c.yaml"), [])
+        with pytest.raises(UserError, match=message) as error:
+            loader.load(str(tmp_path / "c.yaml"), NEEDED)
+        assert str(tmp_path / "c.yaml") in str(error.value)
+        assert "\n" not in str(error.value)
+    (tmp_path / "c.yaml").write_text("seed: 1")
+    with pytest.raises(UserError, match="^seed: .*'never'"):  # the flag is wrong, not the file
+        loader.load(str(tmp_path / "c.yaml"), [*NEEDED, "--seed", "never"])
+
+
+def test_numbers_that_yaml_rewrites_stay_text():
+    assert [load("--output.job", text).output.job for text in ("007", "12:30", "1_000", "42", "2026-11-28")] == [
+        "007", "12:30", "1_000", "42", "2026-11-28",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="seed: .*'0x1F'"):
+        load("--seed", "0x1F")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CalibConfig(num_samples="3"), "num_samples must be a whole number, got '3'"),
+        (lambda: CalibConfig(image_size=True), "image_size must be a whole number or null, got True"),
+        (lambda: WeightsConfig(dtype=4), "dtype must be text, got 4"),
+        (lambda: WeightsConfig(bits=[4]), r"bits must be dict\[str, int\], got \[4\]"),
+        (lambda: WeightsConfig(group_shapes=[[1, "a"]]), "group_shapes must be list"),
+        (lambda: WeightsConfig(kernel_gptq={}), "kernel_gptq must be a GptqConfig or null, got {}"),
+        (lambda: SmoothConfig(alpha=None), "alpha must be a number, got None"),
+        (lambda: RotationConfig(transforms="hadamard"), "transforms must be list"),
+        (lambda: QuantConfig(calib="photos"), "calib must be a CalibConfig, got 'photos'"),
+        (lambda: MeasureConfig(images=Path("x")), "images must be text"),
+    ],
+)
+def test_a_value_of_another_type_is_named(make, message):
+    """From Python nothing else checks types, and a comparison would end in a TypeError."""
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+def test_tuples_and_numpy_numbers_are_taken():
+    assert WeightsConfig(group_shapes=((1, 64),), bits={"a": np.int64(4)}, ridge=np.float32(0.5), target_bits=None)
 
 
 DISTILL = ["--teacher.name", "nano", "--student.name", "nano", "--data.train", "scenes:1", "--data.val", "scenes:2"]

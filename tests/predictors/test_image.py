@@ -37,6 +37,11 @@ PROMPTS = {
 PROMPTS["points and mask"] = POINT | PROMPTS["mask"]
 
 
+PROMPTS["no points"] = {"point_coords": np.zeros((0, 2)), "point_labels": np.zeros(0, int)}
+PROMPTS["no points beside a box"] = PROMPTS["no points"] | PROMPTS["box"]
+PROMPTS["a box as points"] = {"point_coords": np.array([[20, 30], [200, 250]]), "point_labels": [2, 3]}
+
+
 @pytest.mark.parametrize("multimask", [True, False])
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_logits_scores_and_shapes_equal_the_original_predictor(predictors, prompt, multimask):
@@ -74,6 +79,46 @@ def test_bfloat16_activations_stay_close(predictors):
     assert 0 < relative(got, expected) < 0.012
 
 
+def test_no_points_beside_boxes_are_the_boxes_alone(predictors):
+    _, ours = predictors
+    for box in (PROMPTS["box"], PROMPTS["boxes"]):
+        for x, y in zip(ours.predict(**PROMPTS["no points"], **box), ours.predict(**box), strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [{"box": np.zeros((0, 4))}, {"box": []}, {"point_coords": np.zeros((0, 1, 2)), "point_labels": np.zeros((0, 1))}],
+)
+@pytest.mark.parametrize(("multimask", "count"), [(True, 3), (False, 1)])
+def test_no_prompt_of_a_batch_gives_an_empty_result(predictors, prompt, multimask, count):
+    masks, ious, low_res = predictors[1].predict(**prompt, multimask_output=multimask)
+    assert (masks.shape, ious.shape, low_res.shape) == ((0, count, 320, 240), (0, count), (0, count, 64, 64))
+    assert {x.dtype for x in (masks, ious, low_res)} == {np.dtype(np.float32)}
+
+
+DISC = np.hypot(*(np.mgrid[:64, :64] - 30)) < 12
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [DISC, DISC * np.uint8(255), DISC * 7, DISC * 1.0, DISC * 255.0, DISC * 0.4, np.zeros((64, 64)), np.ones((64, 64))],
+)
+def test_a_mask_in_place_of_logits_is_an_error(predictors, mask):
+    """The original takes 0 and 1 as logits, and the object is then nowhere or everywhere."""
+    with pytest.raises(UserError, match=r"mask_input holds a mask, not logits: .* 20 \* \(mask > 0\) - 10"):
+        predictors[1].predict(mask_input=mask[None])
+    with pytest.raises(UserError, match="mask_input holds a mask"):
+        predictors[1].predict(mask_input=np.stack([np.where(DISC, 3.5, -2.0), mask])[:, None])
+
+
+def test_logits_of_any_sign_are_no_mask(predictors):
+    """What the way out of the error above gives, logits over 0 everywhere, and those of a saturated mask."""
+    original, ours = predictors
+    for logits in (20 * DISC - 10, 2.5 + DISC, np.full((64, 64), 32.0)):
+        assert relative(*(p.predict(mask_input=logits[None], return_logits=True)[0] for p in (ours, original))) <= 1e-4
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
@@ -83,6 +128,14 @@ def test_bfloat16_activations_stay_close(predictors):
         ({"mask_input": np.zeros((1, 8, 8))}, r"mask_input \[1, 8, 8\] must be \[1, 64, 64\]"),
         ({"box": np.zeros((3, 4)), **POINT}, "the same number of prompts"),
         ({"box": [1, 2, 3]}, r"box \[3\] must be \[4\] or \[P, 4\]"),
+        ({"point_coords": [[np.nan, 1]], "point_labels": [1]}, "point_coords holds NaN or infinite values"),
+        ({"point_coords": [[1e39, 1]], "point_labels": [1]}, "point_coords holds NaN or infinite values"),
+        ({"point_coords": [[None, 1]], "point_labels": [1]}, "point_coords holds NaN or infinite values"),
+        ({"point_coords": [[1, 1]], "point_labels": [0.5]}, "point_labels must be 1"),
+        ({"point_coords": [[1, 1]], "point_labels": [np.nan]}, "point_labels holds NaN"),
+        ({"box": [0, 0, np.inf, 5]}, "box holds NaN or infinite values"),
+        ({"mask_input": np.full((1, 64, 64), np.nan)}, "mask_input holds NaN or infinite values"),
+        ({"box": [1j, 0, 5, 5]}, "box is not an array of numbers"),
         ({"box": "left"}, "box is not an array of numbers"),
         ({"point_coords": [[1, 2], [3]], "point_labels": [1, 0]}, "point_coords is not an array of numbers"),
     ],

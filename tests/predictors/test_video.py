@@ -51,6 +51,21 @@ def both(pair, clip, run):
     return results
 
 
+@pytest.fixture(scope="module")
+def prompted_alone(clip):
+    """prompted_alone(method, **prompt): as `both`, of the first frame of one clip without any other prompt."""
+    pair = predictors("2.1")
+    states = [predictor.init_state(clip) for predictor in pair]
+
+    def run(method, **prompt):
+        for predictor, state in zip(pair, states):
+            predictor.reset_state(state)
+            frame, ids, masks = getattr(predictor, method)(state, 0, 1, **prompt)
+            yield [(frame, list(ids), np.asarray(masks))]
+
+    return run
+
+
 def compare(results):
     original, ours = results
     assert [row[:2] for row in ours] == [row[:2] for row in original]
@@ -68,6 +83,59 @@ def test_two_objects_over_twelve_frames_match_the_original(version, clip):
         yield from predictor.propagate_in_video(state)
 
     compare(both(predictors(version), clip, run))
+
+
+DISC = np.hypot(*(np.mgrid[:256, :200] - [[[120]], [[90]]])) < 30
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        DISC,
+        DISC * np.uint8(255),
+        DISC * np.uint16(40000),
+        DISC * 7,
+        np.where(DISC, 0.4, 0.0).astype(np.float16),
+        np.where(DISC, 1e-60, 0.0),
+        np.asarray(Image.fromarray(DISC)),
+        DISC.tolist(),
+    ],
+    ids=["bool", "0/255", "16 bits", "label 7", "soft", "tiny", "PIL", "list"],
+)
+def test_any_value_but_0_is_object_as_in_the_original(prompted_alone, mask):
+    original, ours = prompted_alone("add_new_mask", mask=mask)
+    compare([original, ours])
+    assert (ours[0][2] > 0).sum() == (original[0][2] > 0).sum()
+    assert (ours[0][2] > 0).sum() == pytest.approx(DISC.sum(), rel=0.01)  # at the resolution of the model's masks
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [((-10.0, 10.0), "looks like logits: give mask > 0"), ((-1, -3), "looks like logits"),
+     ((0, np.nan), "NaN or infinite"), ((0, np.inf), "NaN or infinite"), (("no", "yes"), "not an array of numbers")],
+)  # fmt: skip
+def test_a_mask_that_is_no_mask_is_an_error(pair, values, message):
+    _, predictor = pair
+    state = predictor.init_state(np.zeros((2, 256, 200, 3), np.uint8))
+    with pytest.raises(UserError, match=message):
+        predictor.add_new_mask(state, 0, 1, np.where(DISC, *values[::-1]))
+    assert state.objects == {}
+
+
+BOX = np.array([100.0, 90.0, 180.0, 200.0])
+NONE = {"points": np.zeros((0, 2)), "labels": np.zeros(0, np.int32)}
+UNUSUAL = {
+    "no points beside a box": NONE | {"box": BOX},
+    "no points": NONE,
+    "a box as points": {"points": BOX.reshape(2, 2), "labels": [2, 3]},
+    "a box and a click as points": {"points": [[100, 90], [180, 200], [120, 100]], "labels": [2, 3, 1]},
+    "box [2, 2]": {"box": BOX.reshape(2, 2)},
+}
+
+
+@pytest.mark.parametrize("prompt", UNUSUAL)
+def test_prompts_that_the_original_takes(prompted_alone, prompt):
+    compare(prompted_alone("add_new_points_or_box", **UNUSUAL[prompt]))
 
 
 @pytest.mark.slow  # the same programs as above on more ways to call them
@@ -177,6 +245,21 @@ def test_bad_input_is_named(pair):
         predictor.add_new_points_or_box(state, 0, 1, box=[1, 1, 5, 5], clear_old_points=False)
     with pytest.raises(UserError, match="object 1: 2 prompts for one object"):
         predictor.add_new_points_or_box(state, 0, 1, box=[[1, 1, 5, 5], [2, 2, 6, 6]])
+    for prompt in (
+        {"points": np.ones((2, 3, 2)), "labels": np.ones((2, 3), int)},
+        {"points": np.ones((2, 1, 2)), "labels": np.ones((2, 1), int)},
+        {"box": np.zeros((0, 4))},
+    ):
+        with pytest.raises(UserError, match="object 1: [02] prompts for one object"):
+            predictor.add_new_points_or_box(state, 0, 1, **prompt)
+    for prompt in ({"points": [[np.nan, 1]], "labels": [1]}, {"box": [1, 1, np.inf, 5]}):
+        with pytest.raises(UserError, match="holds NaN or infinite values: give finite numbers"):
+            predictor.add_new_points_or_box(state, 0, 1, **prompt)
+    predictor.add_new_points_or_box(state, 0, 1, points=[[1, 1]], labels=[1])
+    for frame in (-1, 2):
+        with pytest.raises(UserError, match=f"frame {frame}: the clip has frames 0 to 1"):
+            next(predictor.propagate_in_video(state, start_frame_idx=frame))
+    predictor.reset_state(state)
     with pytest.raises(UserError, match="mask is not an array of numbers"):
         predictor.add_new_mask(state, 0, 1, [[1, 2], [3]])
     assert state.objects == {}  # nothing half entered

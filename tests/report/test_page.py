@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from sam2jq.errors import UserError
+from sam2jq.report.check import check_metrics
 from sam2jq.report.page import run_page
 from sam2jq.report.run import NEEDED, layer_rows, merged, read_metrics
 from sam2jq.report.verdict import scheme, scores, warnings
@@ -69,6 +70,64 @@ def test_a_malformed_entry_of_the_gallery_is_named_in_one_line(make_run, changes
     folder = make_run("a")
     set_shown(folder, changes)
     with pytest.raises(UserError, match="metrics.json: entry 0 of the gallery does not describe a mask"):
+        read_metrics(folder)
+
+
+def put(content: dict, path: tuple, value: object) -> None:
+    """Sets the value at `path` of nested dicts and lists, or deletes it if it is `...`."""
+    *outer, last = path
+    for key in outer:
+        content = content[key]
+    if value is ...:
+        del content[last]
+    else:
+        content[last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("layers",), {}, "layers is {}, not what a run writes"),
+        (("layers",), "x", "layers is 'x', not"),
+        (("layers", 1), None, r"layers\[1\] is None, not"),
+        (("layers", 1, "bits"), "4", r"layers\[1\].bits is '4', not a whole number"),
+        (("layers", 0, "around"), ..., r"layers\[0\].around is missing"),
+        (("layers", 0, "inputs"), "uint", r"layers\[0\].inputs is 'uint', not what a run writes"),
+        (("stages", 2, "feature_error"), {"stride4": 1.0}, r"stages\[2\].feature_error.stride8 is missing"),
+        (("stages", 0), [], r"stages\[0\] is \[\], not"),
+        (("config",), None, "config is None, not"),
+        (("config", "quant"), ..., "config.quant is missing"),
+        (("config", "quant", "wgts", "group_shapes"), [[1, 2, 3]], r"group_shapes\[0\] is \[1, 2, 3\], not"),
+        (("config", "quant", "wgts", "low_rank"), {}, "low_rank.rank is missing"),
+        (("results",), [], r"results is \[\], not"),
+        (("results", "miou", "weights"), ..., "results.miou.weights is missing"),
+        (("results", "miou_data"), ..., "results.miou_data is missing"),
+        (("results", "held_out"), ..., "results.held_out is missing"),
+        (("stages", 1, "mask_iou"), ..., r"stages\[1\].mask_iou is missing"),
+        (("results", "kinds"), ["x"], r"results.kinds is \["),
+        (("results", "kinds"), ["x", "weights"], "results.miou.x is missing"),
+        (("model", "version"), 2.1, "model.version is 2.1, not text"),
+        (("bytes_float32",), ..., "bytes_float32 is missing"),
+        (("asked",), 3, "asked is 3, not"),
+        (("history",), {"bits": {"steps": [0, 1], "layers": {"a": [8.0]}}}, "history.bits.layers.a has not one value"),
+        (("history",), {"loss": [[1]]}, r"history.loss\[0\] is \[1\], not"),
+    ],
+)
+def test_a_malformed_part_of_metrics_json_is_named(path, value, message):
+    content = json.loads(json.dumps(metrics(4, 0.6)))
+    assert not check_metrics(content)
+    put(content, path, value)
+    found = check_metrics(content)
+    assert re.search(message, found[0])
+    assert "\n" not in found[0]
+
+
+def test_a_malformed_file_is_named_with_what_is_wrong_in_it(make_run):
+    folder = make_run("a", history=HISTORY)
+    content = read_metrics(folder)
+    content["layers"] = [{}]
+    (folder / "metrics.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"metrics.json: layers\[0\].name is missing; .*, and 12 more: quantize again"):
         read_metrics(folder)
 
 

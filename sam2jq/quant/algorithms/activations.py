@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from sam2jq.errors import ConfigError
+from sam2jq.quant.field_types import check_types
 from sam2jq.quant.leaves import apply_kernel, dense, materialize, quantize_output, unwrap, weight_leaf
 from sam2jq.quant.qtensor import QTensor, compute_scale_zero_point, round_to_grid
 from sam2jq.quant.spec import QuantSpec, check_bits, parse_spec
@@ -44,6 +45,7 @@ class InputsConfig:
     target_bits: float | None = None
 
     def __post_init__(self):
+        check_types(self)
         if self.dtype is not None:
             parse_spec(self.dtype, self.group_shapes)
         check_bits(self.bits, self.target_bits)

@@ -26,6 +26,7 @@ from jax import lax
 
 from sam2jq.errors import ConfigError, UserError
 from sam2jq.quant.error import output_error
+from sam2jq.quant.field_types import check_types
 from sam2jq.quant.padding import pad_axes, pad_kernel
 from sam2jq.quant.qtensor import (
     QTensor,
@@ -59,6 +60,7 @@ class GptqConfig:
     sweeps: int = 2  # passes of coordinate descent after the first pass
 
     def __post_init__(self):
+        check_types(self)
         if not self.damp_percentage > 0:
             raise ConfigError(f"damp_percentage must be over 0, got {self.damp_percentage}")
         for name, least in {"block_size": 1, "num_inv_tries": 1, "sweeps": 0}.items():

@@ -28,6 +28,7 @@ from jax.scipy.linalg import solve_triangular
 from sam2jq.errors import ConfigError, UserError, one_of
 from sam2jq.quant.algorithms.activations import fake_quantize
 from sam2jq.quant.error import output_error
+from sam2jq.quant.field_types import check_types
 from sam2jq.quant.leaves import apply_kernel, materialize, weight_leaf
 from sam2jq.quant.qtensor import QTensor, dequantize, quantize
 from sam2jq.quant.spec import QuantSpec
@@ -50,6 +51,7 @@ class LowRankConfig:
     objective: str = "output"  # what a branch approximates best: "output" or "weight"
 
     def __post_init__(self):
+        check_types(self)
         if self.exclusive:
             raise ConfigError("exclusive: only false is supported: SAM 2's q, k and v are one layer with one branch")
         if self.rank < 1 or self.num_iters < 1:

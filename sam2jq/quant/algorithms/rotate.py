@@ -16,6 +16,7 @@ import numpy as np
 
 from sam2jq.errors import ConfigError, UserError, one_of
 from sam2jq.quant.algorithms.hadamard import fast_hadamard
+from sam2jq.quant.field_types import check_types
 from sam2jq.quant.leaves import apply_kernel, materialize, weight_leaf
 from sam2jq.quant.transform import Transform, each_layer, map_base_weight, match_layers
 
@@ -34,6 +35,7 @@ class RotationConfig:
     fold_heads: bool = False
 
     def __post_init__(self):
+        check_types(self)
         for name in self.transforms:
             one_of("transforms", name, ("hadamard",))
         if self.fold_heads and not self.transforms:

@@ -18,6 +18,7 @@ from jax import lax
 
 from sam2jq.errors import ConfigError, UserError, one_of
 from sam2jq.quant.algorithms.activations import fake_quantize
+from sam2jq.quant.field_types import check_types
 from sam2jq.quant.leaves import apply_kernel, materialize, weight_leaf
 from sam2jq.quant.padding import pad_axes, pad_kernel, padded_size
 from sam2jq.quant.qtensor import QTensor, dequantize, join_bits, quantize, split_bits
@@ -56,6 +57,7 @@ class SmoothConfig:
     spans: tuple[tuple[str, str], ...] = (("AbsMax", "AbsMax"),)
 
     def __post_init__(self):
+        check_types(self)
         object.__setattr__(self, "spans", tuple(map(tuple, self.spans)))  # lists, as YAML has them
         one_of("granularity", self.granularity, ("Layer", "ChannelGroup"))
         one_of("strategy", self.strategy, ("Manual", "GridSearch"))

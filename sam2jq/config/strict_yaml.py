@@ -1,0 +1,52 @@
+"""YAML as settings are written in it: safe, and without a key that is given twice."""
+
+import yaml
+
+from sam2jq.errors import UserError
+
+
+class StrictLoader(yaml.SafeLoader):
+    """A safe loader that refuses mappings with a key twice, of which YAML would keep the last.
+
+    Whole numbers in forms such as 007, 1_000 and 12:30, which YAML 1.1 rewrites to 7, 1000 and 750, stay text.
+    """
+
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        lines = {}
+        for key_node, _ in node.value:
+            key, line = (key_node.tag, str(key_node.value)), key_node.start_mark.line + 1
+            if key in lines:
+                where = f"in lines {lines[key]} and {line}" if lines[key] != line else f"in line {line}"
+                raise UserError(f"key {key_node.value} is given twice, {where}: remove one")
+            lines[key] = line
+        return node
+
+    def construct_yaml_int(self, node):
+        number = super().construct_yaml_int(node)
+        return number if str(number) == node.value.removeprefix("+") else node.value
+
+
+StrictLoader.add_constructor("tag:yaml.org,2002:int", StrictLoader.construct_yaml_int)
+
+
+def parse_yaml(text: str, name: str) -> object:
+    """The value that `text` describes. Raises UserError that begins with `name` if it is not YAML, or not safe."""
+    try:
+        return yaml.load(text, StrictLoader)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{name} is not YAML: {describe(error)}") from error
+    except RecursionError as error:
+        raise UserError(f"{name} is not YAML: it is nested too deeply") from error
+    except (ValueError, TypeError, AttributeError, LookupError) as error:  # of a date or number that there cannot be
+        reason = " ".join(str(error).split())
+        raise UserError(f"{name} holds a value that YAML cannot read ({reason}): quote it") from error
+
+
+def describe(error: yaml.YAMLError) -> str:
+    """What is wrong and where, on one line."""
+    problem, mark = getattr(error, "problem", None) or str(error), getattr(error, "problem_mark", None)
+    where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    return " ".join(f"{problem}{where}".split())
