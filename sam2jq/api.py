@@ -12,7 +12,7 @@ import numpy as np
 
 from sam2jq import __version__
 from sam2jq.errors import UserError
-from sam2jq.models.sam2 import SAM2, VARIANTS, VERSIONS, build, variant_name
+from sam2jq.models.sam2 import SAM2, VARIANTS
 from sam2jq.quant.leaves import materialize
 from sam2jq.quant.package import Package, is_native, pack_params, read_package, write_package
 
@@ -121,49 +121,19 @@ def load(
     """The model and its params from `source`.
 
     source: "demo"; a package (package.safetensors, package.pt) or the folder of a run; an original checkpoint (.pt,
-      .pth); Hugging Face safetensors, a file or its folder; a Hub id (extra `hub`); or random:<seed>, with a name.
+      .pth), also as training programs wrap it, with "#ema" or the like after the name where it holds several models;
+      Hugging Face safetensors, a file or its folder; a Hub id (extra `hub`); or random:<seed>, with a name.
     name, version: of the model (tiny, small, base-plus, large, nano; "2.0", "2.1"). Packages hold them, and they are
-      recognized from the tensors of checkpoints. image_size: in pixels, in place of the model's.
-    Packages come with their weight leaves. `.pt` and `.pth` need torch, nothing else does.
+      recognized from the tensors of checkpoints. image_size: in pixels, in place of the model's; packages and Hugging
+      Face's folders hold it. What is given must not contradict the file.
+    Packages come with their weight leaves. Params are float32, whatever the file holds; those of an image-only model
+    lack the memory. `.pt` and `.pth` need torch, nothing else does.
     Raises UserError or FileNotFoundError that names the file and what to do.
     """
-    from converters.checkpoint import fit_weights, load_checkpoint, read_weights
+    from converters.checkpoint import open_checkpoint
 
-    source = str(source)
-    if source.startswith("random:"):
-        if name is None:
-            raise UserError(f"{source} needs the name of a model: {', '.join(VARIANTS)}")
-        model = build(name, version or "2.1", image_size)
-        return model, load_checkpoint(source, model).params
-    weights = read_weights(source)
-    model = choose_model(weights, source, name, version, image_size)
-    return model, fit_weights(weights, model, source).params
-
-
-def choose_model(weights, source: str, name: str | None, version: str | None, image_size: int | None) -> SAM2:
-    """The model of the weights that were read from `source`; arguments as in `load`.
-
-    Raises UserError if the name or version is neither given nor known, or if they contradict the file.
-    """
-    from converters.checkpoint import leaf_shapes, recognize
-
-    given = {"name": name and variant_name(name), "version": version}
-    about = dict(weights.model or {})
-    if not about and None in given.values():
-        fits = recognize({key: x.shape for key, x in weights.tensors.items()} | leaf_shapes(weights.leaves))
-        if fits:
-            about = dict(zip(("name", "version"), fits))
-        elif name is None:
-            raise UserError(
-                f"the tensors of {source} fit no size of SAM 2 exactly: give name ({', '.join(VARIANTS)}) and version "
-                f"({', '.join(VERSIONS)}) to see which do not fit"
-            )
-    wrong = [f"{key} {about[key]!r}, not {value!r}" for key, value in given.items()
-             if value and value != about.get(key, value)]  # fmt: skip
-    if wrong:
-        raise UserError(f"{source} holds a model of {' and '.join(wrong)}")
-    known_name, known_version = str(about.get("name") or name), about.get("version") or version or "2.1"
-    return build(known_name, known_version, about.get("image_size") if image_size is None else image_size)
+    model, checkpoint = open_checkpoint(str(source), name, version, image_size)
+    return model, checkpoint.params
 
 
 def save(path: str | Path, model: SAM2, params: dict, metadata: Mapping | None = None) -> None:

@@ -34,3 +34,10 @@ def suggest(name: str, known: Iterable[str]) -> str:
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1) or [k for k in known if k.endswith(f".{name}")][:1]
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def some_of(items: Iterable[str], count: int = 10, separator: str = ", ") -> str:
+    """The first `count` items on one line, and how many more there are; "" if there are none."""
+    items = list(items)
+    more = f"{separator}... and {len(items) - count} more" if len(items) > count else ""
+    return separator.join(items[:count]) + more

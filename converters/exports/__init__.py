@@ -24,14 +24,19 @@ class Export(NamedTuple):
 def write_vanilla(out: Path, model: SAM2, params: dict, metadata: dict) -> None:
     from converters.exports.vanilla import save_vanilla
 
-    save_vanilla(out / "vanilla.pt", params, metadata["random_weights"])
+    save_vanilla(out / "vanilla.pt", params, metadata["random_weights"], metadata["model"])
 
 
 def write_safetensors(out: Path, model: SAM2, params: dict, metadata: dict) -> None:
-    from converters.checkpoint import save_checkpoint
+    from converters.hf import to_hf
+    from converters.hf_config import write_config
+    from converters.names import array, to_torch
+    from converters.safetensors_files import write_tensors
     from sam2jq.quant.leaves import materialize_params
 
-    save_checkpoint(out / "model.safetensors", materialize_params(params))
+    state_dict = to_hf(to_torch(materialize_params(params)))
+    write_tensors(out / "model.safetensors", {key: array(x) for key, x in state_dict.items()}, metadata["model"])
+    write_config(out, model)
 
 
 def write_deepcompressor(out: Path, model: SAM2, params: dict, metadata: dict) -> None:
@@ -56,7 +61,7 @@ def write_nunchaku(out: Path, model: SAM2, params: dict, metadata: dict) -> None
 
 EXPORTS = {
     "vanilla": Export("vanilla.pt for build_sam2", write_vanilla),
-    "safetensors": Export("model.safetensors with Hugging Face's names", write_safetensors),
+    "safetensors": Export("a folder for Sam2VideoModel.from_pretrained of transformers", write_safetensors),
     "deepcompressor": Export(
         "model.pt, scale.pt, smooth.pt and branch.pt, and rotation.pt where layers are rotated", write_deepcompressor
     ),

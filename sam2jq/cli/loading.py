@@ -1,6 +1,7 @@
 """Models, checkpoints and packages as several commands load them."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -9,7 +10,7 @@ from sam2jq.cli.run_folder import stage
 from sam2jq.config.quant import QuantConfig
 from sam2jq.config.run import ModelConfig
 from sam2jq.errors import UserError
-from sam2jq.models.sam2 import SAM2, build
+from sam2jq.models.sam2 import SAM2, has_memory
 from sam2jq.ptq.run import with_bits_of
 
 log = logging.getLogger("sam2jq")
@@ -31,7 +32,7 @@ def configure_jax(device: str, cache_root: str, key: str = "model.device") -> No
 
 
 def load_model(config: ModelConfig, cache_root: str, image_size: int | None = None):
-    """Returns (SAM2, Checkpoint) of `config`, on its device.
+    """Returns (SAM2, Checkpoint) of `config`, on its device; image_size: in place of the config's.
 
     Raises UserError or OSError if the device or the checkpoint is missing, or the checkpoint does not fit the model.
     """
@@ -41,14 +42,37 @@ def load_model(config: ModelConfig, cache_root: str, image_size: int | None = No
 
 def load_checkpoint_of(config: ModelConfig, image_size: int | None = None):
     """Returns (SAM2, Checkpoint) of `config`; its device is ignored."""
-    from converters.checkpoint import load_checkpoint
+    from converters.checkpoint import open_checkpoint
 
-    model: SAM2 = build(config.name, config.version, image_size)
-    with stage("load", f"{config.name} {config.version} from {config.checkpoint}"):
-        checkpoint = load_checkpoint(config.checkpoint, model)
+    size = config.image_size if image_size is None else image_size
+    with stage("load", config.checkpoint):
+        model, checkpoint = open_checkpoint(config.checkpoint, config.name, config.version, size)
     if checkpoint.random:
         log.warning("warning     the weights are RANDOM: no result here says anything about a trained model")
     return model, checkpoint
+
+
+def resolved(config: ModelConfig, model: SAM2) -> ModelConfig:
+    """`config` with the name, version and image size of the model that was loaded."""
+    from sam2jq.api import describe_model
+
+    return replace(config, **describe_model(model))
+
+
+def known_image_size(source: str) -> int | None:
+    """The image size that a checkpoint's file holds; None if it holds none."""
+    from converters.checkpoint import read_weights
+
+    return None if source.startswith("random:") else (read_weights(source).model or {}).get("image_size")
+
+
+def require_memory(checkpoint, what: str) -> None:
+    """Raises UserError if a checkpoint is an image-only model, which `what` cannot use."""
+    if not has_memory(checkpoint.params):
+        raise UserError(
+            f"{checkpoint.source} is an image-only model, without the weights of the memory: it cannot be used for "
+            f"{what}; give the checkpoint of the video model"
+        )
 
 
 def replay_bits(quant: QuantConfig) -> QuantConfig:
