@@ -12,17 +12,21 @@ from sam2jq.models.sam2 import SAM2
 
 # that of the model, that of both processors, and those of one processor each, as older versions write them
 FILES = ("config.json", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+HF_MEMORY_FEATURES = 64  # channels of a memory that transformers' memory attention is built for
 
 
-def write_config(folder: Path, model: SAM2) -> None:
-    """Writes config.json and processor_config.json of `Sam2VideoModel` and `Sam2VideoProcessor` into `folder`."""
-    for name, content in zip(FILES, (model_config(model), processor_config(model))):
+def write_config(folder: Path, model: SAM2, *, video: bool = True) -> None:
+    """Writes config.json and processor_config.json into `folder`.
+
+    video: for `Sam2VideoModel` and `Sam2VideoProcessor`, else for the image-only `Sam2Model` and `Sam2Processor`.
+    """
+    for name, content in zip(FILES, (model_config(model, video), processor_config(model, video))):
         with atomic_write(folder / name) as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def model_config(model: SAM2) -> dict:
-    """The content of config.json: what of `Sam2VideoConfig` the sizes and versions of SAM 2 differ in."""
+def model_config(model: SAM2, video: bool) -> dict:
+    """The content of config.json: what the sizes and versions of SAM 2 differ in."""
     v, latest = model.variant, model.version == "2.1"
     widths = [v.embed_dim * 2**stage for stage in range(len(v.stages))]
     backbone = {
@@ -43,14 +47,18 @@ def model_config(model: SAM2) -> dict:
         "backbone_feature_sizes": [[v.image_size // stride] * 2 for stride in (4, 8, 16)],
         "fpn_hidden_size": v.features,
     }
-    return {
-        "architectures": ["Sam2VideoModel"],
-        "model_type": "sam2_video",
+    image = {
         "dtype": "float32",
-        "image_size": v.image_size,
         "vision_config": vision,
         "prompt_encoder_config": {"hidden_size": v.features, "image_size": v.image_size},
         "mask_decoder_config": {"hidden_size": v.features},
+    }
+    if not video:
+        return {"architectures": ["Sam2Model"], "model_type": "sam2"} | image
+    return image | {
+        "architectures": ["Sam2VideoModel"],
+        "model_type": "sam2_video",
+        "image_size": v.image_size,
         "enable_occlusion_spatial_embedding": latest,
         "enable_temporal_pos_encoding_for_object_pointers": latest,
         "memory_attention_hidden_size": v.features,
@@ -65,7 +73,7 @@ def model_config(model: SAM2) -> dict:
     }
 
 
-def processor_config(model: SAM2) -> dict:
+def processor_config(model: SAM2, video: bool) -> dict:
     """The content of processor_config.json: the size, mean and standard deviation of the model's input."""
     square = lambda side: {"height": side, "width": side}
     size = model.variant.image_size
@@ -77,13 +85,12 @@ def processor_config(model: SAM2) -> dict:
         "rescale_factor": 1 / 255,
         "size": square(size),
     }
-    return {
-        "processor_class": "Sam2VideoProcessor",
-        "image_processor": {"image_processor_type": "Sam2ImageProcessor", "mask_size": square(size // 4)} | pixels,
-        "video_processor": {"video_processor_type": "Sam2VideoVideoProcessor"} | pixels,
-        "point_pad_value": -10,
-        "target_size": size,
-    }
+    image = {"image_processor_type": "Sam2ImageProcessor", "mask_size": square(size // 4)} | pixels
+    shared = {"image_processor": image, "point_pad_value": -10, "target_size": size}
+    if not video:
+        return {"processor_class": "Sam2Processor"} | shared
+    frames = {"video_processor_type": "Sam2VideoVideoProcessor"} | pixels
+    return {"processor_class": "Sam2VideoProcessor", "video_processor": frames} | shared
 
 
 def read_config(folder: Path) -> dict:

@@ -6,9 +6,8 @@ import numpy as np
 
 from converters.names import mismatches, shapes, to_layout, torch_key
 from sam2jq.errors import UserError, some_of
-from sam2jq.models.sam2 import IMAGE_PARTS, SAM2, VARIANTS, VERSIONS, abstract_params, build, variant_name
+from sam2jq.models.sam2 import SAM2, VARIANTS, VERSIONS, abstract_params, build, image_params, variant_name
 from sam2jq.quant.package import full_shape
-from sam2jq.tree import flatten, unflatten
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -24,13 +23,10 @@ def params_like(model: SAM2, got: Shapes) -> dict:
     It lacks the memory if `got`, by original name, has the image's parts and nothing of the memory, as the files of
     Hugging Face's `Sam2Model`.
     """
-    like = abstract_params(model)
-    flat = flatten(like)
-    is_image = lambda path: path.startswith(IMAGE_PARTS)
-    if any(torch_key(path) in got for path in flat if not is_image(path)):
-        return like
-    image = {path: leaf for path, leaf in flat.items() if is_image(path)}
-    return unflatten(image) if any(torch_key(path) in got for path in image) else like
+    like, image = abstract_params(model), image_params(model)
+    image_keys = shapes(image).keys()
+    memory_keys = shapes(like).keys() - image_keys
+    return image if image_keys & got.keys() and not memory_keys & got.keys() else like
 
 
 def recognize(got: Shapes) -> tuple[str, str] | None:

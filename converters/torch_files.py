@@ -2,7 +2,6 @@
 
 import pickle
 import zipfile
-import zlib
 from pathlib import Path
 
 import torch
@@ -13,16 +12,25 @@ from sam2jq.files import atomic_write
 
 def save_torch(path: str | Path, content: dict) -> None:
     """Writes `content` with torch.save, atomically."""
-    with atomic_write(path) as temporary:
+    with atomic_write(path, failures=(RuntimeError,)) as temporary:  # torch's zip writer raises no OSError
         torch.save(content, temporary)
 
 
 def check_archive(path: str | Path) -> None:
-    """Raises UserError if the content of a torch file does not match its checksums, which torch.load ignores."""
+    """Raises UserError if the content of a torch file does not match its checksums, which torch.load ignores.
+
+    Files of old versions of torch, which are no zip archives, and those written without checksums are not checked.
+    """
+    if not zipfile.is_zipfile(path):
+        return
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+            damaged = archive.testzip() if any(record.CRC for record in archive.infolist()) else None
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise UserError(f"{path} is damaged ({error}): copy or fetch it again") from error
+    except Exception as error:  # zipfile and the decoders raise errors of many classes for damaged archives
         raise UserError(f"{path} is damaged ({error}): copy or fetch it again") from error
     if damaged:
         raise UserError(f"{path} is damaged: {damaged} does not match its checksum; copy or fetch it again")
@@ -31,11 +39,12 @@ def check_archive(path: str | Path) -> None:
 def load_torch(path: str | Path) -> object:
     """The content of a torch file, on the CPU: tensors and plain containers only (`weights_only=True`).
 
-    Raises UserError if the file holds anything else or is damaged.
+    Raises UserError if the file holds anything else, or is damaged, also where torch would not notice.
     """
     with open(path, "rb") as file:
         if file.read(1) not in (b"P", b"\x80"):  # the first bytes of a zip archive, and of a pickle
             raise UserError(f"{path} is not a readable torch file, maybe truncated: fetch or copy it again")
+    check_archive(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -11,10 +11,19 @@ import jax
 import numpy as np
 
 from sam2jq import __version__
-from sam2jq.errors import UserError
-from sam2jq.models.sam2 import SAM2, VARIANTS
+from sam2jq.errors import UserError, some_of
+from sam2jq.models.sam2 import SAM2, VARIANTS, abstract_params, has_memory, image_params, is_untrained
 from sam2jq.quant.leaves import materialize
-from sam2jq.quant.package import Package, is_native, pack_params, read_package, write_package
+from sam2jq.quant.package import (
+    Package,
+    full_shape,
+    is_native,
+    mismatches,
+    pack_params,
+    read_package,
+    write_package,
+)
+from sam2jq.tree import flatten
 
 if TYPE_CHECKING:
     from converters.exports.package import TorchPackage
@@ -141,10 +150,11 @@ def save(path: str | Path, model: SAM2, params: dict, metadata: Mapping | None =
 
     params: arrays and weight leaves. metadata: any of "names", "random_weights", "checkpoint", "input_ranges",
       "config", "results" and "versions" as `sam2jq quantize` writes them, and "relative_errors": {layer: relative
-      weight error}; the model's name, version and image size are added.
-    Raises UserError if the file name has another ending or the metadata is invalid.
+      weight error}; the model's name, version and image size are added, and whether the weights are random.
+    Raises UserError if the params do not fit the model, the file name has another ending or the metadata is invalid.
     """
-    about = {"versions": {"sam2jq": __version__}, **(metadata or {})}
+    check_params(path, model, params)
+    about = {"versions": {"sam2jq": __version__}, "random_weights": is_untrained(params), **(metadata or {})}
     errors = about.pop("relative_errors", {})
     given = about.get("model", {})
     if not isinstance(given, Mapping):
@@ -161,6 +171,19 @@ def save(path: str | Path, model: SAM2, params: dict, metadata: Mapping | None =
             save_package(path, params, errors, about)
         case _:
             raise UserError(f"{path}: give a name that ends in .safetensors, or in .pt for a torch package")
+
+
+def check_params(path: str | Path, model: SAM2, params: dict) -> None:
+    """Raises UserError, which names the file `path`, unless the params are those of the model, by name and shape."""
+    if not isinstance(params, Mapping) or not params:
+        raise UserError(f"{path}: params must be the tree that sam2jq.load returns, got {type(params).__name__}")
+    like = abstract_params(model) if has_memory(params) else image_params(model)
+    got = {layer: full_shape(leaf) for layer, leaf in flatten(dict(params)).items()}
+    if problems := mismatches(got, {layer: leaf.shape for layer, leaf in flatten(like).items()}):
+        raise UserError(
+            f"{path}: the params are not those of the model: {len(problems)} do not fit: "
+            f"{some_of(problems, separator='; ')}"
+        )
 
 
 def describe_model(model: SAM2) -> dict:

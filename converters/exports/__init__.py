@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from sam2jq.models.sam2 import SAM2
+from sam2jq.models.sam2 import SAM2, has_memory
 
 log = logging.getLogger("sam2jq")
 
@@ -28,15 +28,23 @@ def write_vanilla(out: Path, model: SAM2, params: dict, metadata: dict) -> None:
 
 
 def write_safetensors(out: Path, model: SAM2, params: dict, metadata: dict) -> None:
+    """Warns about a size whose video model transformers cannot build: it fixes the width of memories."""
     from converters.hf import to_hf
-    from converters.hf_config import write_config
+    from converters.hf_config import HF_MEMORY_FEATURES, write_config
     from converters.names import array, to_torch
     from converters.safetensors_files import write_tensors
     from sam2jq.quant.leaves import materialize_params
 
+    if has_memory(params) and model.variant.memory_features != HF_MEMORY_FEATURES:
+        log.warning(
+            "safetensors Sam2VideoModel of transformers has memories of %d channels, this size has %d: there it can "
+            "only be loaded as Sam2Model, for images",
+            HF_MEMORY_FEATURES,
+            model.variant.memory_features,
+        )
     state_dict = to_hf(to_torch(materialize_params(params)))
     write_tensors(out / "model.safetensors", {key: array(x) for key, x in state_dict.items()}, metadata["model"])
-    write_config(out, model)
+    write_config(out, model, video=has_memory(params))
 
 
 def write_deepcompressor(out: Path, model: SAM2, params: dict, metadata: dict) -> None:

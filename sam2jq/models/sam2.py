@@ -238,6 +238,21 @@ def abstract_params(model: SAM2) -> dict:
     return jax.eval_shape(small.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
 
 
+def image_params(model: SAM2) -> dict:
+    """`abstract_params` without the memory: what an image-only model has."""
+    flat = flatten(abstract_params(model))
+    return unflatten({path: leaf for path, leaf in flat.items() if path.startswith(IMAGE_PARTS)})
+
+
+def is_untrained(params: dict) -> bool:
+    """Whether params, quantized or not, are as `init_params` and the original code draw them, never trained.
+
+    A norm in the decoder tells it, which no transform changes: training moves every scale off 1.
+    """
+    norm = flatten(params["sam_mask_decoder"]["output_upscaling.1"])
+    return bool(np.all(np.asarray(norm["scale"]) == 1) and np.all(np.asarray(norm["bias"]) == 0))
+
+
 def init_params(model: SAM2, seed: int) -> dict:
     """A random params tree, bitwise equal on every machine.
 
