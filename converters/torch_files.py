@@ -21,15 +21,11 @@ def check_archive(path: str | Path) -> None:
 
     Files of old versions of torch, which are no zip archives, and those written without checksums are not checked.
     """
-    if not zipfile.is_zipfile(path):
-        return
     try:
+        if not zipfile.is_zipfile(path):
+            return
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip() if any(record.CRC for record in archive.infolist()) else None
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        raise UserError(f"{path} is damaged ({error}): copy or fetch it again") from error
     except Exception as error:  # zipfile and the decoders raise errors of many classes for damaged archives
         raise UserError(f"{path} is damaged ({error}): copy or fetch it again") from error
     if damaged:
@@ -52,7 +48,5 @@ def load_torch(path: str | Path) -> object:
             f"{path} holds more than tensors and could run code when loaded; it was not loaded: "
             "save it again as {'model': state_dict} from a source you trust"
         ) from error
-    except OSError:
-        raise
     except Exception as error:  # torch's unpickler raises errors of many classes for damaged files
         raise UserError(f"{path} is not a readable torch file, maybe truncated: fetch or copy it again") from error
