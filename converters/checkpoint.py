@@ -17,11 +17,11 @@ import sam2jq
 from converters import hf, hf_config
 from converters.names import array, from_torch, mismatches, shapes, to_layout, to_torch, torch_key
 from converters.recognize import choose_model, describe_mismatches, leaf_shapes, params_like
-from converters.safetensors_files import read_tensors
+from converters.safetensors_files import known_model, read_tensors
 from converters.state_dicts import select, split_part
 from sam2jq.errors import UserError, some_of, suggest
 from sam2jq.models.sam2 import SAM2, VARIANTS, build, init_params
-from sam2jq.quant.package import MODEL_KEYS, is_native, read_package
+from sam2jq.quant.package import is_native, read_package
 from sam2jq.tree import flatten, unflatten
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -182,12 +182,6 @@ def read_torch(path: Path, part: str | None = None) -> Weights:
         raise UserError(f"{path} holds no state dict: a SAM 2 checkpoint is {{'model': {{name: tensor}}}}")
     weights = from_state_dict({key: array(x) for key, x in tensors.items()}, path)
     return replace(weights, random=content.get("random_weights") is True, model=known_model(content.get("sam2jq")))
-
-
-def known_model(about: object) -> dict:
-    """The valid ones of name, version and image_size in what a file says about its model; {} if it says nothing."""
-    about = about if isinstance(about, Mapping) else {}
-    return {key: about[key] for key, kind in MODEL_KEYS.items() if type(about.get(key)) is kind}
 
 
 def from_state_dict(tensors: dict[str, np.ndarray], path: Path) -> Weights:

@@ -79,6 +79,8 @@ def choose_model(
     """
     given = {"name": name and variant_name(name), "version": version, "image_size": image_size}
     known = {key: value for key, value in (about or {}).items() if key in given and value}
+    if "name" in known:
+        known["name"] = variant_name(known["name"])
     if wrong := contradictions(known, given):
         raise UserError(f"{source} holds a model of {' and '.join(wrong)}: leave out what the file knows")
     settled = {key: value for key, value in given.items() if value is not None} | known

@@ -9,11 +9,13 @@ import numpy as np
 from converters.hf_config import read_config, read_object
 from sam2jq.errors import UserError, some_of
 from sam2jq.io import Arrays, content_hash, read_safetensors, write_safetensors
+from sam2jq.quant.package import MODEL_KEYS
 
 
 def read_tensors(path: Path) -> tuple[Arrays, dict]:
-    """The arrays in a file, or in the files of an index (.json), and {"image_size": pixels} where it is known.
+    """The arrays in a file, or in the files of an index (.json), and what is known of name, version and image_size.
 
+    The configuration files beside model.safetensors or an index belong to it; beside other names they may not.
     Raises UserError if a file is missing or damaged, or does not match the hash that `write_tensors` stored.
     """
     if path.suffix == ".json":
@@ -22,8 +24,17 @@ def read_tensors(path: Path) -> tuple[Arrays, dict]:
     about = metadata.get("sam2jq", "")
     if metadata.get("sha256", content := content_hash(arrays, about)) != content:
         raise UserError(f"{path} is damaged: its content does not match its hash; copy or fetch it again")
-    own = json.loads(about) if about else {}
-    return arrays, own | read_config(path.parent)
+    try:
+        own = known_model(json.loads(about or "{}"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: its header does not describe a model; copy or fetch it again") from error
+    return arrays, own | (read_config(path.parent) if path.name == "model.safetensors" else {})
+
+
+def known_model(about: object) -> dict:
+    """The valid ones of name, version and image_size in what a file says about its model; {} if it says nothing."""
+    about = about if isinstance(about, Mapping) else {}
+    return {key: about[key] for key, kind in MODEL_KEYS.items() if type(about.get(key)) is kind}
 
 
 def write_tensors(path: str | Path, arrays: Mapping[str, np.ndarray], model: Mapping | None = None) -> None:

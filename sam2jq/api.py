@@ -179,7 +179,7 @@ def check_params(path: str | Path, model: SAM2, params: dict) -> None:
         raise UserError(f"{path}: params must be the tree that sam2jq.load returns, got {type(params).__name__}")
     like = abstract_params(model) if has_memory(params) else image_params(model)
     got = {layer: full_shape(leaf) for layer, leaf in flatten(dict(params)).items()}
-    if problems := mismatches(got, {layer: leaf.shape for layer, leaf in flatten(like).items()}):
+    if problems := mismatches(got, {layer: full_shape(leaf) for layer, leaf in flatten(like).items()}):
         raise UserError(
             f"{path}: the params are not those of the model: {len(problems)} do not fit: "
             f"{some_of(problems, separator='; ')}"
