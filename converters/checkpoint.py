@@ -44,6 +44,7 @@ class Checkpoint(NamedTuple):
     random: bool  # whether the weights are random, not trained; results computed with them are marked
     names: str = "original"  # or "huggingface": the naming style of the source's tensors
     dtypes: Mapping[str, np.dtype] = {}  # by path, of the params that the source holds in another dtype
+    image_size: int | None = None  # in pixels, where the source holds it
 
 
 @dataclass(frozen=True)
@@ -101,14 +102,14 @@ def fit_weights(weights: Weights, model: SAM2, source: str) -> Checkpoint:
 
     Raises UserError if a tensor is missing, extra, of another shape, not of floats or not finite.
     """
-    integers = [f"{key} ({x.dtype})" for key, x in weights.tensors.items() if not is_float(x)]
-    if integers:
-        raise UserError(f"checkpoint {source} holds no floats in {some_of(integers)}: use the one before quantization")
     got = shapes_of(weights)
     like = params_like(model, got)
     if problems := mismatches(got, shapes(like)):
         raise UserError(describe_mismatches(source, got, problems))
-    tensors = {key: x.astype(np.float32) for key, x in weights.tensors.items()}
+    if integers := [f"{key} ({x.dtype})" for key, x in weights.tensors.items() if not is_float(x)]:
+        raise UserError(f"checkpoint {source} holds no floats in {some_of(integers)}: use the one before quantization")
+    with np.errstate(over="ignore"):  # of float64: found below
+        tensors = {key: x.astype(np.float32, copy=False) for key, x in weights.tensors.items()}
     if broken := [key for key, x in tensors.items() if not np.isfinite(x).all()]:
         raise UserError(f"checkpoint {source} holds NaN or Inf in {some_of(broken)}: use an intact one")
     plain = {path: leaf for path, leaf in flatten(like).items() if path not in weights.leaves}
@@ -120,6 +121,7 @@ def fit_weights(weights: Weights, model: SAM2, source: str) -> Checkpoint:
         weights.random,
         weights.names,
         {path: dtype for path, dtype in dtypes.items() if dtype != np.float32},
+        (weights.model or {}).get("image_size"),
     )
 
 
@@ -180,7 +182,11 @@ def read_torch(path: Path, part: str | None = None) -> Weights:
     tensors = select(content, part, path, lambda x: torch.is_tensor(x) and x.layout is torch.strided)
     if not tensors:
         raise UserError(f"{path} holds no state dict: a SAM 2 checkpoint is {{'model': {{name: tensor}}}}")
-    weights = from_state_dict({key: array(x) for key, x in tensors.items()}, path)
+    try:
+        arrays = {key: array(x) for key, x in tensors.items()}
+    except (TypeError, RuntimeError) as error:  # quantized tensors of torch, and dtypes that numpy has no equivalent of
+        raise UserError(f"{path} holds tensors of another kind than floats ({error}): save it in float32") from error
+    weights = from_state_dict(arrays, path)
     return replace(weights, random=content.get("random_weights") is True, model=known_model(content.get("sam2jq")))
 
 

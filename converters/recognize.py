@@ -1,6 +1,7 @@
 """Which size and version of SAM 2 the tensors of a checkpoint are, and what does not fit."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import product
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from sam2jq.models.sam2 import SAM2, VARIANTS, VERSIONS, abstract_params, build,
 from sam2jq.quant.package import full_shape
 
 Shapes = Mapping[str, tuple[int, ...]]
+NEWEST_FIRST = VERSIONS[::-1]
 
 
 def leaf_shapes(leaves: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
@@ -29,25 +31,21 @@ def params_like(model: SAM2, got: Shapes) -> dict:
     return image if image_keys & got.keys() and not memory_keys & got.keys() else like
 
 
-def recognize(got: Shapes) -> tuple[str, str] | None:
-    """The name and version of the model that tensors of these shapes, by original name, fit exactly; None if none.
+def closest(
+    got: Shapes, names: Iterable[str] = VARIANTS, versions: Iterable[str] = NEWEST_FIRST
+) -> tuple[str, str, list[str]] | None:
+    """(name, version, mismatches) of the model of the same width that has the fewest mismatches; None if none has.
 
-    Of a checkpoint without the memory the version is 2.1: the versions differ in the memory only.
+    names, versions: of the models to try, in this order. The versions differ in the memory only, so a checkpoint
+    without it has version 2.1.
     """
-    near = closest(got)
-    return near[:2] if near and not near[2] else None
-
-
-def closest(got: Shapes) -> tuple[str, str, list[str]] | None:
-    """(name, version, mismatches) of the model of the same width that has the fewest mismatches; None if none has."""
     width = got.get("image_encoder.trunk.patch_embed.proj.weight", (0,))[0]
     candidates = []
-    for name, variant in VARIANTS.items():
-        for version in reversed(VERSIONS) if variant.embed_dim == width else ():
-            problems = mismatches(got, shapes(params_like(build(name, version), got)))
-            if not problems:
-                return name, version, []
-            candidates.append((name, version, problems))
+    for name, version in product([name for name in names if VARIANTS[name].embed_dim == width], versions):
+        problems = mismatches(got, shapes(params_like(build(name, version), got)))
+        if not problems:
+            return name, version, []
+        candidates.append((name, version, problems))
     return min(candidates, key=lambda candidate: len(candidate[2]), default=None)
 
 
@@ -100,7 +98,9 @@ def recognize_as(got: Shapes, source: str, given: Mapping) -> dict[str, str]:
 
     Raises UserError if no name is given and they fit none.
     """
-    near = closest(got)
+    names, versions = ([given[key]] if key in given else every
+                       for key, every in (("name", VARIANTS), ("version", NEWEST_FIRST)))  # fmt: skip
+    near = closest(got, names, versions)
     if "name" not in given and (near is None or near[2]):
         problems = near[2] if near else ["the width of its patch embedding is that of no size"]
         raise UserError(

@@ -56,11 +56,11 @@ def find(content: Mapping, is_tensor) -> dict[str, Tensors]:
 
 
 def nested(content: Mapping, is_tensor, where: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Tensors]]:
-    """Yields (keys that lead to it, its tensors) for `content` and every dict inside."""
+    """Yields (keys that lead to it, its tensors) for `content` and every dict inside but those of optimizers."""
     yield where, {str(key): value for key, value in content.items() if is_tensor(value)}
     if len(where) < DEPTH:
         for key, value in content.items():
-            if isinstance(value, Mapping):
+            if isinstance(value, Mapping) and "optim" not in str(key):
                 yield from nested(value, is_tensor, (*where, str(key)))
 
 

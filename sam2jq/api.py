@@ -12,7 +12,7 @@ import numpy as np
 
 from sam2jq import __version__
 from sam2jq.errors import UserError, some_of
-from sam2jq.models.sam2 import SAM2, VARIANTS, abstract_params, has_memory, image_params, is_untrained
+from sam2jq.models.sam2 import SAM2, VARIANTS, abstract_params, image_params, is_image_only, is_untrained
 from sam2jq.quant.leaves import materialize
 from sam2jq.quant.package import (
     Package,
@@ -153,13 +153,14 @@ def save(path: str | Path, model: SAM2, params: dict, metadata: Mapping | None =
       weight error}; the model's name, version and image size are added, and whether the weights are random.
     Raises UserError if the params do not fit the model, the file name has another ending or the metadata is invalid.
     """
+    described = describe_model(model)
     check_params(path, model, params)
     about = {"versions": {"sam2jq": __version__}, "random_weights": is_untrained(params), **(metadata or {})}
     errors = about.pop("relative_errors", {})
     given = about.get("model", {})
     if not isinstance(given, Mapping):
         raise UserError(f"{path}: model in the metadata is a mapping such as {{'checkpoint': name}}, got {given!r}")
-    about["model"] = dict(given) | describe_model(model)
+    about["model"] = dict(given) | described
     match Path(path).suffix:
         case ".safetensors":
             write_package(path, pack_params(params, errors, about))
@@ -177,7 +178,7 @@ def check_params(path: str | Path, model: SAM2, params: dict) -> None:
     """Raises UserError, which names the file `path`, unless the params are those of the model, by name and shape."""
     if not isinstance(params, Mapping) or not params:
         raise UserError(f"{path}: params must be the tree that sam2jq.load returns, got {type(params).__name__}")
-    like = abstract_params(model) if has_memory(params) else image_params(model)
+    like = image_params(model) if is_image_only(params) else abstract_params(model)
     got = {layer: full_shape(leaf) for layer, leaf in flatten(dict(params)).items()}
     if problems := mismatches(got, {layer: full_shape(leaf) for layer, leaf in flatten(like).items()}):
         raise UserError(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from sam2jq.models.sam2 import SAM2, has_memory
+from sam2jq.models.sam2 import SAM2, is_image_only
 
 log = logging.getLogger("sam2jq")
 
@@ -35,7 +35,7 @@ def write_safetensors(out: Path, model: SAM2, params: dict, metadata: dict) -> N
     from converters.safetensors_files import write_tensors
     from sam2jq.quant.leaves import materialize_params
 
-    if has_memory(params) and model.variant.memory_features != HF_MEMORY_FEATURES:
+    if not is_image_only(params) and model.variant.memory_features != HF_MEMORY_FEATURES:
         log.warning(
             "safetensors Sam2VideoModel of transformers has memories of %d channels, this size has %d: there it can "
             "only be loaded as Sam2Model, for images",
@@ -44,7 +44,7 @@ def write_safetensors(out: Path, model: SAM2, params: dict, metadata: dict) -> N
         )
     state_dict = to_hf(to_torch(materialize_params(params)))
     write_tensors(out / "model.safetensors", {key: array(x) for key, x in state_dict.items()}, metadata["model"])
-    write_config(out, model, video=has_memory(params))
+    write_config(out, model, video=not is_image_only(params))
 
 
 def write_deepcompressor(out: Path, model: SAM2, params: dict, metadata: dict) -> None:

@@ -10,7 +10,7 @@ import torch
 from converters.names import to_torch
 from converters.torch_files import save_torch
 from sam2jq.errors import UserError
-from sam2jq.models.sam2 import VARIANTS, has_memory, variant_name
+from sam2jq.models.sam2 import VARIANTS, is_image_only, variant_name
 from sam2jq.quant.leaves import materialize_params
 from sam2jq.quant.package import MODEL_KEYS
 
@@ -45,7 +45,7 @@ def save_vanilla(path: str | Path, params: dict, random: bool = False, model: Ma
     image_size, which the file keeps as "sam2jq". build_sam2 ignores both.
     Raises UserError if the params lack the memory, without which build_sam2 loads nothing.
     """
-    if not has_memory(params):
+    if is_image_only(params):
         raise UserError(f"{path}: build_sam2 loads no model without the weights of the memory: keep the package")
     note = {"random_weights": True} if random else {}
     if model:

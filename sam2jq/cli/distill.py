@@ -16,11 +16,11 @@ from sam2jq.cli.arguments import add_config, command_line
 from sam2jq.cli.finish import MeasuredRun, finish_run, run_metadata
 from sam2jq.cli.loading import (
     configure_jax,
-    known_image_size,
     load_checkpoint_of,
     replay_bits,
     require_memory,
     resolved,
+    with_image_size,
 )
 from sam2jq.cli.run_folder import job_folder, job_path, stage
 from sam2jq.config import loader
@@ -101,16 +101,16 @@ def distill(config: DistillConfig, folder: Path, command: str) -> None:
 def load_pair(config: DistillConfig):
     """((SAM2, Checkpoint) of the teacher, that of the student).
 
-    Both have the image size of the config; where it says nothing, that of the one file that knows its size.
+    Both have the image size of the config; where it says nothing, that of the one file that holds its size.
     """
     sides = {"teacher": config.teacher, "student": config.student}
-    size = config.data.image_size or next(filter(None, (side.image_size for side in sides.values())), None)
-    if size is None:
-        known = [known_image_size(side.checkpoint) for side in sides.values()]
-        size = next(filter(None, known), None)
+    size = config.data.image_size or config.teacher.image_size or config.student.image_size
     pair = [load_checkpoint_of(side, size) for side in sides.values()]
     for name, (_, checkpoint) in zip(sides, pair):
         require_memory(checkpoint, f"the {name}, which also tracks objects")
+    known = [checkpoint.image_size for _, checkpoint in pair if checkpoint.image_size]
+    if size is None and len(known) == 1:
+        pair = [(with_image_size(model, known[0]), checkpoint) for model, checkpoint in pair]
     return pair
 
 

@@ -10,7 +10,7 @@ from sam2jq.cli.run_folder import stage
 from sam2jq.config.quant import QuantConfig
 from sam2jq.config.run import ModelConfig
 from sam2jq.errors import UserError
-from sam2jq.models.sam2 import SAM2, has_memory
+from sam2jq.models.sam2 import SAM2, is_image_only
 from sam2jq.ptq.run import with_bits_of
 
 log = logging.getLogger("sam2jq")
@@ -59,16 +59,14 @@ def resolved(config: ModelConfig, model: SAM2) -> ModelConfig:
     return replace(config, **describe_model(model))
 
 
-def known_image_size(source: str) -> int | None:
-    """The image size that a checkpoint's file holds; None if it holds none."""
-    from converters.checkpoint import read_weights
-
-    return None if source.startswith("random:") else (read_weights(source).model or {}).get("image_size")
+def with_image_size(model: SAM2, image_size: int) -> SAM2:
+    """`model` for another image size; its params stay the same."""
+    return model.clone(variant=replace(model.variant, image_size=image_size))
 
 
 def require_memory(checkpoint, what: str) -> None:
     """Raises UserError if a checkpoint is an image-only model, which `what` cannot use."""
-    if not has_memory(checkpoint.params):
+    if is_image_only(checkpoint.params):
         raise UserError(
             f"{checkpoint.source} is an image-only model, without the weights of the memory: it cannot be used for "
             f"{what}; give the checkpoint of the video model"

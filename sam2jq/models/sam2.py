@@ -226,9 +226,9 @@ def build(name: str, version: str = "2.1", image_size: int | None = None) -> SAM
     return SAM2(variant, version)
 
 
-def has_memory(params: dict) -> bool:
-    """Whether a params tree has the memory, which videos need; image-only models have none."""
-    return "memory_encoder" in params
+def is_image_only(params: dict) -> bool:
+    """Whether a params tree is that of an image-only model, which lacks the memory that videos need."""
+    return "sam_mask_decoder" in params and "memory_encoder" not in params
 
 
 @cache

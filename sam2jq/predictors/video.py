@@ -11,7 +11,7 @@ from sam2jq.data.images import preprocess_frame
 from sam2jq.data.video import Video, open_video, video_of
 from sam2jq.errors import UserError
 from sam2jq.models.layers import resize
-from sam2jq.models.sam2 import NO_OBJECT, SAM2, has_memory
+from sam2jq.models.sam2 import NO_OBJECT, SAM2, is_image_only
 from sam2jq.predictors.image import LOGIT_LIMIT, as_array, check_default, float_dtype, point_prompts
 from sam2jq.predictors.memory_bank import FrameOutput
 from sam2jq.predictors.pretrained import FromPretrained
@@ -64,7 +64,7 @@ class VideoPredictor(FromPretrained):
         check_default("fill_hole_area", fill_hole_area, 0)
         check_default("non_overlap_masks", non_overlap_masks, False)
         check_default("clear_non_cond_mem_around_input", clear_non_cond_mem_around_input, False)
-        if not has_memory(params):
+        if is_image_only(params):
             raise UserError(
                 "this is an image-only model, without the weights of the memory, which tracking needs: load the "
                 "checkpoint of the video model, or use ImagePredictor"

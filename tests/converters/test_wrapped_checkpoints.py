@@ -31,7 +31,12 @@ def infixed(state_dict: dict) -> dict:
     return {key.replace("image_encoder.", "image_encoder._orig_mod.module."): x for key, x in state_dict.items()}
 
 
-OPTIMIZER = {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 1e-4}]}
+ANCHOR = "image_encoder.trunk.patch_embed.proj.weight"
+OPTIMIZER = {
+    "exp_avg": {ANCHOR: torch.zeros(2)},
+    "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.zeros(2)}},
+    "param_groups": [{"lr": 1e-4}],
+}
 WRAPPED = {
     "bare": lambda sd: sd,
     "data parallel": lambda sd: {"model": prefixed(sd, "module.")},
@@ -157,4 +162,10 @@ def test_other_floats_are_computed_with_in_float32_and_come_back_bit_for_bit(tmp
 def test_integers_are_no_weights(tmp_path, nano):
     torch.save({"model": nano | {"no_obj_ptr": nano["no_obj_ptr"].to(torch.int8)}}, tmp_path / "c.pt")
     with pytest.raises(UserError, match=r"holds no floats in no_obj_ptr \(int8\)"):
+        sam2jq.load(tmp_path / "c.pt")
+
+
+def test_tensors_that_numpy_does_not_have_are_one_line(tmp_path, nano):
+    torch.save({"model": nano | {"no_obj_ptr": torch.zeros(1, 64).to(torch.float8_e5m2)}}, tmp_path / "c.pt")
+    with pytest.raises(UserError, match="c.pt holds tensors of another kind than floats"):
         sam2jq.load(tmp_path / "c.pt")
