@@ -5,6 +5,7 @@ Safetensors files, native packages and the demo model need no torch; `.pt` and `
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -13,29 +14,37 @@ import jax
 import numpy as np
 
 import sam2jq
-from converters import hf
+from converters import hf, hf_config
 from converters.names import array, from_torch, mismatches, shapes, to_layout, to_torch, torch_key
-from sam2jq.errors import UserError, suggest
-from sam2jq.files import atomic_write
-from sam2jq.io import read_safetensors
-from sam2jq.models.sam2 import SAM2, VARIANTS, VERSIONS, abstract_params, build, init_params
-from sam2jq.quant.package import full_shape, is_native, read_package
+from converters.recognize import choose_model, describe_mismatches, leaf_shapes, params_like
+from converters.safetensors_files import known_model, read_tensors
+from converters.state_dicts import select, split_part
+from sam2jq.errors import UserError, few, suggest
+from sam2jq.models.sam2 import SAM2, VARIANTS, build, init_params
+from sam2jq.quant.package import is_native, read_package
 from sam2jq.tree import flatten, unflatten
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-FILES = (".pt", ".pth", ".safetensors")
-PACKAGES = ("package.safetensors", "package.pt")  # of a run, in the order of preference
+FILES = (".pt", ".pth", ".safetensors", ".json")
+INDEX = "model.safetensors.index.json"  # of a model in several files
+# what may be in a folder: a package of a run, or Hugging Face's files; in the order of preference
+CONTENTS = ("package.safetensors", "package.pt", "model.safetensors", INDEX)
 ASSETS = Path(sam2jq.__file__).parent / "assets"
-DEMO = {"name": "nano", "version": "2.1", "image_size": 256}
+DEMO = {"name": "nano", "version": "2.1"}
 
 
 class Checkpoint(NamedTuple):
-    """A params tree and where it comes from."""
+    """A params tree, in float32, and where it comes from.
+
+    It lacks the params of the memory if the source is an image-only model.
+    """
 
     params: dict
     source: str
     random: bool  # whether the weights are random, not trained; results computed with them are marked
     names: str = "original"  # or "huggingface": the naming style of the source's tensors
+    dtypes: Mapping[str, np.dtype] = {}  # by path, of the params that the source holds in another dtype
+    image_size: int | None = None  # in pixels, where the source holds it
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,7 @@ class Weights:
     """The content of a checkpoint file.
 
     tensors: by original name and in torch's layout. leaves: the weight leaves of a package, by path. random and names
-    as in `Checkpoint`. model: name, version and image_size where the file holds them.
+    as in `Checkpoint`. model: any of name, version and image_size that the file holds.
     """
 
     tensors: dict[str, np.ndarray]
@@ -56,10 +65,11 @@ class Weights:
 def load_checkpoint(source: str, model: SAM2) -> Checkpoint:
     """The params of `model` from `source`.
 
-    source: an original `.pt` ({"model": state_dict}); Hugging Face safetensors (a file, or a folder with
-      model.safetensors); a package (package.pt or package.safetensors, or the folder of a run), with its weight leaves;
-      a Hub id such as facebook/sam2.1-hiera-tiny (extra `hub`); random:<seed>; or demo, the nano model as trained by
-      experiments/demo_model.
+    source: an original checkpoint (.pt, .pth), {"model": state_dict} or as training programs wrap it, with "#ema" and
+      the like after the name where it holds several models; Hugging Face safetensors (a file, or a folder with
+      model.safetensors or its shards); a package (package.pt or package.safetensors, or the folder of a run), with its
+      weight leaves; a Hub id such as facebook/sam2.1-hiera-tiny (extra `hub`); random:<seed>; or demo, the nano model
+      as trained by experiments/demo_model.
     Raises UserError or FileNotFoundError that names the file or tensor, and the size and version that would fit.
     """
     if source.startswith("random:"):
@@ -67,36 +77,66 @@ def load_checkpoint(source: str, model: SAM2) -> Checkpoint:
     return fit_weights(read_weights(source), model, source)
 
 
-def fit_weights(weights: Weights, model: SAM2, source: str) -> Checkpoint:
-    """The params of `model` with these weights.
+def open_checkpoint(source: str, name: str | None, version: str | None, image_size: int | None):
+    """(SAM2, Checkpoint) of `source`: `load_checkpoint` with the model that the file holds; see `sam2jq.load`.
 
-    Raises UserError if a tensor is missing, extra, of another shape or not finite.
+    Raises UserError if the name or version is neither given nor known, or if what is given contradicts the file.
     """
-    broken = [key for key, x in weights.tensors.items() if is_float(x) and not np.isfinite(x).all()]
-    if broken:
-        raise UserError(f"checkpoint {source} holds NaN or Inf in {', '.join(broken)}: use an intact one")
-    like = abstract_params(model)
-    got = {key: x.shape for key, x in weights.tensors.items()} | leaf_shapes(weights.leaves)
+    if source.startswith("random:"):
+        if name is None:
+            raise UserError(f"{source} needs the name of a model: {', '.join(VARIANTS)}")
+        model = build(name, version or "2.1", image_size)
+        return model, load_checkpoint(source, model)
+    weights = read_weights(source)
+    model = choose_model(shapes_of(weights), weights.model, source, name, version, image_size)
+    return model, fit_weights(weights, model, source)
+
+
+def shapes_of(weights: Weights) -> dict[str, tuple[int, ...]]:
+    """The torch shape of every tensor, by original name."""
+    return {key: tuple(x.shape) for key, x in weights.tensors.items()} | leaf_shapes(weights.leaves)
+
+
+def fit_weights(weights: Weights, model: SAM2, source: str) -> Checkpoint:
+    """The params of `model` with these weights, in float32.
+
+    Raises UserError if a tensor is missing, extra, of another shape, not of floats or not finite.
+    """
+    got = shapes_of(weights)
+    like = params_like(model, got)
     if problems := mismatches(got, shapes(like)):
-        raise UserError(
-            f"checkpoint {source} does not fit the model{_hint(got)}: "
-            f"{len(problems)} tensors do not fit: {'; '.join(problems)}"
-        )
+        raise UserError(describe_mismatches(source, got, problems))
+    if integers := [f"{key} ({x.dtype})" for key, x in weights.tensors.items() if not is_float(x)]:
+        raise UserError(f"checkpoint {source} holds no floats in {few(integers)}: use the one before quantization")
+    with np.errstate(over="ignore"):  # of float64: found below
+        tensors = {key: x.astype(np.float32, copy=False) for key, x in weights.tensors.items()}
+    if broken := [key for key, x in tensors.items() if not np.isfinite(x).all()]:
+        raise UserError(f"checkpoint {source} holds NaN or Inf in {few(broken)}: use an intact one")
     plain = {path: leaf for path, leaf in flatten(like).items() if path not in weights.leaves}
-    params = flatten(from_torch(weights.tensors, unflatten(plain)))
-    return Checkpoint(jax.device_put(unflatten(params | weights.leaves)), source, weights.random, weights.names)
+    dtypes = {path: weights.tensors[torch_key(path)].dtype for path in plain}
+    params = flatten(from_torch(tensors, unflatten(plain)))
+    return Checkpoint(
+        jax.device_put(unflatten(params | weights.leaves)),
+        source,
+        weights.random,
+        weights.names,
+        {path: dtype for path, dtype in dtypes.items() if dtype != np.float32},
+        (weights.model or {}).get("image_size"),
+    )
 
 
-def save_checkpoint(path: str | Path, params: dict) -> None:
-    """Writes a tree of plain arrays, atomically: `.pt` with the original names, `.safetensors` with Hugging Face's."""
-    from safetensors.torch import save_file
+def save_checkpoint(path: str | Path, params: dict, dtypes: Mapping[str, np.dtype] | None = None) -> None:
+    """Writes a tree of plain arrays, atomically: `.pt` with the original names, `.safetensors` with Hugging Face's.
 
+    dtypes: by path, of params to store in another dtype, such as `Checkpoint.dtypes`.
+    """
+    from converters.safetensors_files import write_tensors
     from converters.torch_files import save_torch
 
-    state_dict = to_torch(params)
+    cast = lambda path, x: np.asarray(x).astype((dtypes or {}).get(path, x.dtype))
+    state_dict = to_torch(unflatten({path: cast(path, x) for path, x in flatten(params).items()}))
     if Path(path).suffix == ".safetensors":
-        with atomic_write(path) as temporary:
-            save_file(hf.to_hf(state_dict), temporary, metadata={"format": "pt"})
+        write_tensors(path, {key: array(x) for key, x in hf.to_hf(state_dict).items()})
     else:
         save_torch(path, {"model": state_dict})
 
@@ -106,22 +146,21 @@ def read_weights(source: str) -> Weights:
 
     Raises UserError or FileNotFoundError if there is no such file, or if it holds no checkpoint.
     """
-    path = find(source)
+    file, part = (source, None) if Path(source).expanduser().exists() else split_part(source)
+    path = find(file)
     if is_native(path):
         package = read_package(path)
         tensors = {torch_key(p): to_layout(p, x) for p, x in package.arrays.items()}
         return _of_package(package, tensors)
-    if path.suffix != ".safetensors":
-        return read_torch(path)
-    weights = from_state_dict(read_safetensors(path)[0], path)
-    if source != "demo":
-        return weights
-    # stored in float16 to be small
-    return replace(weights, tensors={key: x.astype(np.float32) for key, x in weights.tensors.items()}, model=DEMO)
+    if path.suffix not in (".safetensors", ".json"):
+        return read_torch(path, part)
+    arrays, about = read_tensors(path)
+    arrays = select(arrays, part, path, lambda x: isinstance(x, np.ndarray))
+    return replace(from_state_dict(arrays, path), model=DEMO if source == "demo" else about)
 
 
-def read_torch(path: Path) -> Weights:
-    """The content of a torch file: a package, or a state dict.
+def read_torch(path: Path, part: str | None = None) -> Weights:
+    """The content of a torch file: a package, or a state dict; part: as in `state_dicts.select`.
 
     Raises UserError if it is neither, or if torch is not installed.
     """
@@ -138,11 +177,17 @@ def read_torch(path: Path) -> Weights:
     if is_package(content):
         package = open_package(content, path)
         return _of_package(package, {key: array(x) for key, x in package.tensors.items()})
-    random = isinstance(content, dict) and content.get("random_weights") is True
-    content = content.get("model", content) if isinstance(content, dict) else content
-    if not isinstance(content, dict) or not content or not all(map(torch.is_tensor, content.values())):
+    if not isinstance(content, dict):
+        content = {}
+    tensors = select(content, part, path, lambda x: torch.is_tensor(x) and x.layout is torch.strided)
+    if not tensors:
         raise UserError(f"{path} holds no state dict: a SAM 2 checkpoint is {{'model': {{name: tensor}}}}")
-    return replace(from_state_dict({key: array(x) for key, x in content.items()}, path), random=random)
+    try:
+        arrays = {key: array(x) for key, x in tensors.items()}
+    except (TypeError, RuntimeError) as error:  # quantized tensors of torch, and dtypes that numpy has no equivalent of
+        raise UserError(f"{path} holds tensors of another kind than floats ({error}): save it in float32") from error
+    weights = from_state_dict(arrays, path)
+    return replace(weights, random=content.get("random_weights") is True, model=known_model(content.get("sam2jq")))
 
 
 def from_state_dict(tensors: dict[str, np.ndarray], path: Path) -> Weights:
@@ -158,15 +203,15 @@ def from_state_dict(tensors: dict[str, np.ndarray], path: Path) -> Weights:
 def find(source: str) -> Path:
     """The local file that `source` names, downloaded from the Hub if it is a Hub id.
 
-    In a folder it is package.safetensors, package.pt or model.safetensors, the first that exists.
+    In a folder it is the first of CONTENTS that exists.
     Raises FileNotFoundError if there is none.
     """
     if source == "demo":
         return ASSETS / "nano.safetensors"
     path = Path(source).expanduser()
     if path.is_dir():
-        candidates = [path / name for name in (*PACKAGES, "model.safetensors")]
-        path = next(filter(Path.is_file, candidates), candidates[-1])
+        candidates = [path / name for name in CONTENTS]
+        path = next(filter(Path.is_file, candidates), path / "model.safetensors")
     if path.is_file():
         return path
     if HUB_ID.fullmatch(source) and path.suffix not in FILES and not Path(source).exists():
@@ -178,21 +223,26 @@ def find(source: str) -> Path:
 
 
 def download(repository: str) -> Path:
-    """model.safetensors of a Hub repository, from the local cache if it is there.
+    """model.safetensors of a Hub repository, with its configuration beside it; from the local cache if it is there.
 
     Raises UserError if the extra `hub` is not installed, or if the file cannot be fetched.
     """
     try:
         from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
     except ImportError as error:
         raise UserError(
             f"{repository} is a Hub id and that needs the extra hub: pip install 'sam2jq[hub]', or give a file"
         ) from error
     try:
-        return Path(hf_hub_download(repository, "model.safetensors"))
+        path = Path(hf_hub_download(repository, "model.safetensors"))
+        for name in hf_config.FILES:  # beside the weights, where the repository has them
+            with suppress(EntryNotFoundError):
+                hf_hub_download(repository, name)
     except Exception as error:  # the library raises errors of many classes for network, Hub and cache
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"cannot fetch {repository} from the Hub ({reason}): go online, or give a file") from error
+    return path
 
 
 def random_seed(source: str) -> int:
@@ -201,32 +251,6 @@ def random_seed(source: str) -> int:
     if not (seed.isascii() and seed.isdigit()):
         raise UserError(f"checkpoint {source!r}: the seed must be a whole number, as in random:0")
     return int(seed)
-
-
-def recognize(got: Mapping[str, tuple]) -> tuple[str, str] | None:
-    """The name and version of the model that tensors of these shapes, by original name, fit exactly; None if none."""
-    width = got.get("image_encoder.trunk.patch_embed.proj.weight", (0,))[0]
-    return next(
-        (
-            (name, version)
-            for name, variant in VARIANTS.items()
-            if variant.embed_dim == width
-            for version in VERSIONS
-            if not mismatches(got, shapes(abstract_params(build(name, version))))
-        ),
-        None,
-    )
-
-
-def _hint(got: Mapping[str, tuple]) -> str:
-    """Part of an error: the name and version that the tensors fit; "" if they fit none."""
-    fits = recognize(got)
-    return f"; it is {' '.join(fits)}: give --model.name {fits[0]} --model.version {fits[1]}" if fits else ""
-
-
-def leaf_shapes(leaves: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
-    """{torch key: torch shape} of the kernels that the weight leaves represent."""
-    return {torch_key(p): to_layout(p, np.broadcast_to(0, full_shape(leaf))).shape for p, leaf in leaves.items()}
 
 
 def is_float(x: np.ndarray) -> bool:

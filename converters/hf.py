@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from itertools import count, takewhile
 from typing import Any
 
-from sam2jq.errors import UserError
+from sam2jq.errors import UserError, few
 
 Tensors = dict[str, Any]  # name: tensor or numpy array
 
@@ -173,5 +173,5 @@ def _unique(items: list[tuple[str, Any]]) -> Tensors:
     """The dict of `items`. Raises UserError if a name occurs twice, as in a file that mixes both naming styles."""
     twice = sorted(key for key, n in Counter(key for key, _ in items).items() if n > 1)
     if twice:
-        raise UserError(f"both the original and the Hugging Face name are present of {', '.join(twice)}")
+        raise UserError(f"both the original and the Hugging Face name are present of {few(twice)}")
     return dict(items)

@@ -9,7 +9,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from sam2jq.errors import UserError
+from sam2jq.errors import UserError, few
 from sam2jq.quant.package import mismatches
 from sam2jq.tree import flatten, unflatten
 
@@ -84,12 +84,12 @@ def to_torch(params: dict) -> dict[str, torch.Tensor]:
 def from_torch(state_dict: Mapping[str, torch.Tensor | np.ndarray], like: dict) -> dict:
     """The params tree with the structure of `like` (see `abstract_params`) and the values of `state_dict`, dtypes kept.
 
-    Raises UserError that lists every tensor that is missing, extra or of another shape.
+    Raises UserError that lists tensors that are missing, extra or of another shape.
     """
     paths = {torch_key(path): path for path in flatten(like)}
     problems = mismatches({k: tuple(v.shape) for k, v in state_dict.items()}, shapes(like))
     if problems:
-        raise UserError(f"{len(problems)} tensors do not fit: {'; '.join(problems)}")
+        raise UserError(f"{len(problems)} tensors do not fit: {few(problems, separator='; ')}")
     flat = {paths[k]: np.ascontiguousarray(from_layout(paths[k], array(v))) for k, v in state_dict.items()}
     return jax.device_put(unflatten(flat))
 

@@ -2,7 +2,6 @@
 
 import pickle
 import zipfile
-import zlib
 from pathlib import Path
 
 import torch
@@ -13,16 +12,21 @@ from sam2jq.files import atomic_write
 
 def save_torch(path: str | Path, content: dict) -> None:
     """Writes `content` with torch.save, atomically."""
-    with atomic_write(path) as temporary:
+    with atomic_write(path, failures=(RuntimeError,)) as temporary:  # torch's zip writer raises no OSError
         torch.save(content, temporary)
 
 
 def check_archive(path: str | Path) -> None:
-    """Raises UserError if the content of a torch file does not match its checksums, which torch.load ignores."""
+    """Raises UserError if the content of a torch file does not match its checksums, which torch.load ignores.
+
+    Files of old versions of torch, which are no zip archives, and those written without checksums are not checked.
+    """
     try:
+        if not zipfile.is_zipfile(path):
+            return
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+            damaged = archive.testzip() if any(record.CRC for record in archive.infolist()) else None
+    except Exception as error:  # zipfile and the decoders raise errors of many classes for damaged archives
         raise UserError(f"{path} is damaged ({error}): copy or fetch it again") from error
     if damaged:
         raise UserError(f"{path} is damaged: {damaged} does not match its checksum; copy or fetch it again")
@@ -31,11 +35,12 @@ def check_archive(path: str | Path) -> None:
 def load_torch(path: str | Path) -> object:
     """The content of a torch file, on the CPU: tensors and plain containers only (`weights_only=True`).
 
-    Raises UserError if the file holds anything else or is damaged.
+    Raises UserError if the file holds anything else, or is damaged, also where torch would not notice.
     """
     with open(path, "rb") as file:
         if file.read(1) not in (b"P", b"\x80"):  # the first bytes of a zip archive, and of a pickle
             raise UserError(f"{path} is not a readable torch file, maybe truncated: fetch or copy it again")
+    check_archive(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -43,7 +48,5 @@ def load_torch(path: str | Path) -> object:
             f"{path} holds more than tensors and could run code when loaded; it was not loaded: "
             "save it again as {'model': state_dict} from a source you trust"
         ) from error
-    except OSError:
-        raise
     except Exception as error:  # torch's unpickler raises errors of many classes for damaged files
         raise UserError(f"{path} is not a readable torch file, maybe truncated: fetch or copy it again") from error

@@ -11,10 +11,19 @@ import jax
 import numpy as np
 
 from sam2jq import __version__
-from sam2jq.errors import UserError
-from sam2jq.models.sam2 import SAM2, VARIANTS, VERSIONS, build, variant_name
+from sam2jq.errors import UserError, few
+from sam2jq.models.sam2 import SAM2, VARIANTS, abstract_params, image_params, is_image_only, is_untrained
 from sam2jq.quant.leaves import materialize
-from sam2jq.quant.package import Package, is_native, pack_params, read_package, write_package
+from sam2jq.quant.package import (
+    Package,
+    full_shape,
+    is_native,
+    mismatches,
+    pack_params,
+    read_package,
+    write_package,
+)
+from sam2jq.tree import flatten
 
 if TYPE_CHECKING:
     from converters.exports.package import TorchPackage
@@ -121,49 +130,19 @@ def load(
     """The model and its params from `source`.
 
     source: "demo"; a package (package.safetensors, package.pt) or the folder of a run; an original checkpoint (.pt,
-      .pth); Hugging Face safetensors, a file or its folder; a Hub id (extra `hub`); or random:<seed>, with a name.
+      .pth), also as training programs wrap it, with "#ema" or the like after the name where it holds several models;
+      Hugging Face safetensors, a file or its folder; a Hub id (extra `hub`); or random:<seed>, with a name.
     name, version: of the model (tiny, small, base-plus, large, nano; "2.0", "2.1"). Packages hold them, and they are
-      recognized from the tensors of checkpoints. image_size: in pixels, in place of the model's.
-    Packages come with their weight leaves. `.pt` and `.pth` need torch, nothing else does.
+      recognized from the tensors of checkpoints. image_size: in pixels, in place of the model's; packages and Hugging
+      Face's folders hold it. What is given must not contradict the file.
+    Packages come with their weight leaves. Params are float32, whatever the file holds; those of an image-only model
+    lack the memory. `.pt` and `.pth` need torch, nothing else does.
     Raises UserError or FileNotFoundError that names the file and what to do.
     """
-    from converters.checkpoint import fit_weights, load_checkpoint, read_weights
+    from converters.checkpoint import open_checkpoint
 
-    source = str(source)
-    if source.startswith("random:"):
-        if name is None:
-            raise UserError(f"{source} needs the name of a model: {', '.join(VARIANTS)}")
-        model = build(name, version or "2.1", image_size)
-        return model, load_checkpoint(source, model).params
-    weights = read_weights(source)
-    model = choose_model(weights, source, name, version, image_size)
-    return model, fit_weights(weights, model, source).params
-
-
-def choose_model(weights, source: str, name: str | None, version: str | None, image_size: int | None) -> SAM2:
-    """The model of the weights that were read from `source`; arguments as in `load`.
-
-    Raises UserError if the name or version is neither given nor known, or if they contradict the file.
-    """
-    from converters.checkpoint import leaf_shapes, recognize
-
-    given = {"name": name and variant_name(name), "version": version}
-    about = dict(weights.model or {})
-    if not about and None in given.values():
-        fits = recognize({key: x.shape for key, x in weights.tensors.items()} | leaf_shapes(weights.leaves))
-        if fits:
-            about = dict(zip(("name", "version"), fits))
-        elif name is None:
-            raise UserError(
-                f"the tensors of {source} fit no size of SAM 2 exactly: give name ({', '.join(VARIANTS)}) and version "
-                f"({', '.join(VERSIONS)}) to see which do not fit"
-            )
-    wrong = [f"{key} {about[key]!r}, not {value!r}" for key, value in given.items()
-             if value and value != about.get(key, value)]  # fmt: skip
-    if wrong:
-        raise UserError(f"{source} holds a model of {' and '.join(wrong)}")
-    known_name, known_version = str(about.get("name") or name), about.get("version") or version or "2.1"
-    return build(known_name, known_version, about.get("image_size") if image_size is None else image_size)
+    model, checkpoint = open_checkpoint(str(source), name, version, image_size)
+    return model, checkpoint.params
 
 
 def save(path: str | Path, model: SAM2, params: dict, metadata: Mapping | None = None) -> None:
@@ -171,15 +150,17 @@ def save(path: str | Path, model: SAM2, params: dict, metadata: Mapping | None =
 
     params: arrays and weight leaves. metadata: any of "names", "random_weights", "checkpoint", "input_ranges",
       "config", "results" and "versions" as `sam2jq quantize` writes them, and "relative_errors": {layer: relative
-      weight error}; the model's name, version and image size are added.
-    Raises UserError if the file name has another ending or the metadata is invalid.
+      weight error}; the model's name, version and image size are added, and whether the weights are random.
+    Raises UserError if the params do not fit the model, the file name has another ending or the metadata is invalid.
     """
-    about = {"versions": {"sam2jq": __version__}, **(metadata or {})}
+    described = describe_model(model)
+    check_params(path, model, params)
+    about = {"versions": {"sam2jq": __version__}, "random_weights": is_untrained(params), **(metadata or {})}
     errors = about.pop("relative_errors", {})
     given = about.get("model", {})
     if not isinstance(given, Mapping):
         raise UserError(f"{path}: model in the metadata is a mapping such as {{'checkpoint': name}}, got {given!r}")
-    about["model"] = dict(given) | describe_model(model)
+    about["model"] = dict(given) | described
     match Path(path).suffix:
         case ".safetensors":
             write_package(path, pack_params(params, errors, about))
@@ -191,6 +172,19 @@ def save(path: str | Path, model: SAM2, params: dict, metadata: Mapping | None =
             save_package(path, params, errors, about)
         case _:
             raise UserError(f"{path}: give a name that ends in .safetensors, or in .pt for a torch package")
+
+
+def check_params(path: str | Path, model: SAM2, params: dict) -> None:
+    """Raises UserError, which names the file `path`, unless the params are those of the model, by name and shape."""
+    if not isinstance(params, Mapping) or not params:
+        raise UserError(f"{path}: params must be the tree that sam2jq.load returns, got {type(params).__name__}")
+    like = image_params(model) if is_image_only(params) else abstract_params(model)
+    got = {layer: full_shape(leaf) for layer, leaf in flatten(dict(params)).items()}
+    if problems := mismatches(got, {layer: full_shape(leaf) for layer, leaf in flatten(like).items()}):
+        raise UserError(
+            f"{path}: the params are not those of the model: {len(problems)} do not fit: "
+            f"{few(problems, separator='; ')}"
+        )
 
 
 def describe_model(model: SAM2) -> dict:

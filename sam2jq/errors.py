@@ -36,8 +36,8 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def few(names: Iterable[str], shown: int = 10) -> str:
-    """ "a, b, c" for an error message; after `shown` names only their count: "a, b and 7 more"."""
+def few(names: Iterable[str], shown: int = 10, separator: str = ", ") -> str:
+    """ "a, b, c" for an error message; after `shown` names only their count: "a, b and 7 more"; "" for no names."""
     names = list(map(str, names))
     rest = len(names) - shown
-    return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
+    return separator.join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")

@@ -7,14 +7,25 @@ from pathlib import Path
 
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path in the same folder, renamed to `path` at the end, or removed if the block raises."""
+def atomic_write(path: str | Path, failures: tuple[type[Exception], ...] = ()) -> Iterator[Path]:
+    """Yields a temporary path in the same folder, renamed to `path` at the end, or removed if the block raises.
+
+    failures: what the block's writer raises, beside OSError, if it cannot write.
+    Raises OSError that names `path` if the disk is full, or the file cannot be written for another reason.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+    except failures as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise OSError(f"cannot write {path}; is the disk full? ({reason})") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -62,6 +62,12 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         return {}
 
 
+def write_safetensors(path: str | Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Writes arrays, in C order, and text metadata to a safetensors file, atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(safetensors.numpy.save(dict(arrays), metadata))
+
+
 def write_container(path: str | Path, arrays: Mapping[str, np.ndarray], header: dict, kind: str, version: int) -> None:
     """Writes `arrays` and `header` (any JSON value) to a safetensors file, atomically.
 
@@ -70,8 +76,7 @@ def write_container(path: str | Path, arrays: Mapping[str, np.ndarray], header: 
     arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     text = json.dumps(header, sort_keys=True)
     metadata = {"format": kind, "format_version": str(version), "header": text, "sha256": content_hash(arrays, text)}
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(safetensors.numpy.save(arrays, metadata))
+    write_safetensors(path, arrays, metadata)
 
 
 def read_container(path: str | Path, kind: str, version: int) -> tuple[Arrays, dict]:

@@ -104,12 +104,14 @@ def test_both_packages_hold_the_same(tmp_path, demo):
     assert one == other
 
 
-@pytest.mark.parametrize("image_size", [None, 128])
-def test_a_package_knows_its_image_size_and_another_may_be_given(tmp_path, image_size):
+def test_a_package_knows_its_image_size_and_another_is_an_error(tmp_path):
     model = sam2jq.build("nano", "2.0", 192)
     sam2jq.save(tmp_path / "p.safetensors", model, sam2jq.init_params(model, 0))
-    loaded, _ = sam2jq.load(tmp_path / "p.safetensors", image_size=image_size)
-    assert loaded == sam2jq.build("nano", "2.0", image_size or 192)
+    for size in (None, 192):
+        assert sam2jq.load(tmp_path / "p.safetensors", image_size=size)[0] == model
+    assert sam2jq.ImagePredictor.from_pretrained(str(tmp_path / "p.safetensors")).model == model
+    with pytest.raises(sam2jq.UserError, match="holds a model of image_size 192, not 128: leave out"):
+        sam2jq.load(tmp_path / "p.safetensors", image_size=128)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -126,7 +128,9 @@ def test_what_fits_no_size_says_what_to_give(tmp_path):
     params = sam2jq.init_params(sam2jq.build("nano"), 0)
     del params["no_obj_ptr"]
     save_checkpoint(tmp_path / "c.safetensors", params)
-    with pytest.raises(sam2jq.UserError, match=r"fit no size .*: give name \(tiny, .*\) and version \(2.0, 2.1\)"):
+    with pytest.raises(
+        sam2jq.UserError, match=r"fit no size .*tiny, .*: nano 2.1 is closest, with 1 tensors .*: missing no_obj_ptr"
+    ):
         sam2jq.load(tmp_path / "c.safetensors")
     with pytest.raises(sam2jq.UserError, match="1 tensors do not fit: missing no_obj_ptr"):
         sam2jq.load(tmp_path / "c.safetensors", name="nano")

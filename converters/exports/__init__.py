@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from sam2jq.models.sam2 import SAM2
+from sam2jq.models.sam2 import SAM2, is_image_only
 
 log = logging.getLogger("sam2jq")
 
@@ -24,14 +24,27 @@ class Export(NamedTuple):
 def write_vanilla(out: Path, model: SAM2, params: dict, metadata: dict) -> None:
     from converters.exports.vanilla import save_vanilla
 
-    save_vanilla(out / "vanilla.pt", params, metadata["random_weights"])
+    save_vanilla(out / "vanilla.pt", params, metadata["random_weights"], metadata["model"])
 
 
 def write_safetensors(out: Path, model: SAM2, params: dict, metadata: dict) -> None:
-    from converters.checkpoint import save_checkpoint
+    """Warns about a size whose video model transformers cannot build: it fixes the width of memories."""
+    from converters.hf import to_hf
+    from converters.hf_config import HF_MEMORY_FEATURES, write_config
+    from converters.names import array, to_torch
+    from converters.safetensors_files import write_tensors
     from sam2jq.quant.leaves import materialize_params
 
-    save_checkpoint(out / "model.safetensors", materialize_params(params))
+    if not is_image_only(params) and model.variant.memory_features != HF_MEMORY_FEATURES:
+        log.warning(
+            "safetensors Sam2VideoModel of transformers has memories of %d channels, this size has %d: there it can "
+            "only be loaded as Sam2Model, for images",
+            HF_MEMORY_FEATURES,
+            model.variant.memory_features,
+        )
+    state_dict = to_hf(to_torch(materialize_params(params)))
+    write_tensors(out / "model.safetensors", {key: array(x) for key, x in state_dict.items()}, metadata["model"])
+    write_config(out, model, video=not is_image_only(params))
 
 
 def write_deepcompressor(out: Path, model: SAM2, params: dict, metadata: dict) -> None:
@@ -56,7 +69,7 @@ def write_nunchaku(out: Path, model: SAM2, params: dict, metadata: dict) -> None
 
 EXPORTS = {
     "vanilla": Export("vanilla.pt for build_sam2", write_vanilla),
-    "safetensors": Export("model.safetensors with Hugging Face's names", write_safetensors),
+    "safetensors": Export("a folder for Sam2VideoModel.from_pretrained of transformers", write_safetensors),
     "deepcompressor": Export(
         "model.pt, scale.pt, smooth.pt and branch.pt, and rotation.pt where layers are rotated", write_deepcompressor
     ),

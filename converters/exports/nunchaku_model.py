@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from jax import lax
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from converters import hf
@@ -75,7 +75,7 @@ def save_nunchaku(folder: Path, params: dict, model: Mapping, names: str) -> Non
         "quantization_config": json.dumps({"method": "svdquant", "weight": INT4, "activation": INT4, "rank": rank}),
     }
     for name, tensors in ((BLOCKS, linears | norms), (REST, {k: t for k, t in rest.items() if k not in norms})):
-        with atomic_write(folder / name) as temporary:
+        with atomic_write(folder / name, failures=(SafetensorError,)) as temporary:
             save_file(tensors, temporary, metadata=header)
 
 

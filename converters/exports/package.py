@@ -5,6 +5,7 @@ A native package (package.safetensors) holds the same; `load_package` reads both
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,9 @@ import numpy as np
 import torch
 
 from converters.names import array, tensor, to_layout, torch_key
-from converters.torch_files import check_archive, load_torch, save_torch
+from converters.torch_files import load_torch, save_torch
 from sam2jq.errors import UserError
+from sam2jq.io import content_hash
 from sam2jq.quant.leaves import materialize
 from sam2jq.quant.package import (
     FORMAT,
@@ -26,7 +28,7 @@ from sam2jq.quant.package import (
     read_package,
     summarize,
 )
-from sam2jq.quant.packing import check_codes, map_parts
+from sam2jq.quant.packing import check_codes, map_parts, parts_of
 
 FORMAT_VERSION = 2
 
@@ -69,7 +71,19 @@ def save_package(path: str | Path, params: dict, errors: Mapping[str, float], me
         for name, layer in package.layers.items()
     }
     header = {"format": FORMAT, "format_version": FORMAT_VERSION, "metadata": package.metadata}
-    save_torch(path, header | {"layers": layers, "tensors": to_tensors(package)})
+    tensors = to_tensors(package)
+    header["sha256"] = package_hash(package.metadata, package.layers, tensors)
+    save_torch(path, header | {"layers": layers, "tensors": tensors})
+
+
+def package_hash(metadata: Mapping, layers: Mapping[str, PackedLayer], tensors: Mapping[str, torch.Tensor]) -> str:
+    """The sha256, in hexadecimal, of everything in a package."""
+    arrays = {f"tensor {key}": array(x) for key, x in tensors.items()}
+    described = {}
+    for name, layer in layers.items():
+        arrays |= {f"layer {name}/{part}": x for part, x in parts_of(layer.stored)}
+        described[name] = layer.path, layer.error, map_parts(layer.stored, lambda _: None, np.ndarray)
+    return content_hash(arrays, json.dumps([dict(metadata), described], sort_keys=True))
 
 
 def load_package(path: str | Path) -> TorchPackage:
@@ -103,7 +117,6 @@ def open_package(content: dict, path: str | Path) -> TorchPackage:
             f"{path} has package version {content.get('format_version')}, this sam2jq reads {FORMAT_VERSION}: "
             "quantize again, or use the version that wrote it"
         )
-    check_archive(path)
     try:
         layers = {
             name: PackedLayer(entry["path"], map_parts(entry["leaf"], array, torch.Tensor), entry["error"])
@@ -111,8 +124,14 @@ def open_package(content: dict, path: str | Path) -> TorchPackage:
         }
         for name, layer in layers.items():
             check_codes(f"{path}: layer {name}", layer.stored)
-        return TorchPackage(complete_metadata(content["metadata"], path), layers, content["tensors"])
-    except (KeyError, TypeError, AttributeError) as error:
+        tensors = dict(content["tensors"])
+        own = content.get("sha256")  # packages of version 0.1 have none
+        if own is not None and own != package_hash(content["metadata"], layers, tensors):
+            raise UserError(f"{path} is damaged: its content does not match its hash; copy or fetch it again")
+        return TorchPackage(complete_metadata(content["metadata"], path), layers, tensors)
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{path} is damaged: its content does not describe a package ({error!r})") from error
 
 

@@ -1,6 +1,7 @@
 """Quantized params as a plain state dict for the original SAM 2 code, and a builder for the original model."""
 
 import os
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import torch
 
 from converters.names import to_torch
 from converters.torch_files import save_torch
-from sam2jq.models.sam2 import VARIANTS, variant_name
+from sam2jq.errors import UserError
+from sam2jq.models.sam2 import VARIANTS, is_image_only, variant_name
 from sam2jq.quant.leaves import materialize_params
+from sam2jq.quant.package import MODEL_KEYS
 
 CONFIGS = {"tiny": "t", "small": "s", "base-plus": "b+", "large": "l", "nano": "t"}
 NANO = (
@@ -35,12 +38,18 @@ NANO = (
 )
 
 
-def save_vanilla(path: str | Path, params: dict, random: bool = False) -> None:
+def save_vanilla(path: str | Path, params: dict, random: bool = False, model: Mapping | None = None) -> None:
     """Writes {"model": state_dict} with dequantized weights. build_sam2 loads the file strictly, without this package.
 
-    random: whether the weights are random; then the file also has {"random_weights": True}, which build_sam2 ignores.
+    random: whether the weights are random; then the file also has {"random_weights": True}. model: name, version and
+    image_size, which the file keeps as "sam2jq". build_sam2 ignores both.
+    Raises UserError if the params lack the memory, without which build_sam2 loads nothing.
     """
+    if is_image_only(params):
+        raise UserError(f"{path}: build_sam2 loads no model without the weights of the memory: keep the package")
     note = {"random_weights": True} if random else {}
+    if model:
+        note["sam2jq"] = {key: model[key] for key in MODEL_KEYS}
     save_torch(path, {"model": to_torch(materialize_params(params))} | note)
 
 

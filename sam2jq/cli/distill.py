@@ -14,7 +14,14 @@ from tqdm import tqdm
 
 from sam2jq.cli.arguments import add_config, command_line
 from sam2jq.cli.finish import MeasuredRun, finish_run, run_metadata
-from sam2jq.cli.loading import configure_jax, load_checkpoint_of, replay_bits
+from sam2jq.cli.loading import (
+    configure_jax,
+    load_checkpoint_of,
+    replay_bits,
+    require_memory,
+    resolved,
+    with_image_size,
+)
 from sam2jq.cli.run_folder import job_folder, job_path, stage
 from sam2jq.config import loader
 from sam2jq.config.distill import DistillConfig
@@ -85,8 +92,7 @@ def distill(config: DistillConfig, folder: Path, command: str) -> None:
     with timed("data", f"{config.data.train}, {config.data.val}"):
         train, val = find_clips(config)
         splits = train, val, find_student_calibration(config, val)
-    load = partial(load_checkpoint_of, image_size=config.data.image_size)
-    (teacher_model, teacher_source), (model, source) = load(config.teacher), load(config.student)
+    (teacher_model, teacher_source), (model, source) = load_pair(config)
     check_pair(teacher_model, model)
     teacher = cdpq.Teacher(teacher_model, materialize_params(teacher_source.params), dtype=config.teacher.dtype)
     full = teacher.params if teacher_model == model else materialize_params(source.params)
@@ -94,6 +100,22 @@ def distill(config: DistillConfig, folder: Path, command: str) -> None:
     if jax.process_index() == 0:
         params_by_stage = {"start": to_quantized_params(begin), "distill": to_quantized_params(best)}
         measure_and_write(config, folder, command, model, source, full, params_by_stage, val, timed)
+
+
+def load_pair(config: DistillConfig):
+    """((SAM2, Checkpoint) of the teacher, that of the student).
+
+    Both have the image size of the config; where it says nothing, that of the one file that holds its size.
+    """
+    sides = {"teacher": config.teacher, "student": config.student}
+    size = config.data.image_size or config.teacher.image_size or config.student.image_size
+    pair = [load_checkpoint_of(side, size) for side in sides.values()]
+    for name, (_, checkpoint) in zip(sides, pair):
+        require_memory(checkpoint, f"the {name}, which also tracks objects")
+    known = [checkpoint.image_size for _, checkpoint in pair if checkpoint.image_size]
+    if size is None and len(known) == 1:
+        pair = [(with_image_size(model, known[0]), checkpoint) for model, checkpoint in pair]
+    return pair
 
 
 def train_student(
@@ -134,7 +156,7 @@ def measure_and_write(
     variants = {"full precision": full} | {name: materialize_weights(tree) for name, tree in params_by_stage.items()}
     results, errors, gallery = measure(model, variants, params_by_stage, names, ground_truth, asked, timed)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    settings = loader.to_dict(config) | {"model": loader.to_dict(config.student)}
+    settings = loader.to_dict(config) | {"model": loader.to_dict(resolved(config.student, model))}
     size, past = model.variant.image_size, history(rows)
     measured = MeasuredRun(
         run_metadata(settings["model"], size, source, full, settings, results, history=past),
@@ -150,16 +172,16 @@ def measure_and_write(
         asked=settings,
         command=command,
     )
-    metrics = finish_run(folder, measured, exports(params_by_stage["distill"], source, past), timed)
+    metrics = finish_run(folder, measured, exports(params_by_stage["distill"], source, past, settings["model"]), timed)
     log.info("\n%s", text.totals(metrics.to_dict()))
 
 
-def exports(params: dict, source, past: dict) -> dict[str, Callable[[Path], None]]:
+def exports(params: dict, source, past: dict, about: dict) -> dict[str, Callable[[Path], None]]:
     """{file name: function that writes it into a folder}, of the files beside the package."""
     from converters.exports.vanilla import save_vanilla
 
     return {
-        "vanilla.pt": lambda folder: save_vanilla(folder / "vanilla.pt", params, source.random),
+        "vanilla.pt": lambda folder: save_vanilla(folder / "vanilla.pt", params, source.random, about),
         "curves.png": lambda folder: curves.plot_history(past).savefig(folder / "curves.png", dpi=120),
     }
 

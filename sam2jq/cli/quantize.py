@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sam2jq.cli.arguments import add_config, command_line
 from sam2jq.cli.finish import MeasuredRun, finish_run, run_metadata
-from sam2jq.cli.loading import load_model, replay_bits
+from sam2jq.cli.loading import load_model, replay_bits, require_memory, resolved
 from sam2jq.cli.run_folder import job_folder, job_path, stage
 from sam2jq.config import loader
 from sam2jq.config.run import Config
@@ -58,10 +58,11 @@ def quantize(config: Config, folder: Path, command: str) -> None:
         ground_truth = find_ground_truth(config, partial(log.warning, "note        %s"))
     asked = replace(config, quant=replay_bits(config.quant))
     model, checkpoint = load_model(config.model, config.cache, config.quant.calib.image_size)
+    require_memory(checkpoint, "quantize, which also tracks objects to calibrate and to measure")
     full = materialize_params(checkpoint.params)
     done = calibrate_and_quantize(model, full, asked, images, timed)
-    config = replace(asked, quant=done.config)
-    (folder / "config.yaml").write_text(loader.dump(config))  # again, with the bits that were chosen for a target
+    config = replace(asked, quant=done.config, model=resolved(asked.model, model))
+    (folder / "config.yaml").write_text(loader.dump(config))  # again, with the model and the bits that were chosen
 
     layers = layer_errors(done.params_by_stage.get(FOLDED, full), done.params, done.stats)
     variants = {"full precision": full} | {
@@ -108,8 +109,9 @@ def exports(config: Config, done: Quantized, checkpoint) -> dict:
 
     if not config.save_model:
         return {}
+    about = loader.to_dict(config.model)
     return {
-        "vanilla.pt": lambda folder: save_vanilla(folder / "vanilla.pt", done.params, checkpoint.random),
+        "vanilla.pt": lambda folder: save_vanilla(folder / "vanilla.pt", done.params, checkpoint.random, about),
         "cache": lambda folder: save_deepcompressor(folder / "cache", done.params, checkpoint.names),
     }
 
@@ -128,6 +130,5 @@ def convert_nunchaku(config: Config, model: SAM2, checkpoint, full: dict, done: 
         chosen = {path: round_factors(leaf) for path, leaf in kernels(flat).items() if layer_name(path) in layers}
         rounded = flatten(gptq_onto(GRID, config.quant.wgts, layers).apply(unflatten(flat | chosen), done.stats))
         tree = flatten(full) | {path: leaf for path, leaf in rounded.items() if layer_name(path) in layers}
-        about = loader.to_dict(config.model) | {"image_size": model.variant.image_size}
-        save_nunchaku(folder / "nunchaku", unflatten(tree), about, checkpoint.names)
+        save_nunchaku(folder / "nunchaku", unflatten(tree), loader.to_dict(config.model), checkpoint.names)
         return simulate_nunchaku(full, folder / "nunchaku")

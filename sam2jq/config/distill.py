@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from sam2jq.config.quant import InputsConfig, QuantConfig, WeightsConfig
-from sam2jq.config.run import CacheConfig, MeasureConfig, ModelConfig, OutputConfig
+from sam2jq.config.run import CacheConfig, MeasureConfig, ModelConfig, OutputConfig, same_size
 from sam2jq.errors import ConfigError, one_of
 from sam2jq.quant.field_types import check_types
 
@@ -284,6 +284,10 @@ class DistillConfig:
             raise ConfigError("ptq.calib.path is not set: give a folder of images, or scenes:0 for synthetic ones")
         if self.ptq and self.ptq.calib.image_size not in (None, self.data.image_size):
             raise ConfigError("ptq.calib.image_size: both models use data.image_size: set that")
+        for key in ("teacher", "student"):
+            size = getattr(self, key).image_size
+            same_size("data.image_size", self.data.image_size, f"{key}.image_size", size)
+        same_size("student.image_size", self.student.image_size, "teacher.image_size", self.teacher.image_size)
         if self.ptq and self.ptq.rotation.fold_heads:
             raise ConfigError("ptq.rotation.fold_heads: it changes layers' outputs, which the loss compares with the "
                               "teacher's: leave it out")  # fmt: skip

@@ -16,12 +16,15 @@ TASKS = ("image", "vos")
 class ModelConfig:
     """A model and its checkpoint: the section `model`, or `teacher` and `student`."""
 
-    # tiny, small, base-plus, large, or nano, the demo model
-    name: str = "tiny"
-    # "2.0" or "2.1"
-    version: str = "2.1"
-    # a file, a Hugging Face Hub id, random:<seed>, or demo, the trained nano that comes with the package
+    # tiny, small, base-plus, large, or nano, the demo model; null: what the checkpoint holds (random:<seed>: tiny)
+    name: str | None = None
+    # "2.0" or "2.1"; null: what the checkpoint holds
+    version: str | None = None
+    # a file (file.pt#ema where it holds several models), a folder, a Hugging Face Hub id, random:<seed>, or demo, the
+    # trained nano that comes with the package
     checkpoint: str = ""
+    # side of the model's input in pixels; null: what the checkpoint holds, else the model's own
+    image_size: int | None = None
     # auto, cpu, gpu, cuda or tpu
     device: str = "auto"
     # dtype of the activations: float32, bfloat16 or float16
@@ -37,8 +40,16 @@ class ModelConfig:
             object.__setattr__(self, "checkpoint", "demo")
         if not self.checkpoint:
             raise ConfigError("checkpoint is not set: give a file, a Hub id, or random:0; only nano has a default")
+        if self.name is None and self.checkpoint.startswith("random:"):
+            object.__setattr__(self, "name", "tiny")
         one_of("device", self.device, DEVICES)
         one_of("dtype", self.dtype, FLOATS)
+
+
+def same_size(key: str, size: int | None, model_key: str, model_size: int | None) -> None:
+    """Raises ConfigError if two settings of the model's image size are both set, and differ."""
+    if size is not None and model_size is not None and size != model_size:
+        raise ConfigError(f"{key} is {size} and {model_key} is {model_size}: they are one size, set only one")
 
 
 @dataclass(frozen=True)
@@ -80,11 +91,9 @@ class CacheConfig:
     max_compiled_mb: int = 1000
 
     def __post_init__(self):
+        check_types(self)
         if self.max_compiled_mb < -1:
             raise ConfigError(f"max_compiled_mb must be at least 0, or -1 for no limit, got {self.max_compiled_mb}")
-
-    def __post_init__(self):
-        check_types(self)
 
 
 @dataclass(frozen=True)
@@ -120,6 +129,7 @@ class Config:
         check_types(self)
         if not self.quant.calib.path:
             raise ConfigError("quant.calib.path is not set: give a folder of images, or scenes:0 for synthetic ones")
+        same_size("quant.calib.image_size", self.quant.calib.image_size, "model.image_size", self.model.image_size)
         if self.convert_nunchaku and self.quant.rotation.transforms:
             raise ConfigError("convert_nunchaku: nunchaku's kernels cannot rotate inputs: leave quant.rotation out")
 

@@ -38,6 +38,8 @@ FLOW = [
         r"memory_attention|obj_ptr_tpos_proj",
     )
 ]
+# the beginnings of the params that an image needs; all others are of the memory
+IMAGE_PARTS = ("image_encoder.", "sam_prompt_encoder", "sam_mask_decoder", "no_mem_embed")
 TRUNK_LINEAR = re.compile(r"image_encoder\.trunk\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.layers\.[01])")
 
 
@@ -71,13 +73,15 @@ class SAM2(nn.Module):
         self.memory_encoder = MemoryEncoder(v.memory_features)
         self.obj_ptr_proj = MLP((v.features,) * 3)
         self.mask_downsample = Conv(1, size=4, stride=4)
-        self.maskmem_tpos_enc = declare(self, "maskmem_tpos_enc", MEMORIES, 1, 1, v.memory_features)
         self.no_mem_embed = declare(self, "no_mem_embed", 1, 1, v.features)
-        self.no_mem_pos_enc = declare(self, "no_mem_pos_enc", 1, 1, v.features)  # in every checkpoint, unused
-        self.no_obj_ptr = declare(self, "no_obj_ptr", 1, v.features)
         if self.version == "2.1":
             self.obj_ptr_tpos_proj = Dense(v.memory_features)
-            self.no_obj_embed_spatial = declare(self, "no_obj_embed_spatial", 1, v.memory_features)
+        if self.is_initializing() or self.has_variable("params", "no_obj_ptr"):  # not in an image-only model
+            self.maskmem_tpos_enc = declare(self, "maskmem_tpos_enc", MEMORIES, 1, 1, v.memory_features)
+            self.no_mem_pos_enc = declare(self, "no_mem_pos_enc", 1, 1, v.features)  # in every checkpoint, unused
+            self.no_obj_ptr = declare(self, "no_obj_ptr", 1, v.features)
+            if self.version == "2.1":
+                self.no_obj_embed_spatial = declare(self, "no_obj_embed_spatial", 1, v.memory_features)
 
     def encode_image(self, images: Array) -> list[Array]:
         """Preprocessed images [B, S, S, 3] -> maps [B, S/4, S/4, C/8], [B, S/8, S/8, C/4], [B, S/16, S/16, C]."""
@@ -222,11 +226,31 @@ def build(name: str, version: str = "2.1", image_size: int | None = None) -> SAM
     return SAM2(variant, version)
 
 
+def is_image_only(params: dict) -> bool:
+    """Whether a params tree is that of an image-only model, which lacks the memory that videos need."""
+    return "sam_mask_decoder" in params and "memory_encoder" not in params
+
+
 @cache
 def abstract_params(model: SAM2) -> dict:
     """The params tree with shapes and dtypes in place of arrays."""
     small = model.clone(variant=replace(model.variant, image_size=64))  # no parameter's shape depends on it
     return jax.eval_shape(small.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
+
+
+def image_params(model: SAM2) -> dict:
+    """`abstract_params` without the memory: what an image-only model has."""
+    flat = flatten(abstract_params(model))
+    return unflatten({path: leaf for path, leaf in flat.items() if path.startswith(IMAGE_PARTS)})
+
+
+def is_untrained(params: dict) -> bool:
+    """Whether params, quantized or not, are as `init_params` and the original code draw them, never trained.
+
+    A norm in the decoder tells it, which no transform changes: training moves every scale off 1.
+    """
+    norm = flatten(params["sam_mask_decoder"]["output_upscaling.1"])
+    return bool(np.all(np.asarray(norm["scale"]) == 1) and np.all(np.asarray(norm["bias"]) == 0))
 
 
 def init_params(model: SAM2, seed: int) -> dict:

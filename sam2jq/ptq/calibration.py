@@ -15,7 +15,7 @@ import numpy as np
 from sam2jq.data import prompts
 from sam2jq.errors import UserError
 from sam2jq.models.layers import resize
-from sam2jq.models.sam2 import MEMORIES, SAM2
+from sam2jq.models.sam2 import MEMORIES, SAM2, is_image_only
 from sam2jq.ptq.stats_cache import accumulate
 from sam2jq.quant.stats import Range, Sample, Stats
 from sam2jq.tree import flatten, kernels, layer_name, unflatten
@@ -67,8 +67,10 @@ def collect(
     cache_file: keeps the sums over the clips so far, from which a later call goes on, also in another process. Its name
     must tell model, params, clips and needs apart (see `tree.fingerprint`).
 
-    Raises UserError if there is no clip.
+    Raises UserError if there is no clip, or if the params are those of an image-only model.
     """
+    if is_image_only(params):
+        raise UserError("this is an image-only model, without the weights of the memory, which calibration runs too")
     mutable = tuple(sorted({"range", *needs}))
     chosen = None if layers is None else frozenset(layers)
     step = partial(_fold, model, mutable, chosen)

@@ -1,0 +1,154 @@
+"""The configuration files beside Hugging Face's weights: written for `from_pretrained` of transformers, and read."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from sam2jq.data.images import MEAN, STD
+from sam2jq.errors import UserError
+from sam2jq.files import atomic_write
+from sam2jq.models.sam2 import SAM2
+
+# that of the model, that of both processors, and those of one processor each, as older versions write them
+FILES = ("config.json", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+HF_MEMORY_FEATURES = 64  # channels of a memory that transformers' memory attention is built for
+
+
+def write_config(folder: Path, model: SAM2, *, video: bool = True) -> None:
+    """Writes config.json and processor_config.json into `folder`.
+
+    video: for `Sam2VideoModel` and `Sam2VideoProcessor`, else for the image-only `Sam2Model` and `Sam2Processor`.
+    """
+    for name, content in zip(FILES, (model_config(model, video), processor_config(model, video))):
+        with atomic_write(folder / name) as temporary:
+            temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def model_config(model: SAM2, video: bool) -> dict:
+    """The content of config.json: what the sizes and versions of SAM 2 differ in."""
+    v, latest = model.variant, model.version == "2.1"
+    widths = [v.embed_dim * 2**stage for stage in range(len(v.stages))]
+    backbone = {
+        "model_type": "sam2_hiera_det_model",
+        "hidden_size": v.embed_dim,
+        "image_size": [v.image_size] * 2,
+        "blocks_per_stage": list(v.stages),
+        "embed_dim_per_stage": widths,
+        "num_attention_heads_per_stage": [v.num_heads * 2**stage for stage in range(len(v.stages))],
+        "window_size_per_stage": list(v.windows),
+        "global_attention_blocks": list(v.global_blocks),
+        "window_positional_embedding_background_size": [v.position_size] * 2,
+    }
+    vision = {
+        "model_type": "sam2_vision_model",
+        "backbone_config": backbone,
+        "backbone_channel_list": widths[::-1],
+        "backbone_feature_sizes": [[v.image_size // stride] * 2 for stride in (4, 8, 16)],
+        "fpn_hidden_size": v.features,
+    }
+    image = {
+        "dtype": "float32",
+        "vision_config": vision,
+        "prompt_encoder_config": {"hidden_size": v.features, "image_size": v.image_size},
+        "mask_decoder_config": {"hidden_size": v.features},
+    }
+    if not video:
+        return {"architectures": ["Sam2Model"], "model_type": "sam2"} | image
+    return image | {
+        "architectures": ["Sam2VideoModel"],
+        "model_type": "sam2_video",
+        "image_size": v.image_size,
+        "enable_occlusion_spatial_embedding": latest,
+        "enable_temporal_pos_encoding_for_object_pointers": latest,
+        "memory_attention_hidden_size": v.features,
+        "memory_attention_num_layers": v.memory_layers,
+        "memory_attention_feed_forward_hidden_size": v.memory_hidden,
+        "memory_attention_rope_feat_sizes": [v.image_size // 16] * 2,
+        "memory_encoder_hidden_size": v.features,
+        "memory_encoder_output_channels": v.memory_features,
+        "mask_downsampler_embed_dim": v.features,
+        "memory_fuser_embed_dim": v.features,
+        "memory_fuser_intermediate_dim": 4 * v.features,
+    }
+
+
+def processor_config(model: SAM2, video: bool) -> dict:
+    """The content of processor_config.json: the size, mean and standard deviation of the model's input."""
+    square = lambda side: {"height": side, "width": side}
+    size = model.variant.image_size
+    pixels = {
+        **dict.fromkeys(("do_convert_rgb", "do_normalize", "do_rescale", "do_resize"), True),
+        "image_mean": [round(float(x), 3) for x in MEAN],
+        "image_std": [round(float(x), 3) for x in STD],
+        "resample": 2,
+        "rescale_factor": 1 / 255,
+        "size": square(size),
+    }
+    image = {"image_processor_type": "Sam2ImageProcessor", "mask_size": square(size // 4)} | pixels
+    shared = {"image_processor": image, "point_pad_value": -10, "target_size": size}
+    if not video:
+        return {"processor_class": "Sam2Processor"} | shared
+    frames = {"video_processor_type": "Sam2VideoVideoProcessor"} | pixels
+    return {"processor_class": "Sam2VideoProcessor", "video_processor": frames} | shared
+
+
+def read_config(folder: Path) -> dict:
+    """{"image_size": pixels} as the configuration files in `folder` have it; {} if they say nothing.
+
+    Raises UserError if a file is damaged, the image is not square, or its mean or standard deviation is not SAM 2's.
+    """
+    files = {name: read_object(folder / name) for name in FILES if (folder / name).is_file()}
+    for name, content in files.items():
+        for part in (content, content.get("image_processor"), content.get("video_processor")):
+            check_normalization(folder / name, part if isinstance(part, dict) else {})
+    config = files.get("config.json", {})
+    inner = lambda *path: nested_value(config, path)
+    sizes = (
+        inner("image_size"),
+        inner("prompt_encoder_config", "image_size"),
+        inner("vision_config", "backbone_config", "image_size"),
+    )
+    size = next((side(folder / FILES[0], value) for value in sizes if value is not None), None)
+    return {} if size is None else {"image_size": size}
+
+
+def read_object(path: Path) -> dict:
+    """The object in a JSON file. Raises UserError if there is none."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not readable JSON ({error}): fetch it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold an object, as Hugging Face writes it: fetch it again")
+    return content
+
+
+def nested_value(content: object, path: tuple[str, ...]) -> object:
+    """content[path[0]][path[1]]...; None if it is not there."""
+    for key in path:
+        content = content.get(key) if isinstance(content, dict) else None
+    return content
+
+
+def side(path: Path, value: object) -> int:
+    """The side, in pixels, of an image size such as 1024 or [1024, 1024]. Raises UserError for other values."""
+    sides = value if isinstance(value, list) else [value]
+    if not sides or type(sides[0]) is not int or any(x != sides[0] for x in sides):
+        raise UserError(f"{path}: image_size {value} is not one whole number of pixels; SAM 2's input is square")
+    return sides[0]
+
+
+def check_normalization(path: Path, content: dict) -> None:
+    """Raises UserError unless a processor's mean and standard deviation, if it has them, are those of SAM 2."""
+    for key, own in (("image_mean", MEAN), ("image_std", STD)):
+        given = content.get(key)
+        try:
+            same = given is None or np.allclose(np.asarray(given, np.float64), own, atol=1e-3)
+        except (TypeError, ValueError):
+            same = False
+        if not same:
+            raise UserError(
+                f"{path}: {key} is {given}, and this program normalizes images by SAM 2's {own.tolist()}: the model "
+                "would see other colors than it was trained on"
+            )
