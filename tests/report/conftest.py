@@ -53,7 +53,7 @@ def metrics(bits: int, miou: float) -> dict:
     error = {"feature_error": {"stride4": 0.1, "stride8": 0.2, "stride16": 0.3}, "mask_iou": 0.7}
     scores = lambda iou: {"box": iou, "1 click": iou - 0.1, "3 clicks": iou + 0.05}
     return {
-        "model": settings["model"] | {"image_size": 256},
+        "model": settings["model"] | {"version": "2.1", "image_size": 256},
         "names": "original",
         "checkpoint": "c0ffee",
         "images_id": "1",
