@@ -100,6 +100,7 @@ typecheck: setup
 bench: setup
 	$(VENV)/bin/python experiments/bench/encoder.py
 	$(VENV)/bin/python experiments/bench/ptq.py
+	$(VENV)/bin/python experiments/bench/startup.py
 	$(HUGE_PAGES) $(VENV)/bin/python experiments/bench/distill.py
 
 # the API reference, from the docstrings: build/docs/index.html

@@ -39,7 +39,7 @@ from sam2jq.ptq.run import CalibrationImages, find_calibration, run_ptq
 from sam2jq.quant.algorithms.activations import materialize_weights
 from sam2jq.quant.algorithms.fake_quant import fake_quant_layers, to_quantized_params
 from sam2jq.quant.leaves import materialize_params
-from sam2jq.report import curves, text
+from sam2jq.report import text
 from sam2jq.training.distributed import fails_together, initialize_distributed, wait_for_processes
 from sam2jq.training.metric_logging import metric_logger
 from sam2jq.tree import fingerprint, flatten, kernels
@@ -179,6 +179,7 @@ def measure_and_write(
 def exports(params: dict, source, past: dict, about: dict) -> dict[str, Callable[[Path], None]]:
     """{file name: function that writes it into a folder}, of the files beside the package."""
     from converters.exports.vanilla import save_vanilla
+    from sam2jq.report import curves  # here, since it imports matplotlib, which takes half a second
 
     return {
         "vanilla.pt": lambda folder: save_vanilla(folder / "vanilla.pt", params, source.random, about),

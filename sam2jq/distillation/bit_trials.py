@@ -30,7 +30,7 @@ def make_bits_evaluator(loss: Callable) -> Callable:
         return jax.vmap(lambda one: loss(with_bits(params, one), batch))(bits)
 
     split, full = data_sharding(), replicated()
-    return aot_compile(jax.jit(losses, in_shardings=(full, split, full), out_shardings=full))
+    return aot_compile(jax.jit(losses, in_shardings=(full, split, full), out_shardings=full), "the validation loss")
 
 
 def evaluate_bits(

@@ -31,34 +31,38 @@ class Teacher(NamedTuple):
     dtype: str = "float32"
 
 
-def make_target_batches(
-    teacher: Teacher, items: Sequence[Item], config: DistillLossConfig, seed: int, cache: Path | None
-) -> Callable[[Iterator[np.ndarray]], Iterator[DistillBatch]]:
-    """A function from batches of indices [B] into `items` to the batches of their targets, this process' share of each.
+Batches = Callable[[Iterator[np.ndarray]], Iterator[DistillBatch]]
 
-    An item gets the same prompts whenever it is drawn. cache: a folder for the targets, one file an item; None to make
-    them anew each time.
+
+def make_target_batches(
+    teacher: Teacher, config: DistillLossConfig, seed: int, cache: Path | None
+) -> Callable[[Sequence[Item]], Batches]:
+    """A function from items to a function from batches of indices [B] into these to the batches of their targets.
+
+    Each process gets its share of a batch. The teacher's program is compiled once for all items, so all batches must
+    have one shape. An item gets the same prompts whenever it is drawn. cache: a folder for the targets, one file an
+    item; None to make them anew each time.
     """
     size, params = teacher.model.variant.image_size, jax.device_put(teacher.params, replicated())
     run = target_program(teacher, config, seed)
     put = partial(jax.make_array_from_process_local_data, data_sharding())
     structure = jax.tree.structure(jax.eval_shape(run, params, *example_shapes(size))) if cache else None
-    compiled = aot_compile(run)
+    compiled = aot_compile(run, "the teacher's outputs")
 
     def load(path: Path) -> DistillBatch:
         with np.load(path) as file:
             return structure.unflatten([file[str(i)] for i in range(len(file.files))])
 
-    def read(indices: np.ndarray):
+    def read(items: Sequence[Item], indices: np.ndarray):
         """The indices, their files, and the targets where all files exist, else the frames [B, T, S, S, 3]."""
         files = [cache / target_file(items[i]) for i in indices] if cache else []
         if files and all(map(Path.is_file, files)):
             return indices, files, jax.tree.map(lambda *leaves: np.stack(leaves), *map(load, files))
         return indices, files, np.stack([read_item(items[i], size) for i in indices])
 
-    def batches(indices: Iterator[np.ndarray]) -> Iterator[DistillBatch]:
+    def batches(items: Sequence[Item], indices: Iterator[np.ndarray]) -> Iterator[DistillBatch]:
         local = (np.split(batch, jax.process_count())[jax.process_index()] for batch in indices)
-        for batch, files, content in prefetched(read, local):
+        for batch, files, content in prefetched(partial(read, items), local):
             if isinstance(content, np.ndarray):
                 item_seeds = np.array([zlib.crc32(items[i].name.encode()) for i in batch], np.uint32)
                 content = jax.tree.map(local_rows, compiled(params, put(content), put(item_seeds)))
@@ -66,7 +70,7 @@ def make_target_batches(
                     save_targets(file, jax.tree.map(lambda leaf, i=i: leaf[i], content))
             yield content
 
-    return batches
+    return lambda items: partial(batches, items)
 
 
 def target_program(teacher: Teacher, config: DistillLossConfig, seed: int) -> Callable:

@@ -88,7 +88,7 @@ def make_distill_task(
     key = settings.prompts, settings.objects, config.data.frames, config.data.stride, seed, teacher.dtype
     cache = Path(config.cache.root) / "targets" / fingerprint(teacher.params, teacher.model, key)
     cache = cache if settings.cache_teacher else None
-    make_batches = partial(make_target_batches, teacher, config=settings, seed=seed, cache=cache)
+    make_batches = make_target_batches(teacher, settings, seed, cache)
     train_batches, val_batches = make_batches(train), make_batches(val)
     val_indices = np.arange(len(val) // batch_size * batch_size).reshape(-1, batch_size)
     weights = {part: getattr(settings, part) for part in PARTS}

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import jax.numpy as jnp
 import numpy as np
-from scipy.ndimage import distance_transform_edt
+import scipy
 
 from sam2jq.data import preprocess
 from sam2jq.data.labeled import LabeledImage
@@ -102,7 +102,7 @@ def corners(mask: np.ndarray) -> np.ndarray:
 
 def interior_point(region: np.ndarray) -> tuple[tuple[int, int], float]:
     """The pixel x, y of a region [H, W] farthest from its edge, and that distance; the image border is an edge."""
-    distance = distance_transform_edt(np.pad(region, 1))[1:-1, 1:-1]
+    distance = scipy.ndimage.distance_transform_edt(np.pad(region, 1))[1:-1, 1:-1]
     y, x = np.unravel_index(distance.argmax(), region.shape)
     return (x, y), distance[y, x]
 

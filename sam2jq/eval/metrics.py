@@ -7,8 +7,7 @@ Values are in 0..1 here; the evaluator prints percent.
 from typing import NamedTuple
 
 import numpy as np
-from scipy.ndimage import minimum_filter
-from scipy.spatial import KDTree
+import scipy
 
 from sam2jq.errors import UserError
 
@@ -44,7 +43,7 @@ def inner_boundary(mask: np.ndarray) -> np.ndarray:
     outside the mask.
     """
     depth = max(1, round(0.02 * np.hypot(*mask.shape[-2:])))
-    eroded = minimum_filter(mask, 2 * depth + 1, axes=(-2, -1), mode="constant", cval=0)
+    eroded = scipy.ndimage.minimum_filter(mask, 2 * depth + 1, axes=(-2, -1), mode="constant", cval=0)
     return mask & ~eroded
 
 
@@ -80,7 +79,8 @@ def contour(mask: np.ndarray) -> np.ndarray:
 
 def share_near(points: np.ndarray, others: np.ndarray, radius: float) -> float:
     """The share of points [N, 2] at most `radius` from one of the others [M, 2]; 1 where N is 0."""
-    distance, _ = KDTree(others).query(points, distance_upper_bound=radius + 0.5)  # the bound itself is excluded
+    tree = scipy.spatial.KDTree(others)
+    distance, _ = tree.query(points, distance_upper_bound=radius + 0.5)  # the bound itself is excluded
     return float(np.mean(distance <= radius)) if len(points) else 1.0
 
 

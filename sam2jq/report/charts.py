@@ -3,10 +3,7 @@
 import io
 from itertools import groupby
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
 
 INK = "#010203"  # replaced by the text colour of the page, dark or light
 BLUE, ORANGE, GREEN = "#0072b2", "#e69f00", "#009e73"  # of Okabe and Ito, for colour-blind readers
@@ -28,6 +25,9 @@ STYLE = {
 
 def render_svg(draw, size: tuple[float, float], rows: int = 1, columns: int = 1, **options) -> str:
     """The SVG text of a figure of `size` inches that draw(axes [rows, columns]) has drawn."""
+    import matplotlib as mpl  # here, since its import takes half a second, which a command's errors should not wait for
+    from matplotlib.figure import Figure
+
     with mpl.rc_context(STYLE):
         figure = Figure(size, layout="constrained")
         draw(figure.subplots(rows, columns, squeeze=False, **options))
@@ -47,6 +47,8 @@ def layer_chart(layers: list[dict]) -> str:
     at = np.arange(len(layers))
 
     def draw(axes) -> None:
+        from matplotlib.ticker import LogLocator, NullLocator
+
         (top,), (low,) = axes
         top.vlines(at, min(filter(None, errors), default=1e-3) / 2, errors, color=BLUE, linewidth=2.5)
         top.set(yscale="log", ylabel="error of outputs" if outputs else "error of weights")

@@ -1,6 +1,8 @@
 """One optimizer step on any number of devices, compiled once."""
 
 import ctypes
+import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +13,7 @@ import optax
 from sam2jq.training.sharding import data_sharding, put_if_needed, replicated
 from sam2jq.training.state import TrainState
 
+log = logging.getLogger("sam2jq")
 Array = jax.Array
 Loss = Callable[[dict, Any, Array], tuple[Array, dict[str, Array]]]  # (params, batch, key) -> loss, metrics
 Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]
@@ -39,7 +42,8 @@ def make_train_step(loss: Loss, optimizer: optax.GradientTransformation, paralle
 def jit_step(step: Callable) -> Step:
     """`step` under jit, with replicated state and a batch that is split over all devices."""
     split, full = data_sharding(), replicated()
-    compiled = aot_compile(jax.jit(step, in_shardings=(full, split), out_shardings=full, donate_argnums=0))
+    jitted = jax.jit(step, in_shardings=(full, split), out_shardings=full, donate_argnums=0)
+    compiled = aot_compile(jitted, "the training step")
     put = lambda x: jax.device_put(x, split)  # copies nothing that is placed so already
     if jax.process_count() > 1:
         put = lambda x: jax.make_array_from_process_local_data(split, np.asarray(x))
@@ -60,16 +64,20 @@ def pmap_step(step: Callable) -> Step:
     return lambda state, batch: mapped(state, jax.tree.map(by_device, batch))
 
 
-def aot_compile(program: Callable) -> Callable:
+def aot_compile(program: Callable, name: str) -> Callable:
     """The jitted `program`, compiled ahead of time for the arguments of its first call; later calls must match them.
 
-    After compiling, the memory that the compiler freed is returned to the system: malloc would keep about a gigabyte.
+    A line with `name` is logged before compiling, which may take a minute, and the seconds after it. After compiling,
+    the memory that the compiler freed is returned to the system: malloc would keep about a gigabyte.
     """
     compiled = []
 
     def run(*args):
         if not compiled:
+            log.info("compiling   %s: up to a minute the first time, then the program is in the cache", name)
+            begin = time.perf_counter()
             compiled.append(program.lower(*args).compile())
+            log.info("compiled    %-60s %6.1f s", name, time.perf_counter() - begin)
             if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
                 trim(0)
         return compiled[0](*args)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from scipy.ndimage import gaussian_filter
+import scipy
 
 from sam2jq.data.synthetic.shapes import SHAPES, blob, edge, noise, paint, plane, stroke
 from sam2jq.errors import UserError
@@ -256,7 +256,7 @@ def render(world: World, t: int, size: int):
 
 
 def soften(canvas, sigma: float):
-    return gaussian_filter(canvas, (0, sigma, sigma), truncate=2.5) if sigma > 0 else canvas
+    return scipy.ndimage.gaussian_filter(canvas, (0, sigma, sigma), truncate=2.5) if sigma > 0 else canvas
 
 
 def illuminate(world: World, t: int, size: int):
