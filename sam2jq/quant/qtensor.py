@@ -156,18 +156,33 @@ def storage_dtype(spec: QuantSpec):
     return jnp.float8_e4m3fn if spec.codes == "float" else jnp.int8 if spec.symmetric else jnp.uint8
 
 
-def quantize(w: Array, spec: QuantSpec) -> QTensor:
+def quantize(w: Array, spec: QuantSpec | TracedSpec) -> QTensor:
     """`w` [*reduce, out] rounded to nearest on the grid that spans it."""
+    return _quantize_jitted(w, spec) if isinstance(spec, QuantSpec) else _quantize(w, spec)
+
+
+def _quantize(w: Array, spec: QuantSpec | TracedSpec) -> QTensor:
     grouped = by_group(w.astype(jnp.float32), spec)
     scale, zero_point = fit_scale_zero_point(grouped, spec)
     qvalue = from_groups(round_to_grid(grouped, scale, zero_point, spec), w.shape).astype(storage_dtype(spec))
     return QTensor(qvalue, scale[:, 0], None if spec.symmetric else zero_point[:, 0], spec)
 
 
+_quantize_jitted = jax.jit(_quantize, static_argnames="spec")  # one program in place of a dozen operations
+
+
 def dequantize(q: QTensor) -> Array:
     """float32 [*reduce, out]: (qvalue - zero_point) * scale; a numpy array if the fields are numpy arrays."""
+    jitted = isinstance(q.spec, QuantSpec) and isinstance(q.qvalue, jax.Array)
+    return _dequantize_jitted(q) if jitted else _dequantize(q)
+
+
+def _dequantize(q: QTensor) -> Array:
     codes = q.qvalue.reshape(-1, q.qvalue.shape[-1]).astype(jnp.float32)
     # one row of scales for each row of codes; a single row is broadcast
     rows = lambda x: x if len(x) == 1 else x.repeat(q.spec.group_size, axis=0)[: len(codes)]
     centred = codes if q.zero_point is None else codes - rows(q.zero_point)
     return (centred * rows(q.scale)).reshape(q.qvalue.shape)
+
+
+_dequantize_jitted = jax.jit(_dequantize)

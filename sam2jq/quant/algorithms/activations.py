@@ -161,8 +161,16 @@ def quantize_tokens(x: Array, spec: QuantSpec, scale: Array | None = None, zero_
 
 def fake_quantize(x: Array, spec: QuantSpec, scale: Array | None = None, zero_point: Array | None = None) -> Array:
     """x [..., K] rounded to the nearest points of its grid, in the dtype of x."""
+    fn = _fake_quantize_jitted if isinstance(spec, QuantSpec) else _fake_quantize
+    return fn(x, spec, scale, zero_point)
+
+
+def _fake_quantize(x: Array, spec: QuantSpec, scale: Array | None, zero_point: Array | None) -> Array:
     codes, scale, zero_point = quantize_tokens(x, spec, scale, zero_point)
     return ((codes - zero_point) * scale).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]].astype(x.dtype)
+
+
+_fake_quantize_jitted = jax.jit(_fake_quantize, static_argnames="spec")
 
 
 @materialize.register
