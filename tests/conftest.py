@@ -43,7 +43,8 @@ def pytest_configure(config):
             os.environ[CACHE_DIR] = folder.name
         if not XLA_DEFAULTS:  # compiling takes most of the time here; each of these saves a third of it
             os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
-            os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"  # the older code generator
+            # the older code generator; and one module a program, as there is a test process for each core
+            os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     if not XLA_DEFAULTS:
         jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_compilation_cache_dir", os.environ[CACHE_DIR])
