@@ -13,22 +13,37 @@ def add_config(parser: argparse.ArgumentParser, example: str = "") -> None:
     parser.add_argument("--config", help=f"YAML file with settings; every key is also a flag{example}")
 
 
+class Once(argparse.Action):
+    """Stores a flag's value. A second value is an error: argparse would forget the first without a word."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        """Raises ArgumentError if the flag was given before."""
+        if getattr(namespace, self.dest) not in (None, []):
+            raise argparse.ArgumentError(self, "given twice: put all values behind one flag")
+        setattr(namespace, self.dest, values)
+
+
 def add_prompts(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--points", nargs="+", type=numbers(2), default=[], metavar="X,Y", help="clicks, in pixels")
+    parser.add_argument(
+        "--points", action=Once, nargs="+", type=numbers(2), default=[], metavar="X,Y", help="clicks, in pixels"
+    )
     parser.add_argument(
         "--labels",
+        action=Once,
         nargs="+",
         type=int,
         metavar="L",
         help="1 foreground (default), 0 background, 2 and 3 corners of a box",
     )
-    parser.add_argument("--box", type=numbers(4), metavar="X0,Y0,X1,Y1", help="a box, in pixels")
+    parser.add_argument("--box", action=Once, type=numbers(4), metavar="X0,Y0,X1,Y1", help="a box, in pixels")
 
 
 def prompt_labels(args: argparse.Namespace) -> list[int]:
     """One label for each of args.points. Raises UserError if there is no prompt, or the counts differ."""
     if not args.points and args.box is None:
         raise UserError("no prompt: give --points X,Y [X,Y ...] or --box X0,Y0,X1,Y1")
+    if args.box is not None and not (args.box[0] < args.box[2] and args.box[1] < args.box[3]):
+        raise UserError(f"--box {args.box} has no area: it is X0,Y0,X1,Y1, the upper left and the lower right corner")
     labels = args.labels or [1] * len(args.points)
     if len(labels) != len(args.points):
         raise UserError(f"{len(args.points)} points but {len(labels)} labels: give one label each")

@@ -144,8 +144,8 @@ def listed_images(file: Path) -> list[CocoImage]:
     """
     content, by_image = read_json(file), defaultdict(list)
     try:
-        categories = {category["id"]: category["name"] for category in content["categories"]}
-        images = {entry["id"]: name_and_size(file, entry) for entry in content["images"]}
+        categories = by_id(file, "category", [(entry["id"], entry["name"]) for entry in content["categories"]])
+        images = by_id(file, "image", [(entry["id"], name_and_size(file, entry)) for entry in content["images"]])
         for annotation in content["annotations"]:
             if not annotation.get("iscrowd"):
                 check_annotation(file, annotation, categories, images)
@@ -155,6 +155,15 @@ def listed_images(file: Path) -> list[CocoImage]:
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{file}: not in COCO's format for instances ({error!r}); download it again") from error
     return [CocoImage(*images[id], by_image[id], categories, file) for id in images if id in by_image]
+
+
+def by_id(file: Path, what: str, entries: list[tuple[int, object]]) -> dict:
+    """{id: content} of `entries`. Raises UserError if two of them have one id and different content."""
+    found = {}
+    for id, content in entries:
+        if found.setdefault(id, content) != content:
+            raise UserError(f"{file}: {what} {id} is there twice: {found[id]!r} and {content!r}; give each its own id")
+    return found
 
 
 def name_and_size(file: Path, entry: dict) -> tuple[str, tuple[int, int]]:
@@ -229,8 +238,10 @@ def read_instance(image: CocoImage, annotation: dict) -> Instance:
 def annotated_box(bbox: list[float]) -> np.ndarray:
     """The box [4], x0 y0 x1 y1, of COCO's x, y, width, height."""
     x, y, width, height = map(float, bbox)
-    if not max(map(abs, (x, y, width, height))) <= FARTHEST:
+    if not all(abs(number) <= FARTHEST for number in (x, y, width, height)):
         raise UserError(f"its bbox {bbox} is not finite, or lies far outside of the image")
+    if width <= 0 or height <= 0:
+        raise UserError(f"its bbox {bbox} has no area: it is x, y, width, height")
     return np.array([x, y, x + width, y + height], np.float32)
 
 

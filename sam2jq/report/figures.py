@@ -8,6 +8,7 @@ COLORS = np.array(
 )  # for colour-blind readers
 SIDE = 320  # pixels, of the pictures on a sheet
 MARK = {1: (60, 220, 60), 0: (235, 50, 50)}  # a click: foreground green, background red
+CORNER = (255, 255, 255)  # a corner of a box that is given as points labelled 2 and 3
 
 
 def overlay(image: np.ndarray, masks: np.ndarray) -> Image.Image:
@@ -26,7 +27,9 @@ def draw_prompts(picture: Image.Image, points: np.ndarray, labels: np.ndarray, b
     if box is not None:
         draw.rectangle(tuple(map(float, box)), outline="white", width=max(1, radius // 2))
     for (x, y), label in zip(points, labels):
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=MARK[int(label)], outline="white")
+        if label >= 0:  # -1 is padding
+            fill = MARK.get(int(label), CORNER)
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill, outline="white")
 
 
 def write(picture: Image.Image, words: str) -> None:

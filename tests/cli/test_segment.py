@@ -1,9 +1,11 @@
 """`sam2jq segment`."""
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from sam2jq.cli.main import main
+from sam2jq.report.figures import draw_prompts
 
 from .conftest import failure
 
@@ -25,3 +27,19 @@ def test_segment_takes_a_package_and_says_what_it_lacks(job, tmp_path, capsys):
         capsys, "segment", "scenes:0/0000", *model, "--points", "1,2", "--labels", "1", "0"
     )
     assert "nothing.jpg" in failure(capsys, "segment", "nothing.jpg", *model, "--points", "1,2")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (["--points", "5,10", "--points", "20,20"], "given twice"),
+        (["--box", "1,1,9,9", "--box", "2,2,8,8"], "given twice"),
+        (["--box", "40,30,10,5"], "upper left and the lower right"),
+    ],
+)
+def test_a_prompt_that_would_be_lost_or_turned_is_an_error(prompt, message, capsys):
+    assert message in failure(capsys, "segment", "scenes:0/0000", "--model.checkpoint", "demo", *prompt)
+
+
+def test_every_allowed_label_can_be_drawn():
+    draw_prompts(Image.new("RGB", (64, 48)), np.full((5, 2), 9), np.array([-1, 0, 1, 2, 3]), np.array([1, 1, 30, 30]))

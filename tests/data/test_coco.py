@@ -303,3 +303,23 @@ def test_an_instance_without_a_box_gets_that_of_its_mask(root):
     del without["bbox"]
     (instance,) = instances(root, without)
     np.testing.assert_array_equal(instance.box, [5, 4, 11, 8])
+
+
+@pytest.mark.parametrize(
+    ("bbox", "message"),
+    [([5, float("nan"), 2, 2], "not finite"), ([20, 15, -10, -5], "no area"), ([5, 5, 0, 4], "no area")],
+)
+def test_a_box_without_an_area_is_an_error(root, bbox, message):
+    with pytest.raises(UserError, match=message):
+        instances(root, annotation(SQUARE) | {"bbox": bbox})
+
+
+@pytest.mark.parametrize("part", ["images", "categories"])
+def test_one_id_for_two_things_is_an_error(root, part):
+    instances(root, annotation(SQUARE))
+    file = root / "annotations" / "instances_val.json"
+    content = json.loads(file.read_text())
+    content[part].append(content[part][0] | ({"name": "another"} if part == "categories" else {"file_name": "b.jpg"}))
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"instances_val.json: \w+ \d is there twice"):
+        coco_images(str(root))
