@@ -5,15 +5,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sam2jq.errors import UserError
+
 
 @contextmanager
 def atomic_write(path: str | Path, failures: tuple[type[Exception], ...] = ()) -> Iterator[Path]:
     """Yields a temporary path in the same folder, renamed to `path` at the end, or removed if the block raises.
 
     failures: what the block's writer raises, beside OSError, if it cannot write.
-    Raises OSError that names `path` if the disk is full, or the file cannot be written for another reason.
+    Raises OSError that names `path` if the disk is full, or the file cannot be written for another reason, and
+    UserError before the block runs if `path` is a folder or a device, which must not be replaced.
     """
     path = Path(path)
+    if not path.name or (path.exists() and not path.is_file()):
+        raise UserError(f"cannot write {str(path)!r}: it is not the name of a file")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

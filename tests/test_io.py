@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from sam2jq.errors import UserError
+from sam2jq.files import atomic_write
 from sam2jq.io import content_hash, read_container, read_metadata, read_safetensors, write_container
 
 DTYPES = ["bool", "uint8", "int8", "int32", "int64", "float16", "float32", "float64", "bfloat16", "float8_e4m3fn"]
@@ -57,3 +59,13 @@ def test_a_file_without_a_header_has_no_metadata(tmp_path):
         assert read_metadata(tmp_path / "a.safetensors") == {}
         with pytest.raises(UserError, match="not a readable safetensors file"):
             read_safetensors(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("name", ["", ".", "folder", "/dev/null"])
+def test_what_is_no_regular_file_is_never_replaced(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    with pytest.raises(UserError, match="is not the name of a file"), atomic_write(name) as temporary:
+        temporary.write_text("x")
+    assert Path("folder").is_dir()
+    assert Path("/dev/null").is_char_device()

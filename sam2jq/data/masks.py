@@ -8,15 +8,18 @@ from PIL import Image
 from sam2jq.data.images import open_image
 from sam2jq.errors import UserError
 
+LOSSY = {"JPEG", "MPO"}  # formats of PIL in which a mask comes back with other values, each of which is an object
 VOID = 255  # of label images: pixels of no object
 
 
 def read_labels(path: str, size: tuple[int, int] | None = None) -> np.ndarray:
     """int [H, W], the values of a mask file: palette indices, grey values, or False and True.
 
-    Raises UserError unless it has one channel of integers, none negative, and the given `size` (H, W).
+    Raises UserError for a JPEG, and unless there is one channel of integers, none negative, and the given `size` (H, W).
     """
     with open_image(path) as image:
+        if image.format in LOSSY:
+            raise UserError(f"{path}: {image.format} changes the values of a mask's pixels; save the mask as png again")
         labels = np.array(image)
     if labels.ndim != 2:
         raise UserError(f"{path}: not a mask but an image with {labels.shape[2]} channels; convert it to one channel")

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sam2jq.data.masks import read_labels
 from sam2jq.data.sav import read_mask, vos_videos, write_mask
 from sam2jq.data.video import find_frames
 from sam2jq.errors import UserError
@@ -203,3 +204,11 @@ def test_a_listed_video_must_be_a_folders_name(root, line):
     (root / "sav_val.txt").write_text(f"u\n{line}\n")
     with pytest.raises(UserError, match=r"sav_val\.txt: .*(leads out of its folder|without a path)"):
         vos_videos(str(root), "sav_val")
+
+
+def test_a_mask_saved_as_jpeg_is_refused_whatever_its_name(tmp_path):
+    mask = np.zeros((32, 32), np.uint8)
+    mask[8:20, 8:20] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png", format="JPEG")
+    with pytest.raises(UserError, match="JPEG changes the values"):
+        read_labels(str(tmp_path / "mask.png"))
