@@ -164,7 +164,7 @@ def mutate(content: bytes, rng: np.random.Generator) -> bytes:
 
 def outcome(read: Callable[[Path], None], path: Path) -> str | None:
     """None if reading ends in a result, or in an error that the command line prints in one line; else what happened."""
-    from sam2jq.cli.main import one_line
+    from sam2jq.cli.failures import one_line
     from sam2jq.errors import UserError
 
     signal.alarm(SECONDS)

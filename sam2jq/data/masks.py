@@ -15,7 +15,7 @@ VOID = 255  # of label images: pixels of no object
 def read_labels(path: str, size: tuple[int, int] | None = None) -> np.ndarray:
     """int [H, W], the values of a mask file: palette indices, grey values, or False and True.
 
-    Raises UserError for a JPEG, and unless there is one channel of integers, none negative, and the given `size` (H, W).
+    Raises UserError for a JPEG, and unless it has one channel of integers, none negative, and the `size` (H, W).
     """
     with open_image(path) as image:
         if image.format in LOSSY:
