@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sam2jq.data.coco_masks import FARTHEST, check_segmentation, decode_mask
+from sam2jq.data.coco_masks import FARTHEST, check_id, check_segmentation, decode_mask
 from sam2jq.data.folders import subfolders
 from sam2jq.data.images import image_size
 from sam2jq.data.listed import ImageIndex, file_name, find_image, index_images, read_json
@@ -179,6 +179,7 @@ def check_annotation(file: Path, annotation: dict, categories: dict[int, str], i
     if missing := FIELDS - annotation.keys():
         raise UserError(f"{file}: annotation {annotation.get('id')} lacks {', '.join(sorted(missing))}")
     id, image = annotation["id"], annotation["image_id"]
+    check_id(file, id)
     if annotation["category_id"] not in categories:
         raise UserError(f"{file}: annotation {id} has no category: {annotation['category_id']} is none")
     if image not in images:

@@ -1,10 +1,18 @@
 """Segmentations of COCO's format, polygons and run lengths: their check and the masks that they stand for."""
 
+from pathlib import Path
+
 import numpy as np
 
 from sam2jq.errors import UserError
 
 FARTHEST = 1e5  # pixels; pycocotools takes memory in proportion to the length of an edge
+
+
+def check_id(file: Path, id: object) -> None:
+    """Raises UserError, which names `file`, unless the id of an annotation is a whole number or text."""
+    if not isinstance(id, int | str):
+        raise UserError(f"{file}: an annotation has the id {id!r}, which is no whole number")
 
 
 def check_segmentation(segmentation, size: tuple[int, int]) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from sam2jq.data.coco import CocoImage
-from sam2jq.data.coco_masks import check_segmentation
+from sam2jq.data.coco_masks import check_id, check_segmentation
 from sam2jq.data.folders import images_below, walk
 from sam2jq.data.listed import read_json
 from sam2jq.errors import UserError
@@ -46,6 +46,7 @@ def sa1b_image(path: Path) -> CocoImage:
 
 def check_annotation(file: Path, annotation: dict, size: tuple[int, int]) -> None:
     """Raises UserError with the annotation's id if its mask is malformed."""
+    check_id(file, annotation.get("id", 0))
     try:
         check_segmentation(annotation["segmentation"], size)
     except UserError as error:
