@@ -4,8 +4,13 @@ Zeros change no result: every grid includes 0, and inputs and weights that are 0
 Letters: K inputs, N outputs, K' and N' the same padded.
 """
 
+import math
+
 import jax
 import numpy as np
+
+from sam2jq.quant.qtensor import QTensor, group_count
+from sam2jq.quant.spec import QuantSpec
 
 Array = jax.Array
 SMALLEST = 128  # padding costs little time up to this size, and a program of its own seconds
@@ -29,3 +34,12 @@ def pad_axes(x: Array, *axes: int) -> np.ndarray:
 def pad_kernel(w: Array, inputs: int) -> np.ndarray:
     """`w` [*reduce, N] with K = `inputs` inputs as float32 [K', N']."""
     return pad_axes(np.asarray(w, np.float32).reshape(inputs, -1), 0, 1)
+
+
+def unpad_qtensor(codes: Array, scale: Array, zero_point: Array, shape: tuple[int, ...], spec: QuantSpec) -> QTensor:
+    """The QTensor of a kernel of `shape` [*reduce, N] from its codes [K', N'], and scales and zero points [G', N']."""
+    inputs, outputs = math.prod(shape[:-1]), shape[-1]
+    codes, scale, zero_point = jax.device_get((codes, scale, zero_point))
+    groups = slice(group_count(inputs, spec)), slice(outputs)
+    qvalue = codes[:inputs, :outputs].reshape(shape)
+    return jax.device_put(QTensor(qvalue, scale[groups], None if spec.symmetric else zero_point[groups], spec))

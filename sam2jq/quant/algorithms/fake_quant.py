@@ -15,7 +15,7 @@ import numpy as np
 from sam2jq.errors import UserError
 from sam2jq.quant.algorithms.activations import ActQuantized
 from sam2jq.quant.leaves import base_weight, materialize
-from sam2jq.quant.padding import pad_kernel
+from sam2jq.quant.padding import pad_kernel, unpad_qtensor
 from sam2jq.quant.qtensor import (
     QTensor,
     by_group,
@@ -80,7 +80,7 @@ def to_fake_quant(w: Array | QTensor, spec: QuantSpec) -> FakeQuant:
     if isinstance(w, QTensor):
         kernel, scale = dequantize(jax.device_get(w)), np.asarray(w.scale)
         full_range = FakeQuant(kernel, np.ones_like(scale), np.float32(w.spec.bits), w.spec)
-        ratio = scale / padded_codes(full_range)[1]
+        ratio = scale / np.asarray(to_qtensor(full_range).scale)
         return jax.device_put(replace(full_range, clip_ratio=ratio))
     if spec.codes != "int":
         raise UserError(f"the bits of {spec.dtype} cannot be reduced: distillation takes sintN and uintN")
@@ -89,22 +89,14 @@ def to_fake_quant(w: Array | QTensor, spec: QuantSpec) -> FakeQuant:
 
 
 def to_qtensor(w: FakeQuant) -> QTensor:
-    """The quantized weight in codes that `w` rounds to."""
-    spec = replace(w.spec, bits=int(w.bits))
-    codes, scale, zero_point = padded_codes(jax.device_get(w))
-    return jax.device_put(QTensor(codes, scale, None if spec.symmetric else zero_point, spec))
-
-
-def padded_codes(w: FakeQuant) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The codes, like w.kernel, and the scale and zero point [groups, out] of a weight, computed with padding."""
-    (*reduce, outputs), groups = w.kernel.shape, len(w.clip_ratio)
-    inputs = math.prod(reduce)
+    """The quantized weight in codes that `w` rounds to, computed with padding."""
+    w = jax.device_get(w)
+    inputs, outputs = math.prod(w.kernel.shape[:-1]), w.kernel.shape[-1]
     kernel = pad_kernel(w.kernel, inputs)
-    extra = group_count(len(kernel), w.spec) - groups, kernel.shape[1] - outputs
+    extra = group_count(len(kernel), w.spec) - len(w.clip_ratio), kernel.shape[1] - outputs
     ratio = w.clip_ratio if w.spec.per_tensor else np.pad(w.clip_ratio, [(0, n) for n in extra], constant_values=1)
-    padded = FakeQuant(kernel, ratio, w.bits, split_bits(w.spec)[0])
-    codes, scale, zero_point = jax.device_get(_codes(padded))
-    return codes[:inputs, :outputs].reshape(w.kernel.shape), scale[:groups, :outputs], zero_point[:groups, :outputs]
+    rounded = _codes(FakeQuant(kernel, ratio, w.bits, split_bits(w.spec)[0]))
+    return unpad_qtensor(*rounded, w.kernel.shape, replace(w.spec, bits=int(w.bits)))
 
 
 @jax.jit

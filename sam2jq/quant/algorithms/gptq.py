@@ -27,14 +27,13 @@ from jax import lax
 from sam2jq.errors import ConfigError, UserError
 from sam2jq.quant.error import output_error
 from sam2jq.quant.field_types import check_types
-from sam2jq.quant.padding import pad_axes, pad_kernel
+from sam2jq.quant.padding import pad_axes, pad_kernel, unpad_qtensor
 from sam2jq.quant.qtensor import (
     QTensor,
     TracedSpec,
     by_group,
     compute_scale_zero_point,
     fit_scale_zero_point,
-    group_count,
     join_bits,
     round_to_grid,
     split_bits,
@@ -98,11 +97,8 @@ def gptq_kernel(w: Array, stats: Stats, spec: QuantSpec, config: GptqConfig = Gp
             f"the Gram matrix is not positive definite after {config.num_inv_tries} tries: "
             f"raise damp_percentage, now {config.damp_percentage}, or num_inv_tries"
         )
-    codes, *grids = jax.device_get(gptq_round(pad_kernel(w, inputs), *factors, *split_bits(spec), config))
-    groups = group_count(inputs, spec)
-    qvalue = jax.device_put(codes[:inputs, : w.shape[-1]].reshape(w.shape))
-    scale, zero_point = (jax.device_put(part[:groups, : w.shape[-1]]) for part in grids)
-    return QTensor(qvalue, scale, None if spec.symmetric else zero_point, spec)
+    rounded = gptq_round(pad_kernel(w, inputs), *factors, *split_bits(spec), config)
+    return unpad_qtensor(*rounded, w.shape, spec)
 
 
 @jax.jit
