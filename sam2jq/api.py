@@ -77,13 +77,12 @@ def quantize(
     from sam2jq.config.quant import QuantConfig
     from sam2jq.eval.fidelity import layer_errors
     from sam2jq.ptq.pipeline import FOLDED, quantize_params, transform_params
-    from sam2jq.ptq.run import with_bits_of
     from sam2jq.quant.transform import check_transform
 
     if not isinstance(transform, QuantConfig):
         check_transform(transform)
-    elif transform.bits_from:
-        transform = with_bits_of(transform, open_package(transform.bits_from).summary()["layers"])
+    else:
+        transform = replay_bits(transform)
     clips = Clips(images, num_images, seed, model.variant.image_size)
     plain = jax.tree.map(lambda node: materialize(node) if is_dataclass(node) else node, params, is_leaf=is_dataclass)
     if isinstance(transform, QuantConfig):
@@ -172,6 +171,15 @@ def save(path: str | Path, model: SAM2, params: dict, metadata: Mapping | None =
             save_package(path, params, errors, about)
         case _:
             raise UserError(f"{path}: give a name that ends in .safetensors, or in .pt for a torch package")
+
+
+def replay_bits(quant: QuantConfig) -> QuantConfig:
+    """`quant` with the bits of the package that its `bits_from` names; `quant` itself if it names none."""
+    from sam2jq.ptq.run import with_bits_of
+
+    if not quant.bits_from:
+        return quant
+    return with_bits_of(quant, open_package(quant.bits_from).summary()["layers"])
 
 
 def check_params(path: str | Path, model: SAM2, params: dict) -> None:

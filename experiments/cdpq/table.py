@@ -17,18 +17,18 @@ from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
-import jax
 import matplotlib.pyplot as plt
 
 from converters.checkpoint import load_checkpoint
 from experiments.measured import Runs, measure
 from sam2jq import build
+from sam2jq.cli.compiled import use_compilation_cache
 from sam2jq.cli.distill import quantize_student
 from sam2jq.cli.run_folder import stage
 from sam2jq.config import loader
 from sam2jq.config.distill import DataConfig, DistillConfig, DistillSection, StudentConfig, TrainConfig
 from sam2jq.config.quant import InputsConfig, QuantConfig, WeightsConfig
-from sam2jq.config.run import ModelConfig
+from sam2jq.config.run import CacheConfig, ModelConfig
 from sam2jq.data.loader import find_items
 from sam2jq.distillation import trainer as cdpq
 from sam2jq.distillation.init_student import start
@@ -122,8 +122,7 @@ def draw_curves(runs: dict[str, dict], path: Path) -> None:
 
 def main() -> None:
     model = build("nano")
-    jax.config.update("jax_compilation_cache_dir", str(Path("cache/sam2/compiled").absolute()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    use_compilation_cache(CacheConfig())
     full = materialize_params(load_checkpoint("demo", model).params)
 
     runs = Runs(Path(__file__).with_name("runs.jsonl"))

@@ -25,6 +25,8 @@ from labelled_scenes import Batch, each_object, generate_batches, sample_objects
 
 from converters.checkpoint import save_checkpoint
 from sam2jq import SAM2, build, init_params
+from sam2jq.cli.compiled import use_compilation_cache
+from sam2jq.config.run import CacheConfig
 from sam2jq.data import prompts
 from sam2jq.data.images import normalize
 from sam2jq.data.synthetic.scenes import MAX_OBJECTS
@@ -281,7 +283,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    jax.config.update("jax_compilation_cache_dir", str((args.out / "compiled").absolute()))
+    use_compilation_cache(CacheConfig(str(args.out)))
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), train(args.out, args.seed))  # half the bytes
     save_checkpoint(args.out / "nano.safetensors", params)  # to be put into sam2jq/assets
 

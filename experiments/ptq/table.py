@@ -18,13 +18,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import jax
-
 from converters.checkpoint import load_checkpoint
 from experiments.measured import Runs, measure
 from sam2jq import build
+from sam2jq.cli.compiled import use_compilation_cache
 from sam2jq.config import loader
 from sam2jq.config.quant import GptqConfig, LowRankConfig, QuantConfig, RotationConfig, SmoothConfig, SmoothSection
+from sam2jq.config.run import CacheConfig
 from sam2jq.data import find_images, preprocess, read_image
 from sam2jq.ptq.pipeline import quantize_params
 from sam2jq.quant.leaves import materialize_params
@@ -66,8 +66,7 @@ def main() -> None:
     print_only, fresh = "--kept" in arguments, "fresh" in arguments
     images = FRESH if fresh else IMAGES
     grids = [name for name in arguments if name not in ("--kept", "fresh")] or GRIDS
-    jax.config.update("jax_compilation_cache_dir", str(Path("cache/sam2/compiled").absolute()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    use_compilation_cache(CacheConfig())
     full = materialize_params(load_checkpoint("demo", model).params)
     runs = Runs(Path(__file__).with_name("runs.jsonl"))
 

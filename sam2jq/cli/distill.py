@@ -12,12 +12,12 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from sam2jq.api import replay_bits
 from sam2jq.cli.arguments import add_config, command_line
 from sam2jq.cli.finish import MeasuredRun, finish_run, run_metadata
 from sam2jq.cli.loading import (
     configure_jax,
     load_checkpoint_of,
-    replay_bits,
     require_memory,
     resolved,
     with_image_size,

@@ -7,11 +7,9 @@ import jax
 
 from sam2jq.cli.compiled import use_compilation_cache
 from sam2jq.cli.run_folder import stage
-from sam2jq.config.quant import QuantConfig
 from sam2jq.config.run import CacheConfig, ModelConfig
 from sam2jq.errors import UserError
 from sam2jq.models.sam2 import SAM2, is_image_only
-from sam2jq.ptq.run import with_bits_of
 
 log = logging.getLogger("sam2jq")
 
@@ -70,12 +68,3 @@ def require_memory(checkpoint, what: str) -> None:
             f"{checkpoint.source} is an image-only model, without the weights of the memory: it cannot be used for "
             f"{what}; give the checkpoint of the video model"
         )
-
-
-def replay_bits(quant: QuantConfig) -> QuantConfig:
-    """Returns `quant` with the bits of the package that its `bits_from` names; `quant` itself if it names none."""
-    from sam2jq import api
-
-    if not quant.bits_from:
-        return quant
-    return with_bits_of(quant, api.open_package(quant.bits_from).summary()["layers"])

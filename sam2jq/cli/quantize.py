@@ -6,9 +6,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from sam2jq.api import replay_bits
 from sam2jq.cli.arguments import add_config, command_line
 from sam2jq.cli.finish import MeasuredRun, finish_run, run_metadata
-from sam2jq.cli.loading import load_model, replay_bits, require_memory, resolved
+from sam2jq.cli.loading import load_model, require_memory, resolved
 from sam2jq.cli.run_folder import job_folder, job_path, stage
 from sam2jq.config import loader
 from sam2jq.config.run import Config

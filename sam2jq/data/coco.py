@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sam2jq.data.coco_masks import FARTHEST, check_id, check_segmentation, decode_mask
+from sam2jq.data.coco_masks import FARTHEST, check_mask, decode_mask
 from sam2jq.data.folders import subfolders
-from sam2jq.data.images import image_size
+from sam2jq.data.images import check_size, image_size
 from sam2jq.data.listed import ImageIndex, file_name, find_image, index_images, read_json
 from sam2jq.errors import UserError, few
 
@@ -179,37 +179,24 @@ def check_annotation(file: Path, annotation: dict, categories: dict[int, str], i
     if missing := FIELDS - annotation.keys():
         raise UserError(f"{file}: annotation {annotation.get('id')} lacks {', '.join(sorted(missing))}")
     id, image = annotation["id"], annotation["image_id"]
-    check_id(file, id)
     if annotation["category_id"] not in categories:
         raise UserError(f"{file}: annotation {id} has no category: {annotation['category_id']} is none")
     if image not in images:
         raise UserError(f"{file}: annotation {id} has no image: {image} is none")
     name, size = images[image]
-    try:
-        check_segmentation(annotation["segmentation"], size)
-    except UserError as error:
-        raise UserError(f"{file}: {name}: annotation {id} is not readable: {error}") from error
-
-
-def check_size(image: CocoImage) -> None:
-    """Raises UserError if an image has another size than its json says."""
-    size = image_size(image.path)
-    if size != image.size:
-        raise UserError(
-            f"{image.path}: {size[1]} x {size[0]} pixels, but its annotations are for {image.size[1]} x {image.size[0]}"
-        )
+    check_mask(f"{file}: {name}", id, annotation["segmentation"], size)
 
 
 def read_instances(image: CocoImage) -> list[Instance]:
     """The instances of an image with a non-empty mask. Raises UserError if the image has another size than listed."""
-    check_size(image)
+    check_size(image.path, image_size(image.path), image.size, "its annotations are for")
     instances = [read_instance(image, annotation) for annotation in image.annotations]
     return [instance for instance in instances if instance.mask.any()]
 
 
 def readable_instances(image: CocoImage) -> tuple[list[Instance], dict[int, str]]:
     """As `read_instances`, and {annotation's id: why it is left out}: its mask is not readable, or empty."""
-    check_size(image)
+    check_size(image.path, image_size(image.path), image.size, "its annotations are for")
     instances, left_out = [], {}
     for annotation in image.annotations:
         try:

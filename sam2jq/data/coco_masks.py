@@ -1,7 +1,5 @@
 """Segmentations of COCO's format, polygons and run lengths: their check and the masks that they stand for."""
 
-from pathlib import Path
-
 import numpy as np
 
 from sam2jq.errors import UserError
@@ -9,10 +7,14 @@ from sam2jq.errors import UserError
 FARTHEST = 1e5  # pixels; pycocotools takes memory in proportion to the length of an edge
 
 
-def check_id(file: Path, id: object) -> None:
-    """Raises UserError, which names `file`, unless the id of an annotation is a whole number or text."""
+def check_mask(where: str, id: object, segmentation, size: tuple[int, int]) -> None:
+    """Raises UserError that begins with `where` if an annotation has no valid id, or its mask of `size` is malformed."""
     if not isinstance(id, int | str):
-        raise UserError(f"{file}: an annotation has the id {id!r}, which is no whole number")
+        raise UserError(f"{where}: an annotation has the id {id!r}, which is no whole number")
+    try:
+        check_segmentation(segmentation, size)
+    except UserError as error:
+        raise UserError(f"{where}: annotation {id} is not readable: {error}") from error
 
 
 def check_segmentation(segmentation, size: tuple[int, int]) -> None:

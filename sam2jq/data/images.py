@@ -59,6 +59,12 @@ def image_size(name: str) -> tuple[int, int]:
         return image.height, image.width
 
 
+def check_size(path: str, size: tuple[int, int], expected: tuple[int, int], whose: str) -> None:
+    """Raises UserError unless the `size` (H, W) of an image is as `expected`; whose: for the error, "its frame has"."""
+    if size != expected:
+        raise UserError(f"{path}: {size[1]} x {size[0]} pixels, but {whose} {expected[1]} x {expected[0]}")
+
+
 @contextmanager
 def open_image(name: str) -> Iterator[Image.Image]:
     """The PIL image of a file. Raises UserError with the file's name if PIL fails inside the `with` block.

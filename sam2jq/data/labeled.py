@@ -10,7 +10,7 @@ import numpy as np
 
 from sam2jq.data.coco import CocoImage, check_missing, find_coco, readable_instances
 from sam2jq.data.davis import LabeledVideo, label_masks, label_videos
-from sam2jq.data.images import image_size, read_image
+from sam2jq.data.images import check_size, image_size, read_image
 from sam2jq.data.sa1b import sa1b_files, sa1b_image
 from sam2jq.data.sav import VosVideo, object_masks, vos_videos
 from sam2jq.data.video import Video, find_frames, open_video
@@ -82,7 +82,7 @@ def sa1b_labeled_images(spec: str, count: int | None) -> Found:
 def labeled(images: list[CocoImage]) -> list[LabeledImage]:
     """The images with masks. Raises UserError if one has another size than its annotations."""
     for image in images:
-        check_size(image.path, image.size, f"its annotations in {image.file} are for")
+        check_file_size(image.path, image.size, f"its annotations in {image.file} are for")
 
     def read(image: CocoImage) -> tuple[np.ndarray, np.ndarray]:
         masks = [instance.mask for instance in readable_instances(image)[0]]
@@ -92,15 +92,14 @@ def labeled(images: list[CocoImage]) -> list[LabeledImage]:
     return [LabeledImage(image.path, partial(read, image), partial(left_out, image)) for image in images]
 
 
-def check_size(path: str, expected: tuple[int, int], whose: str) -> None:
+def check_file_size(path: str, expected: tuple[int, int], whose: str) -> None:
     """Raises UserError unless an image has the `expected` (H, W). It says nothing about a file that is not readable:
     the evaluation names it, and goes on with the others."""
     try:
         size = image_size(path)
     except (UserError, OSError):
         return
-    if size != expected:
-        raise UserError(f"{path}: {size[1]} x {size[0]} pixels, but {whose} {expected[1]} x {expected[0]}")
+    check_size(path, size, expected, whose)
 
 
 def sav_labeled_clips(spec: str, split: str, count: int | None) -> list[LabeledClip]:
@@ -141,7 +140,7 @@ def check_mask_sizes(frames: str, masks: list[str]) -> None:
     first = find_frames(frames)[0]
     size = image_size(first)
     for path in masks:
-        check_size(path, size, "its frame has")
+        check_file_size(path, size, "its frame has")
 
 
 def unscored(objects: dict[str, dict[int, str]]) -> dict[str, str]:

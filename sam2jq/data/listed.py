@@ -125,7 +125,7 @@ def find_image(index: ImageIndex, name: str, file: Path) -> Path | None:
         if len(found) > 1:
             found = [path for path in found if preferred(path)] or found
     if len(set(map(os.path.realpath, found))) > 1:
-        shown = few(map(str, found))
+        shown = few(found)
         raise UserError(f"{file}: {name} fits {len(found)} files: {shown}; keep one, or write its folder into the json")
     return found[0] if found else None
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sam2jq.data.images import open_image
+from sam2jq.data.images import check_size, open_image
 from sam2jq.errors import UserError
 
 LOSSY = {"JPEG", "MPO"}  # formats of PIL in which a mask comes back with other values, each of which is an object
@@ -25,10 +25,8 @@ def read_labels(path: str, size: tuple[int, int] | None = None) -> np.ndarray:
         raise UserError(f"{path}: not a mask but an image with {labels.shape[2]} channels; convert it to one channel")
     if labels.dtype.kind == "f" or labels.min() < 0:
         raise UserError(f"{path}: holds floats or negative numbers, as logits do; save 0 and 1 as a mask")
-    if size is not None and labels.shape != size:
-        raise UserError(
-            f"{path}: {labels.shape[1]} x {labels.shape[0]} pixels, but its frame has {size[1]} x {size[0]}"
-        )
+    if size is not None:
+        check_size(path, labels.shape, size, "its frame has")
     return labels.astype(np.int64)
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from sam2jq.data.coco import CocoImage
-from sam2jq.data.coco_masks import check_id, check_segmentation
+from sam2jq.data.coco_masks import check_mask
 from sam2jq.data.folders import images_below, walk
 from sam2jq.data.listed import read_json
 from sam2jq.errors import UserError
@@ -34,20 +34,11 @@ def sa1b_image(path: Path) -> CocoImage:
     try:
         content = read_json(file)
         size = int(content["image"]["height"]), int(content["image"]["width"])
-        for annotation in content["annotations"]:
-            check_annotation(file, annotation, size)
+        annotations = [{"id": i} | each | {"category_id": CATEGORY} for i, each in enumerate(content["annotations"])]
+        for annotation in annotations:
+            check_mask(str(file), annotation["id"], annotation["segmentation"], size)
     except UserError:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{file}: not in SA-1B's format ({error!r}); download it again") from error
-    annotations = [{"id": i} | each | {"category_id": CATEGORY} for i, each in enumerate(content["annotations"])]
     return CocoImage(str(path), size, annotations, {CATEGORY: "object"}, file)
-
-
-def check_annotation(file: Path, annotation: dict, size: tuple[int, int]) -> None:
-    """Raises UserError with the annotation's id if its mask is malformed."""
-    check_id(file, annotation.get("id", 0))
-    try:
-        check_segmentation(annotation["segmentation"], size)
-    except UserError as error:
-        raise UserError(f"{file}: annotation {annotation.get('id')} is not readable: {error}") from error

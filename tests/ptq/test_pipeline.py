@@ -9,7 +9,7 @@ import torch
 
 from converters.exports.nunchaku_model import load_nunchaku
 from converters.exports.package import load_package
-from sam2jq.cli.loading import replay_bits
+from sam2jq.api import replay_bits
 from sam2jq.cli.main import main
 from sam2jq.config.loader import load
 from sam2jq.tree import layer_name
