@@ -8,7 +8,7 @@ FARTHEST = 1e5  # pixels; pycocotools takes memory in proportion to the length o
 
 
 def check_mask(where: str, id: object, segmentation, size: tuple[int, int]) -> None:
-    """Raises UserError that begins with `where` if an annotation has no valid id, or its mask of `size` is malformed."""
+    """Raises UserError that begins with `where` if an annotation has no valid id or its mask is malformed."""
     if not isinstance(id, int | str):
         raise UserError(f"{where}: an annotation has the id {id!r}, which is no whole number")
     try:
