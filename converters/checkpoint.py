@@ -20,6 +20,7 @@ from converters.recognize import choose_model, describe_mismatches, leaf_shapes,
 from converters.safetensors_files import known_model, read_tensors
 from converters.state_dicts import select, split_part
 from sam2jq.errors import UserError, few, suggest
+from sam2jq.files import home
 from sam2jq.models.sam2 import SAM2, VARIANTS, build, init_params
 from sam2jq.quant.package import is_native, read_package
 from sam2jq.tree import flatten, unflatten
@@ -146,7 +147,7 @@ def read_weights(source: str) -> Weights:
 
     Raises UserError or FileNotFoundError if there is no such file, or if it holds no checkpoint.
     """
-    file, part = (source, None) if Path(source).expanduser().exists() else split_part(source)
+    file, part = (source, None) if Path(home(source)).exists() else split_part(source)
     path = find(file)
     if is_native(path):
         package = read_package(path)
@@ -208,7 +209,7 @@ def find(source: str) -> Path:
     """
     if source == "demo":
         return ASSETS / "nano.safetensors"
-    path = Path(source).expanduser()
+    path = Path(home(source))
     if path.is_dir():
         candidates = [path / name for name in CONTENTS]
         path = next(filter(Path.is_file, candidates), path / "model.safetensors")
