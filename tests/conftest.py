@@ -14,7 +14,6 @@ from converters.checkpoint import save_checkpoint
 from converters.exports.vanilla import build_original
 from converters.names import from_torch
 from sam2jq import SAM2, abstract_params, build, init_params
-from sam2jq.config.flags import split_flags
 from sam2jq.data import draw_scene
 
 CACHE_DIR = "JAX_COMPILATION_CACHE_DIR"
@@ -86,13 +85,6 @@ def flags(tmp_path_factory) -> list[str]:
         *("--quant.wgts.dtype", "sint4"),
         *("--output.root", str(folder / "out"), "--cache.root", str(folder / "cache")),
     ]
-
-
-def override(flags: list[str], *more: str) -> list[str]:
-    """`flags` with the settings `more` in place of those with the same keys, or with keys in the same section."""
-    new = tuple(flag.key for flag in split_flags(list(more)))
-    is_new = lambda key: key in new or key.startswith(tuple(f"{section}." for section in new))
-    return [part for flag in split_flags(flags) if not is_new(flag.key) for part in flag.parts] + list(more)
 
 
 class Twin(NamedTuple):

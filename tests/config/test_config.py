@@ -9,7 +9,7 @@ from sam2jq.config.distill import DistillConfig
 from sam2jq.config.flags import sweep_combinations
 from sam2jq.config.run import Config, EvaluateConfig, MeasureConfig
 from sam2jq.errors import UserError
-from tests.conftest import override
+from tests.flags import override
 
 NEEDED = ["--model.checkpoint", "random:0", "--quant.calib.path", "scenes:0"]
 OTHERS = {"task": EvaluateConfig, "teacher": DistillConfig}  # by a key that only they have
