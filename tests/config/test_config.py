@@ -1,3 +1,5 @@
+import os
+import pwd
 from pathlib import Path
 
 import numpy as np
@@ -6,9 +8,9 @@ import pytest
 from sam2jq import CalibConfig, QuantConfig, RotationConfig, SmoothConfig, WeightsConfig
 from sam2jq.config import loader
 from sam2jq.config.distill import DistillConfig
-from sam2jq.config.flags import sweep_combinations
 from sam2jq.config.run import Config, EvaluateConfig, MeasureConfig
 from sam2jq.errors import UserError
+from sam2jq.files import home
 from tests.flags import override
 
 NEEDED = ["--model.checkpoint", "random:0", "--quant.calib.path", "scenes:0"]
@@ -45,6 +47,16 @@ def test_a_tilde_is_the_users_folder_in_every_path(tmp_path, monkeypatch):
     assert loaded.quant.calib.path == f"{tmp_path}/photos"
     assert (loaded.output.root, loaded.cache.root) == (str(tmp_path), "a~b")
     assert (loaded.model.checkpoint, loaded.measure.images) == (f"{tmp_path}/tiny.pt", f"{tmp_path}/coco")
+
+
+def test_a_tilde_before_a_users_name_is_that_users_folder():
+    user = pwd.getpwuid(os.getuid())
+    assert load("--output.root", f"~{user.pw_name}/runs").output.root == f"{user.pw_dir}/runs"
+    assert home(f"--out=~{user.pw_name}/a.png") == f"--out={user.pw_dir}/a.png"
+    for name in ("~$plan.png", "~nobody.known.png", "a/~b"):
+        assert load("--output.root", name).output.root == name
+    with pytest.raises(UserError, match="^output.root: ~nobody.known/x: ~nobody.known is no user's folder; write ./~"):
+        load("--output.root", "~nobody.known/x")
 
 
 def test_a_version_may_be_written_as_a_number_and_a_switch_without_a_value():
@@ -135,23 +147,6 @@ def test_a_wrong_setting_is_named_in_one_line(flags, message):
     assert "\n" not in str(error.value)
 
 
-def combinations(*overs: str) -> list[dict]:
-    return sweep_combinations(list(overs), Config)
-
-
-def test_a_grid_is_every_combination():
-    assert combinations("a.b=sint8,sint4", "seed=1,2") == [
-        {"a.b": bits, "seed": seed} for bits in ("sint8", "sint4") for seed in (1, 2)
-    ]
-    assert combinations("x=[[1, 32]],[[1, -1]]") == [{"x": [[1, 32]]}, {"x": [[1, -1]]}]
-    assert combinations("x=null,{rank: 4, num_iters: 2}") == [
-        {"x": None},
-        {"x": {"rank": 4, "num_iters": 2}},
-    ]
-    with pytest.raises(ValueError, match="give all values of a key in one --over"):
-        combinations("x=1", "x=2")
-
-
 def test_a_missing_or_broken_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config at .*demo_w8\.yml; did you mean 'demo_w8\.yaml'"):
         loader.load(str(EXPERIMENTS[0].with_name("demo_w8.yml")), [])
@@ -184,25 +179,6 @@ def test_numbers_that_yaml_rewrites_stay_text():
         load("--seed", "0x1F")
 
 
-TEXTS = [
-    *("my #1.pt", "1.10", "007", "1e3", "yes", "2026-01-01", "null", "a: b", "[a", "{a}", "- a", "*.png", "@a", "!a"),
-    *(" a ", "'", "'a' or 'b'", "100%", "1_000", "+5", ".inf", "scenes:"),
-]
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_a_flag_for_text_takes_its_argument_as_it_is(text):
-    assert load("--output.job", text).output.job == load(f"--output.job={text}").output.job == text
-    assert load("--measure.split", f'"{text}"').measure.split == text
-
-
-def test_null_and_quotes_in_a_flag_for_text():
-    assert load("--quant.wgts.rounding", "null").quant.wgts.rounding is None
-    assert load("--output.job", "'it''s'").output.job == "it's"
-    assert load("--output.job", r'"\u00e9"').output.job == "é"
-    assert load("--output.job", '""').output.job == ""
-
-
 @pytest.mark.parametrize("text", ["1.10", "007", "+5", "1_000.5", "0x1F", "2026-01-01", "12:30.5", "1e3", "2.5"])
 def test_an_unquoted_number_for_text_in_yaml_keeps_what_was_written(tmp_path, text):
     file = tmp_path / "c.yaml"
@@ -217,23 +193,6 @@ def test_a_number_may_be_written_in_every_form_that_python_reads(tmp_path):
     loaded = loader.load(str(file), NEEDED)
     assert (loaded.seed, loaded.quant.calib.num_samples) == (5, 1000)
     assert (loaded.quant.wgts.ridge, loaded.quant.wgts.target_bits) == (0.1, 4.5)
-
-
-def test_a_section_and_a_key_in_it_are_both_taken_in_any_order():
-    for flags in (["--output", "{root: r}", "--output.job", "j"], ["--output.job", "j", "--output", "{root: r}"]):
-        loaded = load(*flags).output
-        assert (loaded.root, loaded.job) == ("r", "j")
-
-
-def test_values_of_a_sweep_are_read_as_flags():
-    assert combinations("output.job=1.10,007, yes,'a,b',\"c\"") == [
-        {"output.job": text} for text in ("1.10", "007", "yes", "a,b", "c")
-    ]
-    assert combinations("model.name=null,tiny") == [{"model.name": None}, {"model.name": "tiny"}]
-    assert combinations("quant.calib.num-samples=1") == [{"quant.calib.num_samples": 1}]
-    for values in ("", "a,,b", ",a", "a,"):
-        with pytest.raises(UserError, match="write key=value,value"):
-            combinations(f"output.job={values}")
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-16-le", "latin-1"])
