@@ -3,9 +3,7 @@
 Safetensors files, native packages and the demo model need no torch; `.pt` and `.pth` files do.
 """
 
-import re
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -13,23 +11,19 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-import sam2jq
-from converters import hf, hf_config
+from converters import hf
 from converters.names import array, from_torch, mismatches, shapes, to_layout, to_torch, torch_key
 from converters.recognize import choose_model, describe_mismatches, leaf_shapes, params_like
 from converters.safetensors_files import known_model, read_tensors
+from converters.sources import CONTENTS, find
 from converters.state_dicts import select, split_part
-from sam2jq.errors import UserError, few, suggest
+from sam2jq.errors import UserError, few
+from sam2jq.file_kinds import check_kind
+from sam2jq.files import home
 from sam2jq.models.sam2 import SAM2, VARIANTS, build, init_params
 from sam2jq.quant.package import is_native, read_package
 from sam2jq.tree import flatten, unflatten
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-FILES = (".pt", ".pth", ".safetensors", ".json")
-INDEX = "model.safetensors.index.json"  # of a model in several files
-# what may be in a folder: a package of a run, or Hugging Face's files; in the order of preference
-CONTENTS = ("package.safetensors", "package.pt", "model.safetensors", INDEX)
-ASSETS = Path(sam2jq.__file__).parent / "assets"
 DEMO = {"name": "nano", "version": "2.1"}
 
 
@@ -111,7 +105,8 @@ def fit_weights(weights: Weights, model: SAM2, source: str) -> Checkpoint:
     with np.errstate(over="ignore"):  # of float64: found below
         tensors = {key: x.astype(np.float32, copy=False) for key, x in weights.tensors.items()}
     if broken := [key for key, x in tensors.items() if not np.isfinite(x).all()]:
-        raise UserError(f"checkpoint {source} holds NaN or Inf in {few(broken)}: use an intact one")
+        where = few(broken) if len(broken) < len(tensors) else "every tensor"
+        raise UserError(f"checkpoint {source} holds NaN or Inf in {where}: use an intact one")
     plain = {path: leaf for path, leaf in flatten(like).items() if path not in weights.leaves}
     dtypes = {path: weights.tensors[torch_key(path)].dtype for path in plain}
     params = flatten(from_torch(tensors, unflatten(plain)))
@@ -146,7 +141,7 @@ def read_weights(source: str) -> Weights:
 
     Raises UserError or FileNotFoundError if there is no such file, or if it holds no checkpoint.
     """
-    file, part = (source, None) if Path(source).expanduser().exists() else split_part(source)
+    file, part = (source, None) if Path(home(source)).exists() else split_part(source)
     path = find(file)
     if is_native(path):
         package = read_package(path)
@@ -164,6 +159,8 @@ def read_torch(path: Path, part: str | None = None) -> Weights:
 
     Raises UserError if it is neither, or if torch is not installed.
     """
+    check_kind(path, "torch")
+    refuse_deepcompressor(path)
     try:
         import torch
 
@@ -190,6 +187,20 @@ def read_torch(path: Path, part: str | None = None) -> Weights:
     return replace(weights, random=content.get("random_weights") is True, model=known_model(content.get("sam2jq")))
 
 
+def refuse_deepcompressor(path: Path) -> None:
+    """Raises UserError for model.pt of deepcompressor's files: the weights lack what the files beside it hold.
+
+    See `converters.exports.deepcompressor`: smoothing, rotation and branches are left out.
+    """
+    if path.name == "model.pt" and {"scale.pt", "smooth.pt", "branch.pt"} <= {p.name for p in path.parent.glob("*.pt")}:
+        packages = [path.parent.parent / name for name in CONTENTS[:2]]
+        package = next(filter(Path.is_file, packages), "the package of its run")
+        raise UserError(
+            f"{path} is one of deepcompressor's files, which alone gives wrong results: smoothing, rotation and "
+            f"branches of its layers are in the files beside it; give {package}"
+        )
+
+
 def from_state_dict(tensors: dict[str, np.ndarray], path: Path) -> Weights:
     """A state dict in either naming style as weights with the original names."""
     if not hf.is_hf(tensors):
@@ -198,51 +209,6 @@ def from_state_dict(tensors: dict[str, np.ndarray], path: Path) -> Weights:
         return Weights(hf.from_hf(tensors), names="huggingface")
     except UserError as error:
         raise UserError(f"checkpoint {path}: {error}") from error
-
-
-def find(source: str) -> Path:
-    """The local file that `source` names, downloaded from the Hub if it is a Hub id.
-
-    In a folder it is the first of CONTENTS that exists.
-    Raises FileNotFoundError if there is none.
-    """
-    if source == "demo":
-        return ASSETS / "nano.safetensors"
-    path = Path(source).expanduser()
-    if path.is_dir():
-        candidates = [path / name for name in CONTENTS]
-        path = next(filter(Path.is_file, candidates), path / "model.safetensors")
-    if path.is_file():
-        return path
-    if HUB_ID.fullmatch(source) and path.suffix not in FILES and not Path(source).exists():
-        return download(source)
-    near = suggest(path.name, [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else [])
-    raise FileNotFoundError(
-        f"no checkpoint at {path}{near}; give a file, a Hub id such as facebook/sam2.1-hiera-tiny, or random:0"
-    )
-
-
-def download(repository: str) -> Path:
-    """model.safetensors of a Hub repository, with its configuration beside it; from the local cache if it is there.
-
-    Raises UserError if the extra `hub` is not installed, or if the file cannot be fetched.
-    """
-    try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
-    except ImportError as error:
-        raise UserError(
-            f"{repository} is a Hub id and that needs the extra hub: pip install 'sam2jq[hub]', or give a file"
-        ) from error
-    try:
-        path = Path(hf_hub_download(repository, "model.safetensors"))
-        for name in hf_config.FILES:  # beside the weights, where the repository has them
-            with suppress(EntryNotFoundError):
-                hf_hub_download(repository, name)
-    except Exception as error:  # the library raises errors of many classes for network, Hub and cache
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"cannot fetch {repository} from the Hub ({reason}): go online, or give a file") from error
-    return path
 
 
 def random_seed(source: str) -> int:

@@ -89,9 +89,14 @@ def from_torch(state_dict: Mapping[str, torch.Tensor | np.ndarray], like: dict) 
     paths = {torch_key(path): path for path in flatten(like)}
     problems = mismatches({k: tuple(v.shape) for k, v in state_dict.items()}, shapes(like))
     if problems:
-        raise UserError(f"{len(problems)} tensors do not fit: {few(problems, separator='; ')}")
+        raise UserError(count_mismatches(problems))
     flat = {paths[k]: np.ascontiguousarray(from_layout(paths[k], array(v))) for k, v in state_dict.items()}
     return jax.device_put(unflatten(flat))
+
+
+def count_mismatches(problems: list[str]) -> str:
+    """What `mismatches` found, in words: "2 tensors do not fit: missing a; extra b"; at most ten are listed."""
+    return f"{len(problems)} tensor{' does' if len(problems) == 1 else 's do'} not fit: {few(problems, separator='; ')}"
 
 
 def shapes(like: dict) -> dict[str, tuple[int, ...]]:

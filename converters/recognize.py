@@ -5,13 +5,15 @@ from itertools import product
 
 import numpy as np
 
-from converters.names import mismatches, shapes, to_layout, torch_key
+from converters.names import count_mismatches, mismatches, shapes, to_layout, torch_key
 from sam2jq.errors import UserError, few
 from sam2jq.models.sam2 import SAM2, VARIANTS, VERSIONS, abstract_params, build, image_params, variant_name
 from sam2jq.quant.package import full_shape
 
 Shapes = Mapping[str, tuple[int, ...]]
 NEWEST_FIRST = VERSIONS[::-1]
+NEEDED = ("image_encoder", "sam_prompt_encoder", "sam_mask_decoder")  # parts without which no model works
+WIDTH = "image_encoder.trunk.patch_embed.proj.weight"  # its first dimension is the width of the trunk
 
 
 def leaf_shapes(leaves: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
@@ -39,7 +41,7 @@ def closest(
     names, versions: of the models to try, in this order. The versions differ in the memory only, so a checkpoint
     without it has version 2.1.
     """
-    width = got.get("image_encoder.trunk.patch_embed.proj.weight", (0,))[0]
+    width = got.get(WIDTH, (0,))[0]
     candidates = []
     for name, version in product([name for name in names if VARIANTS[name].embed_dim == width], versions):
         problems = mismatches(got, shapes(params_like(build(name, version), got)))
@@ -49,22 +51,36 @@ def closest(
     return min(candidates, key=lambda candidate: len(candidate[2]), default=None)
 
 
-def describe_mismatches(source: str, got: Shapes, problems: list[str]) -> str:
-    """The error for a checkpoint with tensors of shapes `got` that do not fit the model that was asked for."""
-    if not got.keys() & shapes(abstract_params(build("tiny"))).keys():
+def describe_mismatches(source: str, got: Shapes, problems: list[str] | None = None) -> str:
+    """The error for a checkpoint with tensors of shapes `got`, of which `problems` do not fit the model asked for.
+
+    problems: None if no model was asked for, and the tensors fit none.
+    """
+    known = got.keys() & shapes(abstract_params(build("tiny"))).keys()
+    if not known:
         return (
-            f"checkpoint {source} is not of SAM 2: none of its {len(got)} tensors has a name such as "
+            f"checkpoint {source} is not of SAM 2: none of its tensors has a name such as "
             f"image_encoder.trunk.pos_embed; it holds {few(sorted(got), 5)}"
         )
-    near, hint = closest(got), ""
+    present = {key.partition(".")[0] for key in known}
+    if absent := [part for part in NEEDED if part not in present]:
+        return (
+            f"checkpoint {source} is only a part of SAM 2, {few(sorted(present))}, without {' and '.join(absent)}: "
+            "give the whole checkpoint"
+        )
+    near = closest(got)
+    model = near and f"{near[0]} {near[1]}"
+    if problems is None:
+        begin = f"the tensors of {source} fit no size of SAM 2 exactly (sizes: {', '.join(VARIANTS)})"
+        if near is None:
+            return f"{begin}: {WIDTH} is {list(got.get(WIDTH, []))}, of another width than that of every size"
+        return f"{begin}; {model} is closest: {count_mismatches(near[2])}"
+    begin = f"checkpoint {source} does not fit the model"
     if near and not near[2]:
-        hint = f"; it is {near[0]} {near[1]}: give --model.name {near[0]} --model.version {near[1]}"
-    elif near:
-        hint = f"; {near[0]} {near[1]} is closest, with {len(near[2])} tensors that do not fit"
-    return (
-        f"checkpoint {source} does not fit the model{hint}: "
-        f"{len(problems)} tensors do not fit: {few(problems, separator='; ')}"
-    )
+        return f"{begin}; it is {model}: give --model.name {near[0]} --model.version {near[1]}"
+    if near and near[2] != problems:
+        return f"{begin}; {model} is closest: {count_mismatches(near[2])}"
+    return f"{begin}: {count_mismatches(problems)}"
 
 
 def choose_model(
@@ -102,12 +118,6 @@ def recognize_as(got: Shapes, source: str, given: Mapping) -> dict[str, str]:
                        for key, every in (("name", VARIANTS), ("version", NEWEST_FIRST)))  # fmt: skip
     near = closest(got, names, versions)
     if "name" not in given and (near is None or near[2]):
-        problems = near[2] if near else ["the width of its patch embedding is that of no size"]
-        raise UserError(
-            describe_mismatches(source, got, problems)
-            if near is None
-            else f"the tensors of {source} fit no size of SAM 2 exactly (sizes: {', '.join(VARIANTS)}): {near[0]} "
-            f"{near[1]} is closest, with {len(problems)} tensors that do not fit: {few(problems, separator='; ')}"
-        )
+        raise UserError(describe_mismatches(source, got))
     name, version, _ = near or (None, VERSIONS[-1], [])
     return {"name": given.get("name", name), "version": given.get("version", version)}

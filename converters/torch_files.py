@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from sam2jq.errors import UserError
+from sam2jq.file_kinds import check_kind
 from sam2jq.files import atomic_write
 
 
@@ -35,8 +36,10 @@ def check_archive(path: str | Path) -> None:
 def load_torch(path: str | Path) -> object:
     """The content of a torch file, on the CPU: tensors and plain containers only (`weights_only=True`).
 
-    Raises UserError if the file holds anything else, or is damaged, also where torch would not notice.
+    Raises UserError if the file is of another kind, holds anything else or is damaged, also where torch does not
+    notice.
     """
+    check_kind(path, "torch")
     with open(path, "rb") as file:
         if file.read(1) not in (b"P", b"\x80"):  # the first bytes of a zip archive, and of a pickle
             raise UserError(f"{path} is not a readable torch file, maybe truncated: fetch or copy it again")

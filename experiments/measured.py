@@ -8,8 +8,8 @@ from pathlib import Path
 
 import jax
 
-from converters.checkpoint import ASSETS
 from converters.exports.package import load_package, save_package
+from converters.sources import ASSETS
 from sam2jq.data.sources import LabeledImage, find_clips, find_samples
 from sam2jq.eval.image_benchmark import evaluate_images
 from sam2jq.eval.vos_benchmark import evaluate_clips

@@ -12,6 +12,7 @@ import numpy as np
 
 from sam2jq import __version__
 from sam2jq.errors import UserError, few
+from sam2jq.files import home
 from sam2jq.models.sam2 import SAM2, VARIANTS, abstract_params, image_params, is_image_only, is_untrained
 from sam2jq.quant.leaves import materialize
 from sam2jq.quant.package import (
@@ -221,7 +222,7 @@ def open_package(path: str | Path) -> Package | TorchPackage:
 
 def find_package(path: str | Path) -> Path:
     """The package that a path names: in a folder package.safetensors or package.pt. Raises FileNotFoundError."""
-    path = Path(path).expanduser()
+    path = Path(home(str(path)))
     candidates = [path / name for name in ("package.safetensors", "package.pt")] if path.is_dir() else [path]
     found = next(filter(Path.is_file, candidates), None)
     if found is None:

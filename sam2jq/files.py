@@ -36,8 +36,17 @@ def atomic_write(path: str | Path, failures: tuple[type[Exception], ...] = ()) -
 
 
 def home(path: str) -> str:
-    """`path` with the user's folder in place of a leading ~, also in a flag such as --out=~/masks.png."""
+    """`path` with a user's folder in place of a leading ~ or ~user, also in a flag such as --out=~/masks.png.
+
+    A name without a slash that begins with ~ and is no user's, such as ~$plan.png, stays as it is.
+    Raises UserError that names a path whose first part is no user's folder.
+    """
     flag, equals, value = path.partition("=")
     if path.startswith("--") and equals:
         return f"{flag}={home(value)}"
-    return os.path.expanduser(path) if path == "~" or path.startswith("~/") else path
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~") and "/" in path:
+        raise UserError(
+            f"{path}: {path.partition('/')[0]} is no user's folder; write ./{path} for a folder of this name"
+        )
+    return expanded

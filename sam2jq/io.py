@@ -11,6 +11,7 @@ import safetensors
 import safetensors.numpy
 
 from sam2jq.errors import UserError
+from sam2jq.file_kinds import check_kind
 from sam2jq.files import atomic_write
 
 DTYPES = {
@@ -38,8 +39,9 @@ def read_safetensors(path: str | Path) -> tuple[Arrays, dict[str, str]]:
     """The arrays of a safetensors file by name, and its metadata ({} where it has none).
 
     bfloat16 and float8 arrays have the dtypes of ml_dtypes.
-    Raises UserError if the file is damaged or holds a dtype that numpy has no equivalent of.
+    Raises UserError if the file is of another kind, is damaged or holds a dtype that numpy has no equivalent of.
     """
+    check_kind(path, "safetensors")
     content = Path(path).read_bytes()
     try:
         entries = safetensors.deserialize(content)

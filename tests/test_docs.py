@@ -16,6 +16,7 @@ import sam2jq
 from sam2jq.cli.main import command_parser
 from sam2jq.config import loader
 from sam2jq.config.distill import DistillConfig
+from sam2jq.config.flags import sweep_combinations
 from sam2jq.config.run import Config, EvaluateConfig, SegmentConfig
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +60,7 @@ def check(command: list[str]) -> None:
     if args.command == "sweep":
         flags = [
             *flags,
-            *(part for k, v in loader.sweep_combinations(args.over)[0].items() for part in (f"--{k}", str(v))),
+            *(part for k, v in sweep_combinations(args.over, Config)[0].items() for part in (f"--{k}", str(v))),
         ]
     if args.command in ("quantize", "sweep", *SCHEMAS):
         loader.load(getattr(args, "config", None), flags, SCHEMAS.get(args.command, Config))

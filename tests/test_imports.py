@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # each package may import those after it
 ORDER = ["cli", "api", "report", "converters", "eval", "distillation", "ptq", "predictors", "training", "config"]
-ORDER += ["models", "quant", "io", "data", "files", "tree", "errors"]
+ORDER += ["models", "quant", "io", "file_kinds", "data", "files", "tree", "errors"]
 FILES = sorted([*(ROOT / "sam2jq").rglob("*.py"), *(ROOT / "converters").rglob("*.py")])
 
 

@@ -38,10 +38,9 @@ def main(argv: list[str] | None = None) -> int:
     0: it ended well; 2: an error that the user can mend; 1: a fault of the program; both are printed in one line, and
     with -v the traceback before it. 130: interrupted. 141: nobody reads the output any more, which prints nothing.
     """
-    argv = [home(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     try:
         try:
-            return run_command(argv)
+            return run_command(sys.argv[1:] if argv is None else argv)
         finally:
             if sys.stdout is not None:  # None: closed by the shell
                 sys.stdout.flush()
@@ -54,6 +53,7 @@ def run_command(argv: list[str]) -> int:
     """Runs one command; prints the error that ends it, except of a closed pipe, which is raised."""
     verbose = not {"-v", "--verbose"}.isdisjoint(argv)
     try:
+        argv = [home(argument) for argument in argv]
         args, flags = command_parser(argv).parse_known_args(protect_numbers(argv))
         with logged_to_stdout(logging.DEBUG if args.verbose else logging.INFO):
             command_module(args.command).run(args, unprotect_numbers(flags))

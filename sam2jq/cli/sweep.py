@@ -12,6 +12,7 @@ import jax
 from sam2jq.cli import quantize
 from sam2jq.cli.arguments import add_config
 from sam2jq.config import loader
+from sam2jq.config.flags import sweep_combinations, without_section
 from sam2jq.config.run import Config
 from sam2jq.errors import UserError
 from sam2jq.files import atomic_write
@@ -42,7 +43,8 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
 
 def find_jobs(args: argparse.Namespace, flags: list[str], folder: Path) -> Jobs:
     """Every combination, with its settings checked, so that a wrong one is an error before the first run."""
-    jobs, combinations = {}, loader.sweep_combinations(args.over)
+    jobs, combinations = {}, sweep_combinations(args.over, SCHEMA)
+    rest = without_section(flags, "output")
     if named := [key for key in combinations[0] if key.partition(".")[0] == "output"]:
         raise UserError(f"--over {named[0]}: a sweep names its runs after their settings: sweep over other keys")
     for values in combinations:
@@ -50,7 +52,7 @@ def find_jobs(args: argparse.Namespace, flags: list[str], folder: Path) -> Jobs:
         if folder / name in jobs:
             raise UserError(f"--over: two runs would be called {name}: give values that differ in more than signs")
         given = values | {"output.root": str(folder), "output.job": name}
-        own = [*flags, *(part for key, value in given.items() for part in (f"--{key}", as_flag(value)))]
+        own = [*rest, *(part for key, value in given.items() for part in (f"--{key}", as_flag(value)))]
         jobs[folder / name] = own, quantize.load_config(args.config, own)
     return jobs
 
@@ -72,7 +74,7 @@ def run_jobs(args: argparse.Namespace, jobs: Jobs) -> None:
 
 def as_flag(value: object) -> str:
     """A value of YAML, which may hold dates, as the text of a flag."""
-    return json.dumps(value, default=str)
+    return json.dumps(value, default=str, ensure_ascii=False)
 
 
 def job_name(values: dict[str, object]) -> str:

@@ -1,17 +1,19 @@
 """Settings from YAML and flags, checked before any model is loaded."""
 
+import codecs
 import dataclasses
 import inspect
-import itertools
 import json
+import math
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from types import UnionType
 from typing import get_args, get_origin, get_type_hints
 
 import draccus
 from draccus.wrappers.docstring import get_attribute_docstring
 
+from sam2jq.config.flags import is_text, parse_flags, section_type
 from sam2jq.config.run import Config
 from sam2jq.config.strict_yaml import parse_yaml
 from sam2jq.errors import ConfigError, UserError, suggest
@@ -48,19 +50,14 @@ def comment(schema: type, name: str) -> str:
     return ""
 
 
-def section_type(kind) -> type | None:
-    """The dataclass in a type such as GptqConfig or GptqConfig | None; None if there is none."""
-    return next((part for part in (kind, *get_args(kind)) if dataclasses.is_dataclass(part)), None)
-
-
 def load(path: str | None, flags: list[str], schema: type = Config):
     """The `schema` in a YAML file, overridden by flags such as ["--model.name", "tiny", "--seed=1"].
 
     Raises UserError or FileNotFoundError with one line that names the key and what is allowed.
     """
     settings = {} if path is None else read_yaml(path, schema)
-    given = parse_flags(flags)
-    for key, value in given.items():
+    given = parse_flags(flags, schema)
+    for key, value in sorted(given.items(), key=lambda item: item[0].count(".")):  # sections before keys in them
         *sections, last = key.split(".")
         node = settings
         for section in sections:
@@ -101,32 +98,37 @@ def decode_value(value: object, hint: object, key: str) -> object:
     if value is None and hint is str:
         return ""  # as in --model.checkpoint ""
     if isinstance(value, str):
-        value = home(value)
+        try:
+            value = home(value)
+        except UserError as error:
+            raise ConfigError(f"{key}: {error}") from error
     if value is None and type(None) not in get_args(hint):
         raise ConfigError(f"{key}: null is not allowed: give a value, or leave the key out for its default")
     if get_origin(hint) is dict and not isinstance(value, dict):
         raise ConfigError(f"{key} must be a mapping such as {{a: 4}}, got {value}")
-    if isinstance(value, dict | list) and str in (hint, *get_args(hint)) and get_origin(hint) in (None, UnionType):
+    if isinstance(value, dict | list) and is_text(hint):
         raise ConfigError(f"{key} must be text, got {value}: quote it if it holds a colon, a comma or brackets")
-    if type(value) in (bool, bytes, datetime) and type(value) not in (hint, *get_args(hint)):
-        raise ConfigError(f"{key} must be {describe(hint)}, got {value}: quote it if it is text")
+    for part, kind in scalars(value, hint):
+        misread = type(part) in (bool, bytes, datetime) and type(part) not in (kind, *get_args(kind))
+        if misread or (is_text(kind) and isinstance(part, float) and not math.isfinite(part)):
+            raise ConfigError(f"{key} must be {describe(hint)}, got {part}: quote it if it is text")
     try:
         return draccus.decode(hint, value)
     except Exception as error:  # draccus raises plain Exceptions too
         raise ConfigError(f"{key}: {' '.join(str(error).split())}") from error
 
 
-def sweep_combinations(overs: list[str]) -> list[dict[str, object]]:
-    """Every combination of ["quant.wgts.dtype=sint8,sint4", "seed=1,2"] as {key: value}; values are YAML."""
-    axes = {}
-    for over in overs:
-        key, equals, values = over.partition("=")
-        axes[key] = parse_yaml(f"[{values}]", f"--over {over}: the list of values")
-        if not (key and equals and axes[key]):
-            raise UserError(f"--over {over}: write key=value,value such as quant.wgts.dtype=sint8,sint4")
-    if len(axes) < len(overs):
-        raise UserError(f"--over {' --over '.join(overs)}: give all values of a key in one --over")
-    return [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
+def scalars(value: object, hint: object) -> Iterator[tuple[object, object]]:
+    """Yields (value, its type) of `value`, or of everything in it if it is a list or a mapping of the type `hint`."""
+    if isinstance(value, dict) and get_origin(hint) is dict:
+        for pair in value.items():
+            for part, kind in zip(pair, get_args(hint)):
+                yield from scalars(part, kind)
+    elif isinstance(value, list) and get_origin(hint) is list:
+        for part in value:
+            yield from scalars(part, get_args(hint)[0])
+    else:
+        yield value, hint
 
 
 def read_yaml(path: str, schema: type | None = None) -> dict:
@@ -134,10 +136,7 @@ def read_yaml(path: str, schema: type | None = None) -> dict:
     if not Path(path).is_file():
         near = suggest(Path(path).name, [p.name for p in Path(path).parent.glob("*.yaml")])
         raise FileNotFoundError(f"no config at {path}{near}")
-    try:
-        settings = parse_yaml(Path(path).read_text(encoding="utf-8-sig"), path)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    settings = parse_yaml(read_text(path), path)
     if not isinstance(settings, dict):
         raise UserError(f"{path} holds no settings: it must be a mapping such as model: {{name: tiny}}")
     if schema is not None:
@@ -148,17 +147,16 @@ def read_yaml(path: str, schema: type | None = None) -> dict:
     return settings
 
 
-def parse_flags(flags: list[str]) -> dict[str, object]:
-    """{"model.name": "tiny", "seed": 1} of ["--model.name", "tiny", "--seed=1"]; a flag without a value is true."""
-    parsed, rest = {}, list(flags)
-    while rest:
-        flag, equals, value = rest.pop(0).partition("=")
-        if not flag.startswith("--"):
-            raise UserError(f"unexpected argument {flag!r}: settings are given as --key value")
-        if not equals:
-            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
-        parsed[flag[2:].replace("-", "_")] = parse_yaml(value, f"{flag} {value!r}")
-    return parsed
+def read_text(path: str) -> str:
+    """The text of a file in UTF-8. Raises UserError, which names the file, if it has another encoding."""
+    content = Path(path).read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content[:2]:
+        raise UserError(f"{path} is in UTF-16: save it as UTF-8")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path} is not in UTF-8 (line {line}): save it as UTF-8") from error
 
 
 def check_keys(settings: dict, schema: type, prefix: str = "") -> None:

@@ -102,11 +102,13 @@ class OutputConfig:
 
     # folder of all runs
     root: str = "./outputs/sam2"
-    # name of the run; empty: the name of the config file
+    # name of the run, which is no path; empty: the name of the config file
     job: str = ""
 
     def __post_init__(self):
         check_types(self)
+        if self.job in (".", "..") or set(self.job) & set("/\\"):
+            raise ConfigError(f"job {self.job!r}: it is the name of a folder in output.root, not a path: set root, too")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """YAML as settings are written in it: safe, and without a key that is given twice."""
 
+import math
+
 import yaml
 
 from sam2jq.errors import UserError
@@ -8,7 +10,8 @@ from sam2jq.errors import UserError
 class StrictLoader(yaml.SafeLoader):
     """A safe loader that refuses mappings with a key twice, of which YAML would keep the last.
 
-    Whole numbers in forms such as 007, 1_000 and 12:30, which YAML 1.1 rewrites to 7, 1000 and 750, stay text.
+    Numbers in forms such as 007, +5, 1_000, 12:30 and 1.10, which YAML 1.1 rewrites to 7, 5, 1000, 750 and 1.1, stay
+    text: a field for a number takes such text, too, and one for text must not lose any of it.
     """
 
     def compose_mapping_node(self, anchor):
@@ -24,10 +27,15 @@ class StrictLoader(yaml.SafeLoader):
 
     def construct_yaml_int(self, node):
         number = super().construct_yaml_int(node)
-        return number if str(number) == node.value.removeprefix("+") else node.value
+        return number if str(number) == node.value else node.value
+
+    def construct_yaml_float(self, node):
+        number = super().construct_yaml_float(node)
+        return number if str(number) == node.value or not math.isfinite(number) else node.value
 
 
-StrictLoader.add_constructor("tag:yaml.org,2002:int", StrictLoader.construct_yaml_int)
+for kind in ("int", "float"):
+    StrictLoader.add_constructor(f"tag:yaml.org,2002:{kind}", getattr(StrictLoader, f"construct_yaml_{kind}"))
 
 
 def parse_yaml(text: str, name: str) -> object:

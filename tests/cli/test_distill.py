@@ -28,13 +28,14 @@ from sam2jq.quant.stats import Stats
 from sam2jq.training.state import init_state
 from sam2jq.training.step import make_train_step
 from sam2jq.tree import flatten, kernels, layer_name, unflatten
+from tests.flags import override
 
 NANO = ["--teacher.name", "nano", "--student.name", "nano", "--data.train", "scenes:1", "--data.val", "scenes:2"]
 FEW = ["--data.train_samples", "2", "--data.val_samples", "2"]
 
 
 def config(*flags):
-    return load(None, [*NANO, *flags], DistillConfig)
+    return load(None, override(NANO, *flags), DistillConfig)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +135,7 @@ def test_a_teacher_of_another_width_of_maps_is_an_error():
     ],
 )
 def test_bad_data_is_one_line_before_any_work(flags, message, tmp_path, capsys):
-    assert main(["distill", *NANO, *FEW, *flags, "--output.root", str(tmp_path / "out")]) == 2
+    assert main(["distill", *override([*NANO, *FEW], *flags), "--output.root", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1

@@ -73,6 +73,7 @@ def test_no_memory_is_an_error_of_the_user(raises, capsys, error):
         (["inspekt", "x"], "invalid choice: 'inspekt'"),
         ([], "required: COMMAND"),
         (["export", "--package", "x", "--to", "gguf", "--out", "y"], "invalid choice: 'gguf'"),
+        (["segment", "~nobody.known/x.png"], "~nobody.known/x.png: ~nobody.known is no user's folder; write ./~nobody"),
         (["segment", "x", "--box", "1,2,3"], "argument --box: '1,2,3' is not 4 finite numbers separated by commas"),
         (["segment", "x", "--points", "1,nan"], "'1,nan' is not 2 finite numbers"),
         (["segment", "x", "--points", "1,left"], "'1,left' is not 2 finite numbers"),

@@ -15,6 +15,7 @@ from converters.exports.vanilla import build_original
 from sam2jq import build
 from sam2jq.cli.main import main
 from sam2jq.config import loader
+from tests.flags import override
 
 from .conftest import failure
 
@@ -113,7 +114,7 @@ def test_a_run_repeats_to_the_bit(job, flags, capsys):
     ],
 )
 def test_bad_input_is_one_line_and_leaves_at_most_the_log_of_a_failed_run(flags, capsys, wrong, message):
-    error = failure(capsys, "quantize", *flags, *wrong, "--output.job", "bad")
+    error = failure(capsys, "quantize", *override(flags, *wrong), "--output.job", "bad")
     assert re.search(message, error)
     root = Path(flags[flags.index("--output.root") + 1])
     left = list(root.glob("*bad*"))
@@ -136,7 +137,7 @@ def test_a_program_fault_keeps_its_traceback_in_the_failed_run(flags, capsys, mo
 
 
 def test_images_that_cannot_be_used_are_named(flags, capsys, tmp_path):
-    replace = lambda path: [*flags, "--quant.calib.path", str(path), "--quant.calib.num-samples", "1"]
+    replace = lambda path: override(flags, "--quant.calib.path", str(path), "--quant.calib.num-samples", "1")
     assert "holds no image" in failure(capsys, "quantize", *replace(tmp_path))
     (tmp_path / "broken.jpg").write_bytes(b"not a picture")
     assert "broken.jpg: not a readable image" in failure(capsys, "quantize", *replace(tmp_path))
@@ -145,7 +146,7 @@ def test_images_that_cannot_be_used_are_named(flags, capsys, tmp_path):
 def test_random_weights_are_named_in_every_output(flags, tmp_path, capsys):
     random = ["--model.name", "nano", "--model.checkpoint", "random:0"]
     places = ["--output.root", str(tmp_path), "--output.job", "r", "--quant.calib.num_samples", "1"]
-    assert main(["quantize", *flags, *random, *places]) == 0
+    assert main(["quantize", *override(flags, *random, *places)]) == 0
     assert "RANDOM" in capsys.readouterr().out
     assert "RANDOM" in (tmp_path / "r" / "run.log").read_text()
     metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())

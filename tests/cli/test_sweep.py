@@ -1,19 +1,27 @@
 """`sam2jq sweep`."""
 
+import argparse
 import csv
 import json
 import re
 
 import pytest
 
+from sam2jq.cli import sweep
 from sam2jq.cli.main import main
+from tests.flags import override
 
 from .conftest import failure
 
 
+def without_dtype(flags: list[str]) -> list[str]:
+    at = flags.index("--quant.wgts.dtype")
+    return flags[:at] + flags[at + 2 :]
+
+
 def test_a_sweep_runs_every_combination_once_and_compares_them(flags, tmp_path, capsys):
-    command = ["sweep", *flags, "--output.root", str(tmp_path), "--output.job", "s", "--save_model", "false"]
-    command += ["--over", "quant.wgts.dtype=sint8,sint4"]
+    own = ["--output.root", str(tmp_path), "--output.job", "s", "--save_model", "false"]
+    command = ["sweep", *override(without_dtype(flags), *own), "--over", "quant.wgts.dtype=sint8,sint4"]
     assert main(command) == 0
     runs = [tmp_path / "s" / f"quant.wgts.dtype=sint{bits}" for bits in (8, 4)]
     assert set((tmp_path / "s").iterdir()) == {*runs, tmp_path / "s" / "runs.csv", tmp_path / "s" / "report.html"}
@@ -46,9 +54,28 @@ def test_a_sweep_runs_every_combination_once_and_compares_them(flags, tmp_path, 
         ("output={job: a},{job: b}", "output: a sweep names its runs"),
         ("quant.wgts.rounding=nearest,nearst", "quant.wgts.rounding 'nearst': .* did you mean 'nearest'"),
         ("seed=1,1", "two runs would be called seed=1"),
-        ("model.checkpoint='random:0','random/0'", "two runs would be called model.checkpoint=random_0"),
+        ("measure.split='a:0','a/0'", "two runs would be called measure.split=a_0"),
     ],
 )
 def test_a_sweep_is_checked_before_its_first_run(flags, tmp_path, capsys, over, message):
-    assert re.search(message, failure(capsys, "sweep", *flags, "--output.root", str(tmp_path), "--over", over))
+    given = override(without_dtype(flags), "--output.root", str(tmp_path))
+    assert re.search(message, failure(capsys, "sweep", *given, "--over", over))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_setting_to_sweep_over_that_is_also_a_flag_is_given_twice(flags, tmp_path, capsys):
+    given = override(flags, "--output.root", str(tmp_path), "--seed=1", "--over", "seed=1,2")
+    assert "--seed is given twice: give --seed once" in failure(capsys, "sweep", *given)
+    given = override(flags, "--output", f"{{root: {tmp_path}}}", "--output.job", "../x", "--over", "seed=1,2")
+    assert "output.job '../x': it is the name of a folder" in failure(capsys, "sweep", *given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_jobs_of_a_sweep_have_its_values_and_their_own_output(flags, tmp_path):
+    """The text 1.10 stays as it is, and the sweep's own output replaces that of the flags."""
+    given = override(flags, "--output", f"{{root: {tmp_path}, job: s}}")
+    args = argparse.Namespace(config=None, over=["measure.split=1.10,007,'a, b'"])
+    jobs = sweep.find_jobs(args, given, sweep.sweep_folder(args, given))
+    assert [config.measure.split for _, config in jobs.values()] == ["1.10", "007", "a, b"]
+    assert {config.output.root for _, config in jobs.values()} == {str(tmp_path / "s")}
+    assert [config.output.job for _, config in jobs.values()] == [folder.name for folder in jobs]

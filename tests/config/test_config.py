@@ -1,3 +1,5 @@
+import os
+import pwd
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,8 @@ from sam2jq.config import loader
 from sam2jq.config.distill import DistillConfig
 from sam2jq.config.run import Config, EvaluateConfig, MeasureConfig
 from sam2jq.errors import UserError
+from sam2jq.files import home
+from tests.flags import override
 
 NEEDED = ["--model.checkpoint", "random:0", "--quant.calib.path", "scenes:0"]
 OTHERS = {"task": EvaluateConfig, "teacher": DistillConfig}  # by a key that only they have
@@ -15,7 +19,7 @@ EXPERIMENTS = sorted((Path(__file__).parents[2] / "experiments").glob("*.yaml"))
 
 
 def load(*flags: str) -> Config:
-    return loader.load(None, [*NEEDED, *flags])
+    return loader.load(None, override(NEEDED, *flags))
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
@@ -43,6 +47,16 @@ def test_a_tilde_is_the_users_folder_in_every_path(tmp_path, monkeypatch):
     assert loaded.quant.calib.path == f"{tmp_path}/photos"
     assert (loaded.output.root, loaded.cache.root) == (str(tmp_path), "a~b")
     assert (loaded.model.checkpoint, loaded.measure.images) == (f"{tmp_path}/tiny.pt", f"{tmp_path}/coco")
+
+
+def test_a_tilde_before_a_users_name_is_that_users_folder():
+    user = pwd.getpwuid(os.getuid())
+    assert load("--output.root", f"~{user.pw_name}/runs").output.root == f"{user.pw_dir}/runs"
+    assert home(f"--out=~{user.pw_name}/a.png") == f"--out={user.pw_dir}/a.png"
+    for name in ("~$plan.png", "~nobody.known.png", "a/~b"):
+        assert load("--output.root", name).output.root == name
+    with pytest.raises(UserError, match="^output.root: ~nobody.known/x: ~nobody.known is no user's folder; write ./~"):
+        load("--output.root", "~nobody.known/x")
 
 
 def test_a_version_may_be_written_as_a_number_and_a_switch_without_a_value():
@@ -97,8 +111,8 @@ def test_a_version_may_be_written_as_a_number_and_a_switch_without_a_value():
         (["--output", "{job: x, root: [a]}"], "output.root must be text"),
         (["--quant.wgts.dtype="], "quant.wgts.dtype '': allowed are"),
         (["--quant.wgts.skips", "null"], "quant.wgts.skips: null is not allowed"),
-        (["--quant.calib.path", "scenes:"], "quant.calib.path must be text, got {'scenes': None}: quote it"),
-        (["--quant.wgts.rounding", "[gptq]"], "quant.wgts.rounding must be text"),
+        (["--quant.calib", "{path: [a]}"], r"quant.calib.path must be text, got \['a'\]: quote it"),
+        (["--quant.wgts", "{rounding: [gptq]}"], "quant.wgts.rounding must be text"),
         (["--model.name", "nope", "--model.checkpoint", ""], "model.name 'nope': allowed are tiny"),
         (["--model.version", "2.2", "--model.checkpoint", ""], "model.version '2.2': allowed are 2.0, 2.1"),
         (["--quant.wgts.bits", "{a: null}"], r"quant.wgts.bits must be dict\[str, int\], got"),
@@ -106,7 +120,22 @@ def test_a_version_may_be_written_as_a_number_and_a_switch_without_a_value():
         (["--quant.wgts.bits", "{a: 4, a: 3}"], "--quant.wgts.bits .*: key a is given twice, in line 1: remove one"),
         (["--quant.rotation", "{transforms: [null]}"], "quant.rotation.transforms must be"),
         (["--seed", "yes"], "seed must be a whole number, got True"),
-        (["--output.job", "no"], "output.job must be text, got False: quote it if it is text"),
+        (["--output", "{job: no}"], "output.job must be text, got False: quote it if it is text"),
+        (["--output", "{job: .inf}"], "output.job must be text, got inf: quote it if it is text"),
+        (["--quant.wgts.skips", "[a, yes]"], r"quant.wgts.skips must be list\[str\], got True: quote it"),
+        (["--quant.wgts.bits", "{yes: 4}"], r"quant.wgts.bits must be dict\[str, int\], got True: quote it"),
+        (["--model.name", "'a\\'", "--output.job", '"\\x"'], "--output.job .* is not YAML"),
+        (["--output.job"], "--output.job has no value: write --output.job VALUE"),
+        (["--output.job", "--seed=1"], "--output.job has no value"),
+        (["--output.job", "../../x"], "output.job '../../x': it is the name of a folder in output.root, not a path"),
+        (["--output.job", "/x"], "output.job '/x': it is the name"),
+        (["--output.job", ".."], "output.job '..': it is the name"),
+        (["--output.job", "."], "output.job '.': it is the name"),
+        (["--output.job", "a\\b"], "output.job .*: it is the name"),
+        (["--seed", "1", "--seed", "2"], "--seed is given twice: give --seed once"),
+        (["--seed=1", "--seed", "1"], "--seed is given twice: give --seed once"),
+        (["--save_model", "--save-model", "false"], "--save-model is given twice: give --save_model once"),
+        (["--output.job", "a", "--output", "{job: b}"], "--output.job is given twice, also in --output: remove one"),
         (["--quant.wgts.ridge", ".nan"], "quant.wgts.ridge must be a number, got nan"),
         (["--seed", "2026-13-45"], "--seed '2026-13-45' holds a value that YAML cannot read"),
         (["--seed", "[" * 2000], "is nested too deeply"),
@@ -116,19 +145,6 @@ def test_a_wrong_setting_is_named_in_one_line(flags, message):
     with pytest.raises(ValueError, match=message) as error:
         load(*flags)
     assert "\n" not in str(error.value)
-
-
-def test_a_grid_is_every_combination():
-    assert loader.sweep_combinations(["a.b=sint8,sint4", "seed=1,2"]) == [
-        {"a.b": bits, "seed": seed} for bits in ("sint8", "sint4") for seed in (1, 2)
-    ]
-    assert loader.sweep_combinations(["x=[[1, 32]],[[1, -1]]"]) == [{"x": [[1, 32]]}, {"x": [[1, -1]]}]
-    assert loader.sweep_combinations(["x=null,{rank: 4, num_iters: 2}"]) == [
-        {"x": None},
-        {"x": {"rank": 4, "num_iters": 2}},
-    ]
-    with pytest.raises(ValueError, match="give all values of a key in one --over"):
-        loader.sweep_combinations(["x=1", "x=2"])
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path):
@@ -161,6 +177,31 @@ def test_numbers_that_yaml_rewrites_stay_text():
     ]  # fmt: skip
     with pytest.raises(UserError, match="seed: .*'0x1F'"):
         load("--seed", "0x1F")
+
+
+@pytest.mark.parametrize("text", ["1.10", "007", "+5", "1_000.5", "0x1F", "2026-01-01", "12:30.5", "1e3", "2.5"])
+def test_an_unquoted_number_for_text_in_yaml_keeps_what_was_written(tmp_path, text):
+    file = tmp_path / "c.yaml"
+    file.write_text(f"output: {{job: {text}}}\nquant: {{wgts: {{skips: [{text}], bits: {{{text}: 4}}}}}}")
+    loaded = loader.load(str(file), NEEDED)
+    assert (loaded.output.job, loaded.quant.wgts.skips, loaded.quant.wgts.bits) == (text, [text], {text: 4})
+
+
+def test_a_number_may_be_written_in_every_form_that_python_reads(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("seed: +5\nquant: {wgts: {ridge: 0.10, target_bits: +4.50}, calib: {num_samples: 1_000}}")
+    loaded = loader.load(str(file), NEEDED)
+    assert (loaded.seed, loaded.quant.calib.num_samples) == (5, 1000)
+    assert (loaded.quant.wgts.ridge, loaded.quant.wgts.target_bits) == (0.1, 4.5)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-16-le", "latin-1"])
+def test_a_file_in_another_encoding_is_named(tmp_path, encoding):
+    file = tmp_path / "c.yaml"
+    file.write_text("seed: 1\noutput: {job: é}", encoding=encoding)
+    kind = "in UTF-16" if encoding != "latin-1" else r"not in UTF-8 \(line 2\)"
+    with pytest.raises(UserError, match=f"c.yaml is {kind}: save it as UTF-8$"):
+        loader.load(str(file), NEEDED)
 
 
 @pytest.mark.parametrize(
@@ -229,11 +270,11 @@ DISTILL = ["--teacher.name", "nano", "--student.name", "nano", "--data.train", "
 )
 def test_a_distillation_that_cannot_be_is_an_error(flags, message):
     with pytest.raises(ValueError, match=message):
-        loader.load(None, [*DISTILL, *flags], DistillConfig)
+        loader.load(None, override(DISTILL, *flags), DistillConfig)
 
 
 def test_a_student_starts_at_the_bits_of_its_dtype_or_at_initial_bits():
-    load = lambda *flags: loader.load(None, [*DISTILL, *flags], DistillConfig).quant.starts_at
+    load = lambda *flags: loader.load(None, override(DISTILL, *flags), DistillConfig).quant.starts_at
     assert load("--quant.wgts.dtype", "sint6") == 6
     assert load("--quant.wgts.dtype", "sint6", "--quant.initial_bits", "5") == 5
 

@@ -5,10 +5,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from converters.checkpoint import load_checkpoint, save_checkpoint
+from converters.checkpoint import load_checkpoint, open_checkpoint, save_checkpoint
 from converters.exports.vanilla import build_original
 from converters.names import from_torch, shapes, to_torch
-from sam2jq import VARIANTS, abstract_params, build, init_params
+from converters.recognize import WIDTH
+from sam2jq import VARIANTS, UserError, abstract_params, build, init_params
 from tests.conftest import twin
 
 CHECKPOINTS = [(name, version) for name in VARIANTS for version in ("2.0", "2.1")]
@@ -91,6 +92,46 @@ def test_the_variant_that_fits_is_named(tmp_path):
     save_checkpoint(tmp_path / "c.pt", init_params(build("nano", "2.0"), 0))
     with pytest.raises(ValueError, match=r"it is nano 2\.0: give --model.name nano --model.version 2\.0"):
         load_checkpoint(str(tmp_path / "c.pt"), build("tiny"))
+
+
+PARTS = "checkpoint .*c.pt is only a part of SAM 2, {}, without {}: give the whole checkpoint$"
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "message"),
+    [
+        (
+            lambda sd: only(sd, "sam_mask_decoder"),
+            None,
+            PARTS.format("sam_mask_decoder", "image.* and .*"),
+        ),
+        (lambda sd: only(sd, "sam_mask_decoder"), "tiny", PARTS.format("sam_mask_decoder", "image_encoder and .*")),
+        (lambda sd: only(sd, "image_encoder"), "nano", PARTS.format("image_encoder", ".* and sam_mask_decoder")),
+        (lambda sd: without(sd, "no_mem_embed"), None, "nano 2.1 is closest: 1 tensor does not fit: missing no_mem_"),
+        (lambda sd: without(sd, "no_mem_embed"), "tiny", "the model; nano 2.1 is closest: 1 tensor does not fit: miss"),
+        (lambda sd: without(sd, "no_mem_embed"), "nano", "does not fit the model: 1 tensor does not fit: missing no_m"),
+        (lambda sd: sd, "tiny", "does not fit the model; it is nano 2.1: give --model.name nano --model.version 2.1$"),
+        (lambda sd: sd | {WIDTH: torch.zeros(40, 3, 7, 7)}, None, r"proj.weight is \[40, 3, 7, 7\], of another width"),
+        (lambda sd: without(sd, WIDTH), None, r"proj.weight is \[\], of another width"),
+        (lambda sd: {k: x * float("nan") for k, x in sd.items()}, "nano", "NaN or Inf in every tensor: use an intact"),
+        (lambda sd: {"a": torch.ones(2)}, "nano", "none of its tensors has a name such as .*; it holds a$"),
+    ],
+)
+def test_what_does_not_fit_is_said_once(tmp_path, change, name, message):
+    torch.save({"model": change(to_torch(init_params(build("nano"), 0)))}, tmp_path / "c.pt")
+    with pytest.raises(UserError, match=message) as error:
+        open_checkpoint(str(tmp_path / "c.pt"), name, None, None)
+    assert str(error.value).count("not fit:") <= 1
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 400
+
+
+def only(state_dict: dict, part: str) -> dict:
+    return {key: x for key, x in state_dict.items() if key.startswith(part)}
+
+
+def without(state_dict: dict, name: str) -> dict:
+    return {key: x for key, x in state_dict.items() if key != name}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -108,7 +108,7 @@ def test_a_tensor_with_and_without_a_prefix_is_an_error(tmp_path, nano):
     [
         (
             {f"encoder.layer.{i}.weight": torch.ones(2) for i in range(500)},
-            "none of its 500 tensors has a name such as",
+            "none of its tensors has a name such as",
         ),
         ({"model": {"epoch": 3}}, "holds no state dict"),
         ([torch.ones(2)], "holds no state dict"),
@@ -126,7 +126,7 @@ def test_what_is_no_sam2_is_said_in_a_short_line(tmp_path, content, message):
 @pytest.mark.parametrize("name", [None, "nano"])
 def test_at_most_ten_tensors_are_listed(tmp_path, nano, name):
     torch.save({"model": nano | {f"extra.{i}": torch.ones(1) for i in range(400)}}, tmp_path / "c.pt")
-    with pytest.raises(UserError, match=r"nano 2.1 is closest, .* 400 tensors that do not fit.*390 more") as error:
+    with pytest.raises(UserError, match=r": 400 tensors do not fit: extra .*390 more$") as error:
         sam2jq.load(tmp_path / "c.pt", name=name)
     assert len(str(error.value)) < 600
 

@@ -25,6 +25,7 @@ from sam2jq.quant.leaves import base_weight
 from sam2jq.quant.spec import QuantSpec
 from sam2jq.report.curves import plot_history
 from sam2jq.training.distributed import initialize_distributed
+from tests.flags import override
 
 LAYERS = ("a", "b")
 
@@ -62,7 +63,7 @@ def config(*flags):
         *("--quant.initial_bits", "6", "--quant.min_bits", "2", "--distill.window", "2", "--distill.impact_floor", "1"),
         *("--train.epochs", "4", "--train.learning_rate", "0.01", "--train.checkpoint_every", "2"),
     ]
-    return loader.load(None, [*usual, *flags], DistillConfig)
+    return loader.load(None, override(usual, *flags), DistillConfig)
 
 
 def make_student():

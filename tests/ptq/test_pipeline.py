@@ -13,6 +13,7 @@ from sam2jq.api import replay_bits
 from sam2jq.cli.main import main
 from sam2jq.config.loader import load
 from sam2jq.tree import layer_name
+from tests.flags import override
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def thorough(flags) -> Path:
         "opts.dtype": "uint8",
     }
     more = [part for key, value in settings.items() for part in (f"--quant.{key}", value)]
-    assert main(["quantize", *flags, *more, "--convert-nunchaku", "--output.job", "thorough"]) == 0
+    assert main(["quantize", *override(flags, *more), "--convert-nunchaku", "--output.job", "thorough"]) == 0
     return Path(flags[flags.index("--output.root") + 1]) / "thorough"
 
 

@@ -2,7 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
+from sam2jq.errors import UserError
 from sam2jq.training.loop import Hooks, fit, log_mean_metrics
 from sam2jq.training.state import init_state
 from sam2jq.training.step import make_train_step
@@ -76,3 +78,27 @@ def test_hooks_run_around_each_step_and_can_change_the_state_and_stop_the_run(tm
     calls.clear()
     assert fit(step, np.int64(0), numbers, 10, tmp_path, hooks) == state  # from the checkpoint of step 2
     assert calls == [("start", 2), (3, {"batch": 3})]
+
+
+SAVED = {"params": np.ones((4, 2), np.float32), "moments": (np.zeros(8, np.float32), np.int32(0))}
+
+
+@pytest.mark.parametrize(
+    ("changed", "names"),
+    [
+        ({"moments": ({"w": np.zeros((4, 2), np.float32)}, np.int32(0))}, "moments.0, moments.0.w"),
+        ({"moments": (np.zeros(9, np.float32), np.int32(0))}, "moments.0"),
+        ({"moments": (np.zeros(8, np.float32), np.float32(0))}, "moments.1"),
+        ({"more": np.zeros(3, np.float32)}, "more"),
+    ],
+)
+def test_a_checkpoint_with_the_state_of_another_version_is_named(tmp_path, changed, names):
+    """Such as of 0.1.0, whose optimizer had the moments of each array in an array of its own."""
+    step, save = lambda state, batch: (state, {}), Hooks(is_save_step=lambda step: True)
+    fit(step, SAVED, lambda first: [0], 1, tmp_path / "run" / "checkpoints", save)
+    with pytest.raises(UserError, match="has another state of training than this version") as error:
+        fit(step, SAVED | changed, lambda first: [0], 1, tmp_path / "run" / "checkpoints", save)
+    assert str(error.value).startswith(f"checkpoint {tmp_path}/run/checkpoints/1 has")
+    assert f"({names})" in str(error.value)
+    assert str(error.value).endswith(f"or remove {tmp_path}/run to start over")
+    assert "\n" not in str(error.value)

@@ -6,13 +6,14 @@ import pytest
 from sam2jq.config.distill import DistillConfig
 from sam2jq.config.loader import load
 from sam2jq.training.metric_logging import metric_logger
+from tests.flags import override
 
 NANO = ["--teacher.name", "nano", "--student.name", "nano", "--data.train", "scenes:1", "--data.val", "scenes:2"]
 ROW = {"step": 3, "epoch": 1, "train/loss": 0.5, "decisions": [{"layer": "a"}], "bits": {"a": 4}}
 
 
 def config(*flags):
-    return load(None, [*NANO, *flags], DistillConfig)
+    return load(None, override(NANO, *flags), DistillConfig)
 
 
 def test_weights_and_biases_gets_the_numbers_of_a_row_under_its_keys(monkeypatch, tmp_path):

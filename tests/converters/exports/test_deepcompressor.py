@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from converters.checkpoint import load_checkpoint, save_checkpoint
 from converters.exports.deepcompressor import load_deepcompressor, save_deepcompressor
 from converters.names import to_torch
 from sam2jq.errors import UserError
@@ -100,3 +101,15 @@ def test_an_unsupported_order_of_leaves_is_an_error(tmp_path, nano):
     with pytest.raises(UserError, match=r"blocks.0.attn.qkv: .*Rotated > Smoothed > LowRank .* not Smoothed > Rotated"):
         save_deepcompressor(tmp_path, unflatten(flat | {path: leaf}), "original")
     assert not list(tmp_path.iterdir())
+
+
+def test_model_pt_is_refused_as_a_checkpoint(nano, quantized, tmp_path):
+    """Its weights lack smoothing, rotation and branches, and would load as those of a plain model."""
+    save_deepcompressor(tmp_path / "cache", quantized, "original")
+    with pytest.raises(UserError, match=r"cache/model.pt is one of .* wrong results: .*; give the package of its run$"):
+        load_checkpoint(str(tmp_path / "cache" / "model.pt"), build("nano"))
+    (tmp_path / "package.pt").touch()
+    with pytest.raises(UserError, match=rf"beside it; give {tmp_path}/package.pt$"):
+        load_checkpoint(str(tmp_path / "cache" / "model.pt"), build("nano"))
+    save_checkpoint(tmp_path / "model.pt", nano)
+    load_checkpoint(str(tmp_path / "model.pt"), build("nano"))
