@@ -29,10 +29,10 @@ def clip(tmp_path_factory):
 
 
 @cache
-def predictors(version: str):
+def predictors(version: str, name: str = "nano", image_size: int | None = None):
     """The original video predictor and ours, on the same weights."""
-    weights = twin("nano", version)
-    original = build_original("nano", version, video=True)
+    weights = twin(name, version, image_size)
+    original = build_original(name, version, image_size, video=True)
     original.load_state_dict(weights.torch.state_dict())
     return original, VideoPredictor(weights.model, weights.params)
 
@@ -83,6 +83,18 @@ def test_two_objects_over_twelve_frames_match_the_original(version, clip):
         yield from predictor.propagate_in_video(state)
 
     compare(both(predictors(version), clip, run))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "size"), [("nano", 128), ("tiny", 512)])
+def test_another_image_size_matches_the_original(name, size, clip):
+    """As of a package that was made at 128 pixels, and of medical checkpoints at 512."""
+
+    def run(predictor, state):
+        yield predictor.add_new_points_or_box(state, 0, 1, box=[100, 90, 180, 200])
+        yield from predictor.propagate_in_video(state, max_frame_num_to_track=3)
+
+    compare(both(predictors("2.1", name, size), clip, run))
 
 
 DISC = np.hypot(*(np.mgrid[:256, :200] - [[[120]], [[90]]])) < 30
