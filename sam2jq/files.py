@@ -14,11 +14,9 @@ def atomic_write(path: str | Path, failures: tuple[type[Exception], ...] = ()) -
 
     failures: what the block's writer raises, beside OSError, if it cannot write.
     Raises OSError that names `path` if the disk is full, or the file cannot be written for another reason, and
-    UserError before the block runs if `path` is a folder or a device, which must not be replaced.
+    UserError before the block runs as `check_target` does.
     """
-    path = Path(path)
-    if not path.name or (path.exists() and not path.is_file()):
-        raise UserError(f"cannot write {str(path)!r}: it is not the name of a file")
+    path = check_target(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -33,6 +31,17 @@ def atomic_write(path: str | Path, failures: tuple[type[Exception], ...] = ()) -
         raise OSError(f"cannot write {path}; is the disk full? ({reason})") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_target(path: str | Path) -> Path:
+    """`path`. Raises UserError if no file can be written there: it is a folder or a device, or lies below a file."""
+    path = Path(path)
+    if not path.name or (path.exists() and not path.is_file()):
+        raise UserError(f"cannot write {str(path)!r}: it is not the name of a file")
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    if not folder.is_dir():
+        raise UserError(f"cannot write {str(path)!r}: {folder} is not a folder")
+    return path
 
 
 def home(path: str) -> str:

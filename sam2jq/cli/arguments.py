@@ -13,29 +13,11 @@ def add_config(parser: argparse.ArgumentParser, example: str = "") -> None:
     parser.add_argument("--config", help=f"YAML file with settings; every key is also a flag{example}")
 
 
-class Once(argparse.Action):
-    """Stores a flag's value. A second value is an error: argparse would forget the first without a word."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        """Raises ArgumentError if the flag was given before."""
-        if getattr(namespace, self.dest) not in (None, []):
-            raise argparse.ArgumentError(self, "given twice: put all values behind one flag")
-        setattr(namespace, self.dest, values)
-
-
 def add_prompts(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--points", action=Once, nargs="+", type=numbers(2), default=[], metavar="X,Y", help="clicks, in pixels"
-    )
-    parser.add_argument(
-        "--labels",
-        action=Once,
-        nargs="+",
-        type=int,
-        metavar="L",
-        help="1 foreground (default), 0 background, 2 and 3 corners of a box",
-    )
-    parser.add_argument("--box", action=Once, type=numbers(4), metavar="X0,Y0,X1,Y1", help="a box, in pixels")
+    labels = "1 foreground (default), 0 background, 2 and 3 corners of a box"
+    parser.add_argument("--points", nargs="+", type=numbers(2), default=[], metavar="X,Y", help="clicks, in pixels")
+    parser.add_argument("--labels", nargs="+", type=int, metavar="L", help=labels)
+    parser.add_argument("--box", type=numbers(4), metavar="X0,Y0,X1,Y1", help="a box, in pixels")
 
 
 def prompt_labels(args: argparse.Namespace) -> list[int]:
@@ -50,6 +32,17 @@ def prompt_labels(args: argparse.Namespace) -> list[int]:
     if wrong := set(labels) - set(LABELS):
         raise UserError(f"--labels {wrong.pop()}: allowed are {', '.join(map(str, LABELS))}")
     return labels
+
+
+def check_inside(args: argparse.Namespace, size: tuple[int, int]) -> None:
+    """Raises UserError unless all clicks, and a part of the box, lie in a picture of `size` (H, W) in pixels."""
+    height, width = size
+    picture = f"the picture, {width} x {height} pixels"
+    for x, y in args.points:
+        if not (0 <= x <= width and 0 <= y <= height):
+            raise UserError(f"--points {x:g},{y:g} lies outside of {picture}: x comes first, from the left")
+    if args.box and not (args.box[0] < width and args.box[1] < height and args.box[2] > 0 and args.box[3] > 0):
+        raise UserError(f"--box {','.join(f'{value:g}' for value in args.box)} lies outside of {picture}")
 
 
 def numbers(count: int) -> Callable[[str], list[float]]:

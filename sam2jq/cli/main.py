@@ -90,8 +90,25 @@ def unprotect_numbers(argv: list[str]) -> list[str]:
     return [part[1:] if part.startswith(" ") and NEGATIVE.fullmatch(part[1:]) else part for part in argv]
 
 
+class Once(argparse.Action):
+    """Stores a flag's value. A second value is an error: argparse would forget the first without a word."""
+
+    given = False
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        """Raises ArgumentError if the flag was given before."""
+        if self.given:
+            raise argparse.ArgumentError(self, "given twice: give it once, with all of its values")
+        self.given = True
+        setattr(namespace, self.dest, values)
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are UserError, as those of the commands."""
+    """A parser whose errors are UserError, as those of the commands, and whose flags with a value are given once."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.register("action", None, Once)
 
     def error(self, message: str):
         raise UserError(f"{message}; see {self.prog} --help")

@@ -2,21 +2,21 @@
 
 import argparse
 import logging
-from pathlib import Path
 
-from PIL import Image
-
-from sam2jq.cli.arguments import add_prompts, prompt_labels
+from sam2jq.cli.arguments import add_prompts, check_inside, prompt_labels
 from sam2jq.cli.loading import load_model
 from sam2jq.config import loader
 from sam2jq.config.run import SegmentConfig
 from sam2jq.data import read_image
-from sam2jq.files import atomic_write
+from sam2jq.errors import UserError
+from sam2jq.files import atomic_write, check_target
 from sam2jq.predictors.image import ImagePredictor
 from sam2jq.quant.algorithms.activations import materialize_weights
 from sam2jq.report import figures
 
 SCHEMA = SegmentConfig
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF"}
+FORMATS[".tiff"] = FORMATS[".tif"]
 log = logging.getLogger("sam2jq")
 
 
@@ -29,8 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, flags: list[str]) -> None:
     """Writes the image with the predicted masks drawn on it to `args.out`."""
-    labels = prompt_labels(args)
+    labels, out = prompt_labels(args), check_target(args.out)
+    if out.suffix.lower() not in FORMATS:
+        raise UserError(f"--out {out}: give a name that ends in one of {' '.join(FORMATS)}")
     image = read_image(args.image)
+    check_inside(args, image.shape[:2])
     config = loader.load(None, flags, SegmentConfig)
     model, checkpoint = load_model(config.model, config.cache)
     predictor = ImagePredictor(model, materialize_weights(checkpoint.params), dtype=config.model.dtype)
@@ -41,8 +44,8 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
     figures.draw_prompts(picture, args.points, labels, args.box)
     if checkpoint.random:
         figures.write(picture, "random weights")
-    with atomic_write(args.out) as temporary:
-        picture.save(temporary, format=Image.registered_extensions().get(Path(args.out).suffix.lower(), "PNG"))
+    with atomic_write(out) as temporary:
+        picture.save(temporary, format=FORMATS[out.suffix.lower()])
     for mask, score in zip(masks, scores):
         log.info("mask        %.1f %% of the image, estimated IoU %.3f", 100 * mask.mean(), score)
-    log.info("written     %s", args.out)
+    log.info("written     %s", out)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from sam2jq.cli.arguments import add_prompts, prompt_labels
+from sam2jq.cli.arguments import add_prompts, check_inside, prompt_labels
 from sam2jq.cli.loading import load_model
 from sam2jq.cli.run_folder import stage
 from sam2jq.config import loader
@@ -15,7 +15,7 @@ from sam2jq.data.sav import read_mask
 from sam2jq.data.sources import scene_video
 from sam2jq.data.video import open_video
 from sam2jq.errors import UserError
-from sam2jq.files import atomic_write
+from sam2jq.files import atomic_write, check_target
 from sam2jq.predictors.video import VideoPredictor
 from sam2jq.quant.algorithms.activations import materialize_weights
 from sam2jq.report import figures
@@ -35,13 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, flags: list[str]) -> None:
     """Writes the frames from the prompt on, with the object's mask on each, as a GIF or a strip to `args.out`."""
-    labels, out = [] if args.mask else prompt_labels(args), Path(args.out)
-    if args.mask and (args.points or args.box):
-        raise UserError("--mask: a mask is the whole prompt: leave --points and --box out")
+    if args.mask is not None and (args.points or args.labels or args.box):
+        raise UserError("--mask: a mask is the whole prompt: leave --points, --labels and --box out")
+    labels, out = [] if args.mask is not None else prompt_labels(args), check_target(args.out)
     if out.suffix.lower() not in (".gif", ".png"):
         raise UserError(f"--out {out}: give a name that ends in .gif or, for a strip of frames, in .png")
     video = scene_video(args.clip) if args.clip.startswith("scenes:") else open_video(args.clip)
-    mask = read_mask(args.mask, video.size) if args.mask else None
+    mask = read_mask(args.mask, video.size) if args.mask is not None else None
+    check_inside(args, video.size)
     config = loader.load(None, flags, SegmentConfig)
     model, checkpoint = load_model(config.model, config.cache)
     predictor = VideoPredictor(model, materialize_weights(checkpoint.params), dtype=config.model.dtype)

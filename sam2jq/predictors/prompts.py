@@ -57,10 +57,16 @@ def clicks(coords, labels) -> tuple[np.ndarray, np.ndarray]:
 
 
 def object_mask(mask) -> np.ndarray:
-    """The mask bool [...], true where `mask` is not 0, as in sam2. Raises UserError for logits, inf and NaN."""
+    """The mask bool [...], true where `mask` is not 0, as in sam2. Raises UserError for logits, inf and NaN.
+
+    It does so too for several values of which none is 0, such as probabilities: all of the frame would be the object.
+    """
     mask = as_array("mask", mask, np.float64)  # in which the smallest values of other dtypes are not 0
     if (mask < 0).any():
         raise UserError("mask has negative values, so it looks like logits: give mask > 0")
+    if mask.size and mask.all() and mask.min() < mask.max():
+        raise UserError(f"mask holds values from {mask.min():g} to {mask.max():g} and no 0, so that its object is "
+                        "everything: give a mask with 0 outside of the object")  # fmt: skip
     return mask != 0
 
 
@@ -68,7 +74,7 @@ def mask_logits(mask_input, side: int) -> np.ndarray:
     """Mask logits float32 [P, side, side, 1] of [1, side, side] or [P, 1, side, side].
 
     Raises UserError if the shape is another, or if a prompt holds a mask in place of logits: no value below 0, and all
-    of them whole numbers or at most 1.
+    of them whole numbers or at most 1, or some above the limit of logits.
     """
     logits = as_array("mask_input", mask_input, np.float32)
     if logits.ndim not in (3, 4) or logits.shape[-3:] != (1, side, side):
@@ -84,12 +90,14 @@ def is_mask(values: np.ndarray) -> bool:
     """Whether `values` can only be a mask, a label image or probabilities, no logits of a predictor."""
     if (values < 0).any() or (values == LOGIT_LIMIT).all():
         return False
-    return bool((values <= 1).all() or (values == np.rint(values)).all())
+    return bool((values <= 1).all() or (values == np.rint(values)).all() or (values > LOGIT_LIMIT).any())
 
 
 def as_array(name: str, value, dtype) -> np.ndarray:
     """`value` as a numpy array. Raises UserError if it is not an array of finite numbers."""
     try:
+        if isinstance(value, np.ma.MaskedArray):
+            raise TypeError("a masked array: give its `filled` values")
         array = np.asarray(value)
         if array.dtype.kind in "cSUmM":
             raise TypeError(f"dtype {array.dtype}")

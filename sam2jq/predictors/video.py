@@ -21,6 +21,7 @@ from sam2jq.predictors.video_state import (
     VideoState,
     any_prompt_is_cond,
     check_frame,
+    check_obj_id,
     frame_info,
     frame_order,
     memory_bank,
@@ -125,7 +126,7 @@ class VideoPredictor(FromPretrained):
         adds the points to earlier ones on the frame. Raises UserError if the prompt is missing, is not finite or has
         the wrong shape.
         """
-        state = inference_state
+        state, frame_idx, obj_id = inference_state, check_frame(inference_state, frame_idx), check_obj_id(obj_id)
         if points is None and labels is None and box is None:
             raise UserError(f"object {obj_id}: no prompt; give points and labels, or a box")
         if box is not None and not clear_old_points:
@@ -149,9 +150,11 @@ class VideoPredictor(FromPretrained):
     def add_new_mask(self, inference_state: VideoState, frame_idx: int, obj_id: int, mask) -> FrameMasks:
         """Adds the mask [H, W] of one object, any number but 0 where it is; returns the frame's masks.
 
-        Raises UserError if the mask's size is not the clip's, or if it holds logits (negative values), inf or NaN.
+        Raises UserError if the mask's size is not the clip's, or if it holds logits (negative values), several values
+        of which none is 0, inf or NaN.
         """
-        state, size = inference_state, self.model.variant.image_size
+        state, frame_idx, obj_id = inference_state, check_frame(inference_state, frame_idx), check_obj_id(obj_id)
+        size = self.model.variant.image_size
         mask = object_mask(mask).astype(np.float32)
         if mask.shape != state.video.size:
             raise UserError(f"object {obj_id}: the mask is {list(mask.shape)}, the frames {list(state.video.size)}")
@@ -181,7 +184,7 @@ class VideoPredictor(FromPretrained):
             which = f"objects {unprompted}" if unprompted else "any object"
             raise UserError(f"no prompt on {which}: add points, a box or a mask")
         first = min(min(obj.cond) for obj in objects) if start_frame_idx is None else start_frame_idx
-        check_frame(state, first)
+        first = check_frame(state, first)
         batch = objects + [objects[-1]] * (2 ** (len(objects) - 1).bit_length() - len(objects))
         bank = memory_bank(batch, first, reverse)
         blank = jax.tree.map(np.zeros_like, next(iter(objects[0].cond.values())))
@@ -200,7 +203,7 @@ class VideoPredictor(FromPretrained):
         self, inference_state: VideoState, frame_idx: int, obj_id: int, need_output: bool = True
     ) -> FrameMasks | None:
         """Removes an object's prompts on a frame; returns the frame's masks, or None without `need_output`."""
-        obj = inference_state.object(obj_id)
+        obj, frame_idx = inference_state.object(obj_id), check_frame(inference_state, frame_idx)
         obj.prompts.pop(frame_idx, None)
         obj.pending.pop(frame_idx, None)
         if frame_idx in obj.cond:  # its output stays, as if the frame had been tracked
@@ -219,7 +222,7 @@ class VideoPredictor(FromPretrained):
         The second list is empty without `need_output`. An unknown object is ignored; with `strict`, it raises
         UserError.
         """
-        if not strict and obj_id not in inference_state.objects:
+        if not strict and check_obj_id(obj_id) not in inference_state.objects:
             return inference_state.obj_ids, []
         frames = sorted(inference_state.object(obj_id).prompts)
         del inference_state.objects[obj_id]
@@ -229,7 +232,6 @@ class VideoPredictor(FromPretrained):
         return inference_state.obj_ids, [(frame, masks(frame)) for frame in frames]
 
     def _image(self, state: VideoState, frame: int) -> Array:
-        check_frame(state, frame)
         return jnp.asarray(preprocess_frame(state.video[frame], self.model.variant.image_size)[None], self.dtype)
 
     def _features(self, state: VideoState, frame: int) -> list[Array]:

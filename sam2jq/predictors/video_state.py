@@ -1,5 +1,7 @@
 """The state of the objects of one clip, between the calls of the video predictor."""
 
+import operator
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import jax
@@ -48,7 +50,7 @@ class VideoState:
 
     def object(self, obj_id: int) -> ObjectState:
         """The state of an object. Raises UserError if there is none."""
-        if obj_id not in self.objects:
+        if check_obj_id(obj_id) not in self.objects:
             raise UserError(f"object {obj_id} was never added; the objects are {self.obj_ids}")
         return self.objects[obj_id]
 
@@ -93,15 +95,34 @@ def any_prompt_is_cond(state: VideoState, frame: int) -> bool:
     return any(obj.pending.get(frame, (None, False))[1] for obj in state.objects.values())
 
 
-def check_frame(state: VideoState, frame: int) -> None:
-    """Raises UserError unless the clip has a frame of this number."""
+def whole_number(name: str, value) -> int:
+    """`value` as an int. Raises UserError, which calls it `name`, unless it is a whole number of an integer type."""
+    if isinstance(value, bool | np.bool_):
+        raise UserError(f"{name} {value!r}: it must be an int")
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise UserError(f"{name} {value!r}: it must be an int") from error
+
+
+def check_frame(state: VideoState, frame: int) -> int:
+    """`frame` as an int. Raises UserError unless the clip has a frame of this number."""
+    frame = whole_number("frame", frame)
     if frame not in range(state.num_frames):
         raise UserError(f"frame {frame}: the clip has frames 0 to {state.num_frames - 1}")
+    return frame
+
+
+def check_obj_id(obj_id: int) -> int:
+    """`obj_id`. Raises UserError unless it can name an object, as any hashable value that is equal to itself can."""
+    if not isinstance(obj_id, Hashable) or obj_id != obj_id:
+        raise UserError(f"obj_id {obj_id!r}: give each object a whole number, or another hashable name")
+    return obj_id
 
 
 def frame_order(first: int, num_frames: int, max_frames: int | None, reverse: bool) -> range:
     """The frames tracked from `first` on, at most `max_frames` after it; none in reverse from frame 0."""
-    max_frames = num_frames if max_frames is None else max_frames
+    max_frames = num_frames if max_frames is None else whole_number("max_frame_num_to_track", max_frames)
     if reverse:
         return range(first, max(first - max_frames, 0) - 1, -1) if first > 0 else range(0)
     return range(first, min(first + max_frames, num_frames - 1) + 1)

@@ -1,5 +1,7 @@
 """The summary at the top of a page: scheme, size, scores, and warnings."""
 
+from sam2jq.errors import few
+
 SMALL_IMAGES, SMALL_CLIPS = 100, 20  # with fewer, a page warns that scores are noisy
 AGREEMENT = "mask IoU with full precision"
 PROMPTS = ("box", "1 click", "3 clicks")
@@ -83,7 +85,14 @@ def warnings(metrics: dict) -> list[str]:
         texts.append("No ground-truth masks were given (measure.images): masks are only compared with full precision.")
     elif not results["held_out"]:
         texts.append("mIoU was measured on the calibration images: set measure.images to others.")
-    return texts
+    return texts + left_out(results)
+
+
+def left_out(results: dict) -> list[str]:
+    """One sentence with the images, clips and objects that have no score, and why; none if all have one."""
+    names = results.get("miou_left_out", {}) | results.get("video_left_out", {})
+    shown = few([why if name in why else f"{name}: {why}" for name, why in names.items()], 3)
+    return [f"Without a score: {shown}."] if names else []
 
 
 def count(number: int, noun: str) -> str:

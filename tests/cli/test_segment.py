@@ -35,6 +35,10 @@ def test_segment_takes_a_package_and_says_what_it_lacks(job, tmp_path, capsys):
         (["--points", "5,10", "--points", "20,20"], "given twice"),
         (["--box", "1,1,9,9", "--box", "2,2,8,8"], "given twice"),
         (["--box", "40,30,10,5"], "upper left and the lower right"),
+        (["--points", "5,10", "--out", "a.png", "--out", "b.png"], "given twice"),
+        (["--points", "5,300"], "--points 5,300 lies outside of the picture, 256 x 256 pixels"),
+        (["--points", "-5,30"], "--points -5,30 lies outside"),
+        (["--box", "300,30,310,35"], "--box 300,30,310,35 lies outside"),
     ],
 )
 def test_a_prompt_that_would_be_lost_or_turned_is_an_error(prompt, message, capsys):
@@ -43,3 +47,23 @@ def test_a_prompt_that_would_be_lost_or_turned_is_an_error(prompt, message, caps
 
 def test_every_allowed_label_can_be_drawn():
     draw_prompts(Image.new("RGB", (64, 48)), np.full((5, 2), 9), np.array([-1, 0, 1, 2, 3]), np.array([1, 1, 30, 30]))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("o.mp4", "ends in one of .png"), ("o", "ends in one of .png"), ("file/o.png", "is not a folder"),
+     (".", "not the name of a file")],
+)  # fmt: skip
+def test_a_result_that_cannot_be_written_is_an_error_before_anything_is_read(tmp_path, capsys, name, message):
+    (tmp_path / "file").write_text("")
+    for command in ("segment", "track"):
+        said = failure(capsys, command, "nothing", "--points", "5,10", "--out", str(tmp_path / name))
+        assert (message if command == "segment" or "ends in" not in message else "ends in .gif") in said
+
+
+@pytest.mark.parametrize("name", ["m.jpg", "m.webp", "m.TIFF", "m.bmp"])
+def test_the_ending_says_the_format(tmp_path, name):
+    prompt = ["--points", "30,30", "--model.image_size", "64"]
+    assert main(["segment", "scenes:0/0000", "--model.checkpoint", "demo", *prompt, "--out", str(tmp_path / name)]) == 0
+    with Image.open(tmp_path / name) as picture:
+        assert picture.format == {"jpg": "JPEG", "webp": "WEBP", "TIFF": "TIFF", "bmp": "BMP"}[name.partition(".")[2]]

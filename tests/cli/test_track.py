@@ -43,7 +43,9 @@ def test_track_takes_a_mask_of_any_value(flags, tmp_path, capsys):
     for name in ("white", "label"):
         np.testing.assert_array_equal(strips[name], strips["ones"])
     assert (strips["other"] != strips["ones"]).any()
-    assert "a mask is the whole prompt" in failure(capsys, *command, "--points", "3,3")
+    for more in (["--points", "3,3"], ["--labels", "1"], ["--box", "1,1,9,9"]):
+        assert "a mask is the whole prompt" in failure(capsys, *command, *more)
+    assert "given twice" in failure(capsys, *command, "--mask", "other.png")
     Image.fromarray(disc[:60]).save(tmp_path / "mask.png")
     assert "64 x 60 pixels, but its frame has 64 x 64" in failure(capsys, *command)
 
@@ -52,5 +54,8 @@ def test_track_says_what_it_lacks(flags, tmp_path, capsys):
     model, prompt = flags[:4], ["--points", "30,30"]
     assert "no prompt" in failure(capsys, "track", "scenes:0/0000", *model)
     assert "ends in .gif or" in failure(capsys, "track", "scenes:0/0000", *model, *prompt, "--out", "a.mp4")
+    assert "--points 300,3 lies outside of the picture, 256 x 256" in failure(
+        capsys, "track", "scenes:0/0000", *model, "--points", "300,3"
+    )
     assert "holds no frame" in failure(capsys, "track", str(tmp_path), *model, *prompt)
     assert "the clip has frames 0 to 23" in failure(capsys, "track", "scenes:0/0000", *model, *prompt, "--frame", "99")

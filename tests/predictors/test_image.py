@@ -102,7 +102,17 @@ DISC = np.hypot(*(np.mgrid[:64, :64] - 30)) < 12
 
 @pytest.mark.parametrize(
     "mask",
-    [DISC, DISC * np.uint8(255), DISC * 7, DISC * 1.0, DISC * 255.0, DISC * 0.4, np.zeros((64, 64)), np.ones((64, 64))],
+    [
+        DISC,
+        DISC * np.uint8(255),
+        DISC * 7,
+        DISC * 1.0,
+        DISC * 255.0,
+        DISC * 0.4,
+        np.zeros((64, 64)),
+        np.ones((64, 64)),
+        DISC * 254.5,
+    ],
 )
 def test_a_mask_in_place_of_logits_is_an_error(predictors, mask):
     """The original takes 0 and 1 as logits, and the object is then nowhere or everywhere."""

@@ -29,10 +29,10 @@ def clip(tmp_path_factory):
 
 
 @cache
-def predictors(version: str):
+def predictors(version: str, name: str = "nano", image_size: int | None = None):
     """The original video predictor and ours, on the same weights."""
-    weights = twin("nano", version)
-    original = build_original("nano", version, video=True)
+    weights = twin(name, version, image_size)
+    original = build_original(name, version, image_size, video=True)
     original.load_state_dict(weights.torch.state_dict())
     return original, VideoPredictor(weights.model, weights.params)
 
@@ -85,6 +85,18 @@ def test_two_objects_over_twelve_frames_match_the_original(version, clip):
     compare(both(predictors(version), clip, run))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "size"), [("nano", 128), ("tiny", 512)])
+def test_another_image_size_matches_the_original(name, size, clip):
+    """As of a package that was made at 128 pixels, and of medical checkpoints at 512."""
+
+    def run(predictor, state):
+        yield predictor.add_new_points_or_box(state, 0, 1, box=[100, 90, 180, 200])
+        yield from predictor.propagate_in_video(state, max_frame_num_to_track=3)
+
+    compare(both(predictors("2.1", name, size), clip, run))
+
+
 DISC = np.hypot(*(np.mgrid[:256, :200] - [[[120]], [[90]]])) < 30
 
 
@@ -112,13 +124,56 @@ def test_any_value_but_0_is_object_as_in_the_original(prompted_alone, mask):
 @pytest.mark.parametrize(
     ("values", "message"),
     [((-10.0, 10.0), "looks like logits: give mask > 0"), ((-1, -3), "looks like logits"),
-     ((0, np.nan), "NaN or infinite"), ((0, np.inf), "NaN or infinite"), (("no", "yes"), "not an array of numbers")],
+     ((0, np.nan), "NaN or infinite"), ((0, np.inf), "NaN or infinite"), (("no", "yes"), "not an array of numbers"),
+     ((128, 255), "from 128 to 255 and no 0"), ((0.001, 0.99), "from 0.001 to 0.99 and no 0")],
 )  # fmt: skip
 def test_a_mask_that_is_no_mask_is_an_error(pair, values, message):
     _, predictor = pair
     state = predictor.init_state(np.zeros((2, 256, 200, 3), np.uint8))
     with pytest.raises(UserError, match=message):
         predictor.add_new_mask(state, 0, 1, np.where(DISC, *values[::-1]))
+    assert state.objects == {}
+
+
+def test_a_masked_array_is_an_error(pair):
+    """Its mask says what it does not hold, which numpy forgets."""
+    state = pair[1].init_state(np.zeros((2, 256, 200, 3), np.uint8))
+    with pytest.raises(UserError, match="a masked array: give its `filled` values"):
+        pair[1].add_new_mask(state, 0, 1, np.ma.masked_array(DISC, ~DISC))
+
+
+@pytest.mark.parametrize("frame", [True, 1.0, "1", None, np.nan, [1]])
+def test_a_frame_is_an_int(pair, frame):
+    _, predictor = pair
+    state = predictor.init_state(np.zeros((2, 40, 60, 3), np.uint8))
+    click = {"points": [[1, 1]], "labels": [1]}
+    predictor.add_new_points_or_box(state, np.int64(0), 1, **click)
+    calls = [
+        lambda: predictor.add_new_points_or_box(state, frame, 2, **click),
+        lambda: predictor.add_new_mask(state, frame, 2, np.eye(40, 60)),
+        lambda: predictor.clear_all_prompts_in_frame(state, frame, 1),
+    ]
+    if frame is not None:
+        calls += [lambda: next(predictor.propagate_in_video(state, start_frame_idx=frame))]
+        calls += [lambda: next(predictor.propagate_in_video(state, max_frame_num_to_track=frame))]
+    for call in calls:
+        with pytest.raises(UserError, match="must be an int"):
+            call()
+    assert (list(state.objects), list(state.objects[1].prompts)) == ([1], [0])
+
+
+@pytest.mark.parametrize("obj_id", [[1], np.array([1]), np.nan, {"a": 1}])
+def test_an_object_has_a_name_that_can_be_found_again(pair, obj_id):
+    _, predictor = pair
+    state = predictor.init_state(np.zeros((2, 40, 60, 3), np.uint8))
+    for call in (
+        lambda: predictor.add_new_points_or_box(state, 0, obj_id, points=[[1, 1]], labels=[1]),
+        lambda: predictor.add_new_mask(state, 0, obj_id, np.eye(40, 60)),
+        lambda: predictor.clear_all_prompts_in_frame(state, 0, obj_id),
+        lambda: predictor.remove_object(state, obj_id),
+    ):
+        with pytest.raises(UserError, match="give each object a whole number, or another hashable name"):
+            call()
     assert state.objects == {}
 
 

@@ -183,6 +183,10 @@ def test_what_makes_figures_doubtful_is_said():
     ]
     large = found["results"] | {"miou_images": 500, "held_out": True}
     assert warnings(found | {"results": large}) == []
+    without = large | {"miou_left_out": {"a.jpg": "a.jpg: not readable", "b.jpg/7": "its mask is empty"}}
+    assert warnings(found | {"results": without}) == [
+        "Without a score: a.jpg: not readable, b.jpg/7: its mask is empty."
+    ]
     assert "RANDOM" in warnings(found | {"results": large, "random_weights": True})[0]
 
 
