@@ -3,12 +3,12 @@
 import itertools
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from sam2jq.data.containers import check_frame, check_whole, errors_named, open_container
 from sam2jq.data.folders import SUFFIXES, is_image, listed
 from sam2jq.data.images import image_size, read_image
 from sam2jq.errors import UserError
@@ -34,6 +34,9 @@ class Video:
 
     def __getitem__(self, index: int) -> np.ndarray:
         return self.read(range(len(self))[index])
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return map(self.read, range(len(self)))
 
 
 def open_video(path: str) -> Video:
@@ -101,7 +104,11 @@ def open_folder(path: str) -> Video:
 
 
 def open_file(path: str) -> Video:
-    """The clip in a video file. Decodes the whole file once: its header may hold a wrong number of frames, or none."""
+    """The clip in a video file. Decodes the whole file once: its header may hold a wrong number of frames, or none.
+
+    Raises UserError if it is cut or damaged, as far as `check_whole` finds it.
+    """
+    check_whole(path)
     sizes = [upright_size(frame) for frame in decode(path)]
     if not sizes:
         raise UserError(f"{path}: holds no frame; convert it again or give a folder of frames")
@@ -119,41 +126,13 @@ def open_file(path: str) -> Video:
 def decode(path: str) -> Iterator:
     """Yields the `av.VideoFrame`s of a file's first video stream in display order.
 
-    Raises UserError if PyAV is not installed or the file is not readable.
+    Raises UserError if PyAV is not installed, the file is not readable, or a frame is damaged.
     """
     with open_container(path) as container:
-        for frame in container.decode(video=0):
+        for index, frame in enumerate(container.decode(video=0)):
+            check_frame(frame, path, index)
             display_axes(frame, path)
             yield frame
-
-
-@contextmanager
-def open_container(path: str) -> Iterator:
-    """The `av` container of a file with a video stream. PyAV's errors in the block become UserErrors."""
-    try:
-        import av
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"{path} is a video and that needs the extra eval: pip install 'sam2jq[eval]', or give a folder of frames"
-        ) from error
-    with errors_named(path), av.open(path, metadata_errors="replace") as container:
-        if not container.streams.video:
-            raise UserError(f"{path}: holds no video stream; give a video or a folder of frames")
-        yield container
-
-
-@contextmanager
-def errors_named(path: str) -> Iterator[None]:
-    """A block in which PyAV reads `path`. Its errors become UserErrors with the file's name."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # PyAV raises errors of many classes for broken files
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        raise UserError(
-            f"{path}: not a readable video ({reason}); convert it again or give a folder of frames"
-        ) from error
 
 
 def display_axes(frame, path: str = "the video") -> np.ndarray:
