@@ -46,8 +46,9 @@ def check_file_name(name: str, file: Path) -> str:
 
     Raises UserError if it is empty, ".." or holds a separator: it could name something outside its folder.
     """
-    if "/" in check_relative_path(name, file):
+    if set(name) & set("/\\"):
         raise UserError(f"{file}: {name!r} must be the name of one file or folder, without a path")
+    check_relative_path(name, file)
     return name
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from sam2jq.data.containers import check_frame, check_whole, errors_named, open_container
 from sam2jq.data.folders import SUFFIXES, is_image, listed
 from sam2jq.data.images import image_size, read_image
-from sam2jq.errors import UserError
+from sam2jq.errors import UserError, few
 from sam2jq.files import home
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".gif")
@@ -66,15 +66,22 @@ def find_frames(path: str) -> list[str]:
     """The image files of a folder in the order of SAM 2: by int(name) if all names are whole numbers, also with a sign.
 
     SAM 2 accepts no other names. They are sorted in natural order: frame2.jpg before frame10.jpg.
-    Raises FileNotFoundError if there is no image, UserError if two files have the same name with different endings, or
-    the same number.
+    Raises FileNotFoundError if there is no image, UserError if only some names are numbers (others may be masks), or
+    two files have the same name with different endings, or the same number.
     """
     if not Path(path).is_dir():
         raise FileNotFoundError(f"{path}: no such folder; give a folder of frames")
     files = [file for file in listed(Path(path)) if is_image(file.name)]
     if not files:
         raise FileNotFoundError(f"{path}: holds no frame; looked for {' '.join(SUFFIXES)} in it, not in folders below")
-    numbered = all(frame_number(file) is not None for file in files)
+    others = [file.name for file in files if frame_number(file) is None]
+    numbered = not others
+    if 0 < len(others) < len(files):
+        number = next(file.name for file in files if file.name not in others)
+        raise UserError(
+            f"{path}: {number} has the number of a frame, but not {few(others, 3)}; move what is no frame, such as "
+            "masks, to another folder, or number all frames"
+        )
     files = sorted(files, key=frame_number if numbered else natural_order)
     for one, other in itertools.pairwise(files):
         if one.stem == other.stem or (numbered and frame_number(one) == frame_number(other)):
