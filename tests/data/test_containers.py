@@ -20,8 +20,11 @@ CODECS = {
 COUNT = 24
 
 
-def write(path: Path, times: list[int] | None = None) -> Path:
-    """Writes COUNT frames of noise, or one for each of `times`, numbers of frames at 24 a second."""
+def write(path: Path, times: list[int] | None = None, target=None) -> Path:
+    """Writes COUNT frames of noise, or one for each of `times`, numbers of frames at 24 a second.
+
+    target: an object with a method `write`, in place of `path`, whose ending says the format.
+    """
     noise = np.random.default_rng(0)
     frames = [noise.integers(0, 256, (64, 80, 3), dtype=np.uint8) for _ in times or range(COUNT)]
     if path.suffix == ".gif":
@@ -29,7 +32,8 @@ def write(path: Path, times: list[int] | None = None) -> Path:
         shown = 50 if times is None else [40 * t for t in np.diff([*times, times[-1] + 1]).tolist()]
         first.save(path, save_all=True, append_images=rest, duration=shown)
         return path
-    with av.open(path, "w") as container:
+    kind = {"mkv": "matroska"}.get(path.suffix[1:], path.suffix[1:])
+    with av.open(target or path, "w", format=kind if target else None) as container:
         stream = container.add_stream(CODECS[path.suffix[1:]], rate=24, bit_rate=1_000_000)
         stream.height, stream.width, stream.pix_fmt = 64, 80, "yuv420p"
         if path.suffix == ".webm":
@@ -70,6 +74,16 @@ def test_a_video_with_a_variable_frame_rate_is_read(tmp_path, suffix):
     times = [0, 1, 2, 9, 10, 30, 31, 60]
     path = write(tmp_path / f"slow.{suffix}", times)
     assert len(open_video(str(path))) == len(times)
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "avi", "webm"])
+def test_a_video_written_to_a_pipe_is_read(tmp_path, suffix):
+    """Its header states no size."""
+    content = bytearray()
+    pipe = type("Pipe", (), {"write": lambda self, data: content.extend(data) or len(data)})()
+    path = write(tmp_path / f"pipe.{suffix}", target=pipe)
+    path.write_bytes(content)
+    assert len(open_video(str(path))) == COUNT
 
 
 def test_an_avi_cut_at_the_border_of_a_frame_is_refused(tmp_path):
