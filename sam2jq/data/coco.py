@@ -11,12 +11,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sam2jq.data.coco_masks import FARTHEST, check_mask, decode_mask
+from sam2jq.data.coco_boxes import instance_box
+from sam2jq.data.coco_masks import check_mask, decode_mask
 from sam2jq.data.folders import subfolders
 from sam2jq.data.images import check_size, image_size
-from sam2jq.data.listed import ImageIndex, file_name, find_image, index_images, read_json
+from sam2jq.data.listed import ImageIndex, check_ids, file_name, find_image, index_images, read_json
 from sam2jq.errors import UserError, few
 
+PARTS = ("categories", "images", "annotations")
 FIELDS = {"id", "image_id", "category_id", "segmentation"}
 PATTERNS = ("instances*.json", "lvis*.json")
 ROBOFLOW = "_annotations.coco.json"
@@ -143,13 +145,18 @@ def listed_images(file: Path) -> list[CocoImage]:
     Raises UserError that names the file and the annotation if one is invalid.
     """
     content, by_image = read_json(file), defaultdict(list)
+    if lacking := [part for part in PARTS if not isinstance(content, dict) or part not in content]:
+        raise UserError(
+            f"{file}: not in COCO's format for instances, it has no {few(map(repr, lacking))}; download it again"
+        )
     try:
         categories = by_id(file, "category", [(entry["id"], entry["name"]) for entry in content["categories"]])
         images = by_id(file, "image", [(entry["id"], name_and_size(file, entry)) for entry in content["images"]])
         for annotation in content["annotations"]:
-            if not annotation.get("iscrowd"):
+            if not is_crowd(file, annotation):
                 check_annotation(file, annotation, categories, images)
                 by_image[annotation["image_id"]].append(annotation)
+        check_ids(file, [annotation["id"] for found in by_image.values() for annotation in found])
     except UserError:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -170,8 +177,16 @@ def name_and_size(file: Path, entry: dict) -> tuple[str, tuple[int, int]]:
     """The path and the (H, W) of an entry of "images". Raises UserError if the path leads out of the folder."""
     name = file_name(entry, file)
     if name is None:
-        raise KeyError("file_name")
+        raise UserError(f"{file}: image {entry['id']} has no file_name, a text; add it")
     return name, (int(entry["height"]), int(entry["width"]))
+
+
+def is_crowd(file: Path, annotation: dict) -> bool:
+    """Whether an annotation is of a crowd, not of one instance. Raises UserError for another value than 0 and 1."""
+    crowd = annotation.get("iscrowd")
+    if crowd not in (None, 0, 1):
+        raise UserError(f"{file}: annotation {annotation.get('id')} has iscrowd {crowd!r}; it must be 0 or 1, a number")
+    return bool(crowd)
 
 
 def check_annotation(file: Path, annotation: dict, categories: dict[int, str], images: dict) -> None:
@@ -179,12 +194,18 @@ def check_annotation(file: Path, annotation: dict, categories: dict[int, str], i
     if missing := FIELDS - annotation.keys():
         raise UserError(f"{file}: annotation {annotation.get('id')} lacks {', '.join(sorted(missing))}")
     id, image = annotation["id"], annotation["image_id"]
-    if annotation["category_id"] not in categories:
-        raise UserError(f"{file}: annotation {id} has no category: {annotation['category_id']} is none")
-    if image not in images:
-        raise UserError(f"{file}: annotation {id} has no image: {image} is none")
+    check_known(file, id, "category", annotation["category_id"], categories)
+    check_known(file, id, "image", image, images)
     name, size = images[image]
     check_mask(f"{file}: {name}", id, annotation["segmentation"], size)
+
+
+def check_known(file: Path, annotation: int, what: str, id, known: dict) -> None:
+    """Raises UserError unless `id`, the category or image that an annotation names, is `known`."""
+    if id not in known:
+        alike = [each for each in known if str(each) == str(id)]
+        way_out = f"the id of that {what} is {alike[0]!r}: write it alike" if alike else f"add the {what} or remove it"
+        raise UserError(f"{file}: annotation {annotation} has no {what}: {id!r} is none; {way_out}")
 
 
 def read_instances(image: CocoImage) -> list[Instance]:
@@ -215,25 +236,9 @@ def read_instance(image: CocoImage, annotation: dict) -> Instance:
     """One annotation with its mask decoded."""
     try:
         mask = decode_mask(annotation["segmentation"], image.size)
-        box = annotated_box(annotation["bbox"]) if annotation.get("bbox") else box_of(mask)
+        box = instance_box(annotation.get("bbox"), mask)
     except (ArithmeticError, TypeError, ValueError) as error:
         raise UserError(
             f"{image.path}: annotation {annotation['id']} is not readable: {error}; it is in {image.file}"
         ) from error
     return Instance(image.path, mask, box, image.categories[annotation["category_id"]], annotation["id"])
-
-
-def annotated_box(bbox: list[float]) -> np.ndarray:
-    """The box [4], x0 y0 x1 y1, of COCO's x, y, width, height."""
-    x, y, width, height = map(float, bbox)
-    if not all(abs(number) <= FARTHEST for number in (x, y, width, height)):
-        raise UserError(f"its bbox {bbox} is not finite, or lies far outside of the image")
-    if width <= 0 or height <= 0:
-        raise UserError(f"its bbox {bbox} has no area: it is x, y, width, height")
-    return np.array([x, y, x + width, y + height], np.float32)
-
-
-def box_of(mask: np.ndarray) -> np.ndarray:
-    """The box [4], x0 y0 x1 y1 with the last pixel included, of a mask [H, W]; zeros if it is empty."""
-    y, x = np.nonzero(mask)
-    return np.array([x.min(), y.min(), x.max() + 1, y.max() + 1] if len(x) else [0] * 4, np.float32)

@@ -24,8 +24,14 @@ def check_segmentation(segmentation, size: tuple[int, int]) -> None:
     """
     match segmentation:
         case [*polygons]:
+            if polygons and all(isinstance(value, int | float) for value in polygons):
+                raise UserError(
+                    "its segmentation is one flat list [x, y, ...]; put it into a list of polygons, [[x, y, ...]]"
+                )
             for polygon in polygons:
                 check_polygon(polygon)
+            if polygons and max(size) > 1 and all(0 <= value <= 1 for polygon in polygons for value in polygon):
+                raise UserError("its polygons lie within 0..1; give pixels: multiply x by the width, y by the height")
         case {"size": [height, width], "counts": list() | str()}:
             if (height, width) != size:
                 raise UserError(f"its mask has {width} x {height} pixels, but the image {size[1]} x {size[0]}")
@@ -71,8 +77,12 @@ def decode_runs(runs: list[int], size: tuple[int, int]) -> np.ndarray:
     pycocotools is not used, because it leaves pixels uninitialized if the runs do not fill the mask. Raises UserError
     then.
     """
-    if sum(runs) != size[0] * size[1] or min(runs) < 0:
-        raise UserError(f"its run lengths cover {sum(runs)} pixels, but the mask has {size[0] * size[1]}")
+    if not all(isinstance(run, int) and run >= 0 for run in runs):
+        raise UserError("its run lengths must be whole numbers that are not negative; encode its mask again")
+    if sum(runs) != size[0] * size[1]:
+        raise UserError(
+            f"its run lengths cover {sum(runs)} pixels, but the mask has {size[0] * size[1]}; encode its mask again"
+        )
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(size[::-1]).T
 
 

@@ -13,6 +13,7 @@ from sam2jq.files import home
 
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # of ImageNet, in RGB order
 STD = np.array([0.229, 0.224, 0.225], np.float32)
+SCALED = ("PNG", "PPM")  # formats of PIL in which its mode I holds 0..65535; PGM's own range is scaled to it
 BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF, and a value of the second one
 
 
@@ -50,7 +51,7 @@ def is_grey16(image: Image.Image) -> bool:
     tags = getattr(image, "tag_v2", {})
     if tags.get(BITS, (16,)) != (16,) or tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
         return False
-    return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format in SCALED)
 
 
 def image_size(name: str) -> tuple[int, int]:
@@ -70,6 +71,7 @@ def open_image(name: str) -> Iterator[Image.Image]:
     """The PIL image of a file. Raises UserError with the file's name if PIL fails inside the `with` block.
 
     So it does if the file holds several images, except for a photo with a second view or a thumbnail (MPO).
+    Raises FileNotFoundError if there is no file.
     """
     try:
         with Image.open(home(name)) as image:
@@ -79,6 +81,8 @@ def open_image(name: str) -> Iterator[Image.Image]:
             yield image
     except UserError:
         raise
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{name or 'empty path'}: no such file; give the path of an image") from error
     except Exception as error:  # PIL's readers raise errors of many classes for broken files
         raise UserError(f"{name}: not a readable image ({error}); remove it or convert it to jpg or png") from error
 

@@ -3,7 +3,8 @@
 import json
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -15,11 +16,29 @@ SPLITS |= dict.fromkeys(("val", "valid", "validation", "minival"), "val")
 
 
 def read_json(path: Path):
-    """The content of a json file. Raises UserError if it is not valid json."""
+    """The content of a json file. Raises UserError if it is not valid json, or an object in it has a key twice."""
+
+    def as_dict(pairs: list[tuple[str, object]]) -> dict:
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+            raise UserError(f"{path}: the key {twice!r} is there twice in one object; remove one of them")
+        return content
+
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(path.read_bytes(), object_pairs_hook=as_dict)
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: broken json ({error}); download it again or move it away") from error
+
+
+def check_ids(file: Path, ids: Iterable[int | str]) -> None:
+    """Raises UserError if two annotations of a json file have one id: scores and messages name them by it."""
+    if twice := [id for id, count in Counter(ids).items() if count > 1]:
+        raise UserError(
+            f"{file}: annotation {twice[0]} is there twice ({len(twice)} ids are); give each annotation its own id"
+        )
 
 
 def check_file_name(name: str, file: Path) -> str:
@@ -27,8 +46,9 @@ def check_file_name(name: str, file: Path) -> str:
 
     Raises UserError if it is empty, ".." or holds a separator: it could name something outside its folder.
     """
-    if "/" in check_relative_path(name, file):
+    if set(name) & set("/\\"):
         raise UserError(f"{file}: {name!r} must be the name of one file or folder, without a path")
+    check_relative_path(name, file)
     return name
 
 
@@ -37,8 +57,12 @@ def check_relative_path(name: str, file: Path) -> str:
 
     Raises UserError if it is empty, absolute, or holds ".." or a backslash: it could lead out of its folder.
     """
+    if "\\" in name:
+        raise UserError(
+            f"{file}: {name!r} holds a backslash; write / between folders, as in {name.replace(chr(92), '/')!r}"
+        )
     path = PurePosixPath(name)
-    if not name.strip() or not path.parts or path.is_absolute() or ".." in path.parts or set(name) & set("\\\0"):
+    if not name.strip() or not path.parts or path.is_absolute() or ".." in path.parts or "\0" in name:
         raise UserError(f"{file}: {name!r} is empty or leads out of its folder; it must be a relative path without ..")
     return str(path)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from sam2jq.data.coco import CocoImage
 from sam2jq.data.coco_masks import check_mask
 from sam2jq.data.folders import images_below, walk
-from sam2jq.data.listed import read_json
+from sam2jq.data.listed import check_ids, read_json
 from sam2jq.errors import UserError
 
 CATEGORY = 0  # of every object: SA-1B names none
@@ -37,6 +37,7 @@ def sa1b_image(path: Path) -> CocoImage:
         annotations = [{"id": i} | each | {"category_id": CATEGORY} for i, each in enumerate(content["annotations"])]
         for annotation in annotations:
             check_mask(str(file), annotation["id"], annotation["segmentation"], size)
+        check_ids(file, [annotation["id"] for annotation in annotations])
     except UserError:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:

@@ -104,7 +104,7 @@ def object_masks(
     masks = {}
     for name, files in objects.items():
         try:
-            masks[name] = {frame: read_mask(path, size) for frame, path in files.items()}
+            masks[name] = {frame: annotated_mask(path, size) for frame, path in files.items()}
         except (UserError, OSError) as error:
             if bad is None:
                 raise
@@ -113,16 +113,31 @@ def object_masks(
 
 
 def read_mask(path: str, size: tuple[int, int] | None = None) -> np.ndarray:
-    """bool [H, W], true where the file of one object's mask is not 0, as in SAM 2.
+    """bool [H, W], the mask of an object that is to be tracked, as `annotated_mask` reads it.
 
-    Raises UserError as `read_labels` does, and for a palette image of several objects.
+    Raises UserError if it is empty.
+    """
+    mask = annotated_mask(path, size)
+    if not mask.any():
+        raise UserError(f"{path}: holds no object, all its pixels are 0; give a mask that is not 0 where the object is")
+    return mask
+
+
+def annotated_mask(path: str, size: tuple[int, int] | None = None) -> np.ndarray:
+    """bool [H, W], true where the file of one object's mask is not 0, as in SAM 2; empty where the object is absent.
+
+    Raises UserError as `read_labels` does, for a palette image of several objects, and for several values without 0.
     """
     labels = read_labels(path, size)
+    values = np.unique(labels).tolist()
     with open_image(path) as image:
-        objects = np.unique(labels[labels > 0]).tolist() if image.mode == "P" else []
+        objects = [value for value in values if value > 0] if image.mode == "P" else []
     if len(objects) > 1:
         shown = ", ".join(map(str, objects[:5]))
         raise UserError(f"{path}: holds {len(objects)} objects, {shown}; a mask file in SA-V's layout holds one")
+    if len(values) > 1 and 0 not in values:
+        shown = few(values, 5)
+        raise UserError(f"{path}: holds the values {shown}, and no 0; a mask must be 0 where the object is not")
     return labels != 0
 
 

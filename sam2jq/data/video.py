@@ -3,15 +3,15 @@
 import itertools
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from sam2jq.data.containers import check_frame, check_whole, errors_named, open_container
 from sam2jq.data.folders import SUFFIXES, is_image, listed
 from sam2jq.data.images import image_size, read_image
-from sam2jq.errors import UserError
+from sam2jq.errors import UserError, few
 from sam2jq.files import home
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".gif")
@@ -34,6 +34,9 @@ class Video:
 
     def __getitem__(self, index: int) -> np.ndarray:
         return self.read(range(len(self))[index])
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return map(self.read, range(len(self)))
 
 
 def open_video(path: str) -> Video:
@@ -63,15 +66,22 @@ def find_frames(path: str) -> list[str]:
     """The image files of a folder in the order of SAM 2: by int(name) if all names are whole numbers, also with a sign.
 
     SAM 2 accepts no other names. They are sorted in natural order: frame2.jpg before frame10.jpg.
-    Raises FileNotFoundError if there is no image, UserError if two files have the same name with different endings, or
-    the same number.
+    Raises FileNotFoundError if there is no image, UserError if only some names are numbers (others may be masks), or
+    two files have the same name with different endings, or the same number.
     """
     if not Path(path).is_dir():
         raise FileNotFoundError(f"{path}: no such folder; give a folder of frames")
     files = [file for file in listed(Path(path)) if is_image(file.name)]
     if not files:
         raise FileNotFoundError(f"{path}: holds no frame; looked for {' '.join(SUFFIXES)} in it, not in folders below")
-    numbered = all(frame_number(file) is not None for file in files)
+    others = [file.name for file in files if frame_number(file) is None]
+    numbered = not others
+    if 0 < len(others) < len(files):
+        number = next(file.name for file in files if file.name not in others)
+        raise UserError(
+            f"{path}: {number} has the number of a frame, but not {few(others, 3)}; move what is no frame, such as "
+            "masks, to another folder, or number all frames"
+        )
     files = sorted(files, key=frame_number if numbered else natural_order)
     for one, other in itertools.pairwise(files):
         if one.stem == other.stem or (numbered and frame_number(one) == frame_number(other)):
@@ -101,7 +111,11 @@ def open_folder(path: str) -> Video:
 
 
 def open_file(path: str) -> Video:
-    """The clip in a video file. Decodes the whole file once: its header may hold a wrong number of frames, or none."""
+    """The clip in a video file. Decodes the whole file once: its header may hold a wrong number of frames, or none.
+
+    Raises UserError if it is cut or damaged, as far as `check_whole` finds it.
+    """
+    check_whole(path)
     sizes = [upright_size(frame) for frame in decode(path)]
     if not sizes:
         raise UserError(f"{path}: holds no frame; convert it again or give a folder of frames")
@@ -119,41 +133,13 @@ def open_file(path: str) -> Video:
 def decode(path: str) -> Iterator:
     """Yields the `av.VideoFrame`s of a file's first video stream in display order.
 
-    Raises UserError if PyAV is not installed or the file is not readable.
+    Raises UserError if PyAV is not installed, the file is not readable, or a frame is damaged.
     """
     with open_container(path) as container:
-        for frame in container.decode(video=0):
+        for index, frame in enumerate(container.decode(video=0)):
+            check_frame(frame, path, index)
             display_axes(frame, path)
             yield frame
-
-
-@contextmanager
-def open_container(path: str) -> Iterator:
-    """The `av` container of a file with a video stream. PyAV's errors in the block become UserErrors."""
-    try:
-        import av
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"{path} is a video and that needs the extra eval: pip install 'sam2jq[eval]', or give a folder of frames"
-        ) from error
-    with errors_named(path), av.open(path, metadata_errors="replace") as container:
-        if not container.streams.video:
-            raise UserError(f"{path}: holds no video stream; give a video or a folder of frames")
-        yield container
-
-
-@contextmanager
-def errors_named(path: str) -> Iterator[None]:
-    """A block in which PyAV reads `path`. Its errors become UserErrors with the file's name."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # PyAV raises errors of many classes for broken files
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        raise UserError(
-            f"{path}: not a readable video ({reason}); convert it again or give a folder of frames"
-        ) from error
 
 
 def display_axes(frame, path: str = "the video") -> np.ndarray:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from sam2jq.data.containers import check_whole, open_container
 from sam2jq.data.folders import walk
-from sam2jq.data.video import VIDEO_SUFFIXES, decode, frame_reader, open_container, upright_image
+from sam2jq.data.video import VIDEO_SUFFIXES, decode, frame_reader, upright_image
 from sam2jq.tree import fingerprint
 
 NAME = re.compile(rf"(.+(?:{'|'.join(map(re.escape, VIDEO_SUFFIXES))}))#(\d+)", re.IGNORECASE)
@@ -28,7 +29,11 @@ def frame_name(video: Path, index: int) -> str:
 
 
 def count_frames(video: Path) -> int:
-    """The number of frames of a video file as its header says, or as they are decoded if it says none."""
+    """The number of frames of a video file as its header says, or as they are decoded if it says none.
+
+    Raises UserError if the file is cut or damaged, as far as `check_whole` finds it.
+    """
+    check_whole(str(video))
     with open_container(str(video)) as container:
         return container.streams.video[0].frames or sum(1 for _ in decode(str(video)))
 

@@ -134,6 +134,15 @@ def test_16_bit_greys_are_scaled_by_the_range_of_their_type(tmp_path, suffix):
     assert abs(image.mean() - 127.5) < 0.5
 
 
+@pytest.mark.parametrize("maxval", [65535, 4095])
+def test_a_16_bit_pgm_is_scaled_by_its_own_range(tmp_path, maxval):
+    header = f"P5 {RAMP.shape[1]} {RAMP.shape[0]} {maxval}\n".encode()
+    values = np.rint(RAMP / 65535 * maxval)
+    (tmp_path / "a.pgm").write_bytes(header + values.astype(">u2").tobytes())
+    expected = np.rint(values / maxval * 65535).astype(int) >> 8
+    np.testing.assert_array_equal(read_image(str(tmp_path / "a.pgm")), np.repeat(expected[..., None], 3, -1))
+
+
 def png16(path: Path, pixels: np.ndarray) -> None:
     """Writes a png of 16 bits a channel, [H, W, 2 (grey, alpha), 3 or 4], which PIL cannot write."""
     height, width, channels = pixels.shape
@@ -228,7 +237,7 @@ def test_a_truncated_file_is_an_error(tmp_path, suffix, kept):
 
 
 def test_a_missing_file_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="gone.jpg: not a readable image .*; remove it"):
+    with pytest.raises(FileNotFoundError, match="gone.jpg: no such file; give the path of an image"):
         read_image(str(tmp_path / "gone.jpg"))
 
 
@@ -259,7 +268,7 @@ def test_an_error_names_the_path_and_the_way_out(tmp_path, spec, num_samples, er
 @pytest.mark.parametrize(
     ("spec", "num_samples", "message"),
     [
-        ("scenes:", 1, "whole number .*like scenes:7"),
+        ("scenes:", 1, "not scenes:<seed>; the seed is a whole number .*like scenes:7"),
         ("scenes:-1", 1, "whole number"),
         ("scenes:1.5", 1, "whole number"),
         ("scenes:1", None, "give num_samples"),

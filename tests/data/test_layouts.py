@@ -85,7 +85,7 @@ def test_lvis_names_its_images_by_coco_url(tmp_path, folder):
         write_image(tmp_path / name)
     urls = [f"http://images.example.org/{split}2017/1.jpg" for split in ("train", "val")]
     images = [{"id": i, "coco_url": url, "height": SIZE[0], "width": SIZE[1]} for i, url in enumerate(urls)]
-    annotations = [annotation(SQUARE, image_id=i) for i in range(2)]
+    annotations = [annotation(SQUARE, image_id=i, id=i) for i in range(2)]
     for each in annotations:
         del each["iscrowd"]
     content = {"images": images, "annotations": annotations, "categories": [{"id": 3, "name": "cat"}]}
@@ -200,3 +200,12 @@ def test_the_palette_is_that_of_davis():
     colors = np.frombuffer(davis_palette(), np.uint8).reshape(-1, 3)
     assert colors[:6].tolist() == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0], [0, 0, 128], [128, 0, 128]]
     assert colors[[8, 16, 32, 255]].tolist() == [[64, 0, 0], [0, 64, 0], [0, 0, 64], [224, 224, 192]]
+
+
+def test_one_id_for_two_objects_of_sa1b_is_an_error(tmp_path):
+    write_image(tmp_path / "sa_1.jpg")
+    image = {"image_id": 1, "file_name": "sa_1.jpg", "height": SIZE[0], "width": SIZE[1]}
+    content = {"image": image, "annotations": [{"id": 5, "segmentation": rle(MASK)}] * 2}
+    (tmp_path / "sa_1.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="sa_1.json: annotation 5 is there twice"):
+        find_samples(str(tmp_path), None)

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from sam2jq.data.masks import read_labels
-from sam2jq.data.sav import read_mask, vos_videos, write_mask
+from sam2jq.data.sav import annotated_mask, object_masks, read_mask, vos_videos, write_mask
 from sam2jq.data.video import find_frames
 from sam2jq.errors import UserError
 
@@ -106,7 +106,7 @@ def test_a_file_that_is_no_mask_of_one_object_is_refused_by_name(tmp_path, name,
 def test_a_written_mask_is_read_unchanged_here_and_by_pil(tmp_path, mask):
     path = str(tmp_path / "video/000/00000.png")
     write_mask(path, mask)
-    np.testing.assert_array_equal(read_mask(path, SIZE), mask)
+    np.testing.assert_array_equal(annotated_mask(path, SIZE), mask)
     image = Image.open(path)
     assert (image.format, image.mode) == ("PNG", "P")
     np.testing.assert_array_equal(np.array(image), mask.astype(np.uint8))
@@ -212,3 +212,24 @@ def test_a_mask_saved_as_jpeg_is_refused_whatever_its_name(tmp_path):
     Image.fromarray(mask).save(tmp_path / "mask.png", format="JPEG")
     with pytest.raises(UserError, match="JPEG changes the values"):
         read_labels(str(tmp_path / "mask.png"))
+
+
+def test_a_mask_to_track_holds_an_object_and_one_of_the_data_may_be_empty(tmp_path):
+    path = str(tmp_path / "0.png")
+    write_mask(path, np.zeros(SIZE, bool))
+    with pytest.raises(UserError, match="0.png: holds no object, all its pixels are 0; give a mask"):
+        read_mask(path)
+    assert not object_masks({"000": {0: path}}, SIZE)["000"][0].any()
+
+
+@pytest.mark.parametrize(("values", "valid"), [((128, 255), False), ((0, 128, 255), True), ((255,), True)])
+def test_a_mask_of_several_values_has_a_0(tmp_path, values, valid):
+    """A mask of the values 128 and 255 would be an object that fills the image."""
+    path = str(tmp_path / "0.png")
+    labels = np.resize(np.array(values, np.uint8), SIZE)
+    Image.fromarray(labels).save(path)
+    if valid:
+        np.testing.assert_array_equal(read_mask(path), labels > 0)
+    else:
+        with pytest.raises(UserError, match="0.png: holds the values 128, 255, and no 0; a mask must be 0 where"):
+            read_mask(path)

@@ -41,7 +41,7 @@ def test_a_coco_file_name_may_hold_forward_slashes(coco):
 def test_a_coco_file_name_must_stay_in_its_folder(coco, name):
     write_names(coco, name)
     for read in (lambda: coco_images(str(coco)), lambda: find_images(str(coco), None, 0)):
-        with pytest.raises(UserError, match=r"instances\.json: .* leads out of its folder"):
+        with pytest.raises(UserError, match=r"instances\.json: .* (leads out of its folder|holds a backslash)"):
             read()
 
 

@@ -180,7 +180,7 @@ def test_two_names_of_one_number_are_an_error(tmp_path):
         ["2.jpg", "10.jpg"],
         ["00000.jpg", "00001.jpeg", "00100.PNG"],
         ["frame2.jpg", "frame10.jpg", "shot1.jpg"],
-        ["3.jpg", "20.jpg", "a.jpg"],
+        ["a.jpg", "mask_3.jpg", "mask_20.jpg"],
     ],
 )
 def test_numbers_in_names_order_the_frames(tmp_path, names):
@@ -190,6 +190,13 @@ def test_numbers_in_names_order_the_frames(tmp_path, names):
     (tmp_path / "notes.txt").touch()
     assert [Path(frame).name for frame in find_frames(path)] == names
     assert open_video(path).names == [Path(name).stem for name in names]
+
+
+@pytest.mark.parametrize("other", ["mask_1.png", "overlay.jpg"])
+def test_names_without_a_number_beside_numbers_are_an_error(tmp_path, other):
+    path = write_frames(tmp_path, ["0.jpg", "1.jpg", other], random_frames(3))
+    with pytest.raises(UserError, match=f"0.jpg has the number of a frame, but not {other}; move what is no frame"):
+        open_video(path)
 
 
 def test_frames_of_a_folder_are_decoded_one_by_one(tmp_path):

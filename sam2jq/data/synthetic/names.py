@@ -15,7 +15,7 @@ def scene_names(spec: str, num_samples: int | None) -> list[str]:
     """["scenes:7/0000", "scenes:7/0001", ...] for "scenes:7". Raises UserError without a seed or `num_samples`."""
     seed = spec.removeprefix("scenes:")
     if not seed.isdecimal():
-        raise UserError(f"{spec}: the seed must be a whole number that is not negative; write it like scenes:7")
+        raise UserError(f"{spec}: not scenes:<seed>; the seed is a whole number that is not negative, like scenes:7")
     if num_samples is None:
         raise UserError(f"{spec}: drawn scenes have no end; give num_samples")
     return [f"scenes:{int(seed)}/{index:04d}" for index in range(num_samples)]
