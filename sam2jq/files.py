@@ -1,8 +1,11 @@
-"""Paths as users write them, and atomic writing of files."""
+"""Paths as users write them, atomic writing of files, and names of cache files."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 from sam2jq.errors import UserError
@@ -42,6 +45,19 @@ def check_target(path: str | Path) -> Path:
     if not folder.is_dir():
         raise UserError(f"cannot write {str(path)!r}: {folder} is not a folder")
     return path
+
+
+@cache
+def code_fingerprint(*patterns: str) -> str:
+    """A hash of the version of jax and of the files of this package that match `patterns`, such as "models/*.py".
+
+    It is a part of the names of cache files, so that these are never read by other code than wrote them.
+    """
+    root = Path(__file__).parent
+    digest = hashlib.sha256(version("jax").encode())
+    for path in sorted(path for pattern in patterns for path in root.glob(pattern)):
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:32]
 
 
 def home(path: str) -> str:

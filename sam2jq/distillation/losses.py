@@ -16,6 +16,7 @@ from sam2jq.quant.algorithms.activations import materialize_weights
 from sam2jq.training.losses import soft_dice
 
 Array = jax.Array
+Moments = tuple[Array, Array]
 PARTS = ("layers", "affinity", "features", "masks", "ious", "memory")
 
 
@@ -24,17 +25,17 @@ def relative_square_error(student: Array, teacher: Array) -> Array:
     return jnp.square(student - teacher).sum() / (jnp.square(teacher).sum() + 1e-12)
 
 
-def moment_losses(student: Mapping[str, Array], teacher: Mapping[str, Array]) -> dict[str, Array]:
+def moment_losses(student: Mapping[str, Moments], teacher: Mapping[str, Moments]) -> dict[str, Array]:
     """{layer: []}: the relative square error of mean and standard deviation of each layer's outputs.
 
-    student, teacher: {layer: [calls, 2, C]}, mean and variance. It is relative to the teacher's mean square. Layers
+    student, teacher: {layer: mean and variance, each [calls, C]}. It is relative to the teacher's mean square. Layers
     that only one of the two has, or that differ in calls or width, are left out.
     """
-    shared = [layer for layer in student if layer in teacher and student[layer].shape == teacher[layer].shape]
-    mean_and_deviation = lambda moments: (moments[:, 0], jnp.sqrt(moments[:, 1] + 1e-12))
+    shared = [layer for layer in student if layer in teacher and student[layer][0].shape == teacher[layer][0].shape]
 
     def loss(layer: str) -> Array:
-        (mean, deviation), (mean_t, deviation_t) = map(mean_and_deviation, (student[layer], teacher[layer]))
+        (mean, variance), (mean_t, variance_t) = student[layer], teacher[layer]
+        deviation, deviation_t = jnp.sqrt(variance + 1e-12), jnp.sqrt(variance_t + 1e-12)
         energy = jnp.square(mean_t) + jnp.square(deviation_t)
         error = jnp.square(mean - mean_t) + jnp.square(deviation - deviation_t)
         return error.sum() / (energy.sum() + 1e-12)

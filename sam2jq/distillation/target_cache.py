@@ -21,6 +21,8 @@ from sam2jq.training.step import aot_compile
 from sam2jq.tree import fingerprint
 
 Array = jax.Array
+# makes targets
+CODE = ("models/*.py", "quant/**/*.py", "data/**/*.py", "distillation/targets.py", "distillation/target_cache.py")
 
 
 class Teacher(NamedTuple):
@@ -46,12 +48,14 @@ def make_target_batches(
     size, params = teacher.model.variant.image_size, jax.device_put(teacher.params, replicated())
     run = target_program(teacher, config, seed)
     put = partial(jax.make_array_from_process_local_data, data_sharding())
-    structure = jax.tree.structure(jax.eval_shape(run, params, *example_shapes(size))) if cache else None
+    structures = []  # of the targets, once it is known
     compiled = aot_compile(run, "the teacher's outputs")
 
     def load(path: Path) -> DistillBatch:
+        if not structures:  # all targets so far were in files
+            structures.append(jax.tree.structure(jax.eval_shape(run, params, *example_shapes(size))))
         with np.load(path) as file:
-            return structure.unflatten([file[str(i)] for i in range(len(file.files))])
+            return structures[0].unflatten([file[str(i)] for i in range(len(file.files))])
 
     def read(items: Sequence[Item], indices: np.ndarray):
         """The indices, their files, and the targets where all files exist, else the frames [B, T, S, S, 3]."""
@@ -66,6 +70,7 @@ def make_target_batches(
             if isinstance(content, np.ndarray):
                 item_seeds = np.array([zlib.crc32(items[i].name.encode()) for i in batch], np.uint32)
                 content = jax.tree.map(local_rows, compiled(params, put(content), put(item_seeds)))
+                structures.append(jax.tree.structure(content))
                 for i, file in enumerate(files):
                     save_targets(file, jax.tree.map(lambda leaf, i=i: leaf[i], content))
             yield content

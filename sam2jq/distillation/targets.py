@@ -42,7 +42,7 @@ class ModelOutputs(NamedTuple):
     tracked: tuple[Array, Array, Array]  # masks, ious and scores [O, ...] in the last frame
     pointers: Array  # object pointers [O, C]
     affinity: Array | None  # [stages, T, N, N]: cosines between N cells of each trunk stage's map
-    moments: dict[str, Array]  # {layer: [calls, 2, C]}: mean and variance of the layer's outputs
+    moments: dict[str, tuple[Array, Array]]  # {layer: ([calls, C], [calls, C])}: mean and variance of its outputs
 
 
 class DistillBatch(NamedTuple):
@@ -121,7 +121,7 @@ def forward_with_capture(
     )
     sown = flatten(sown.get(OUTPUTS, {}))
     moments = {
-        path.removesuffix("/moments").replace("/", "."): jnp.stack(calls)
+        path.removesuffix("/moments").replace("/", "."): tuple(map(jnp.stack, zip(*calls)))
         for path, calls in sown.items()
         if path.endswith("/moments")
     }

@@ -22,9 +22,10 @@ from sam2jq.data.loader import Item, order
 from sam2jq.distillation.bit_trials import average_bits, evaluate_bits, layer_sizes, lower_bits, make_bits_evaluator
 from sam2jq.distillation.losses import PARTS, distillation_loss
 from sam2jq.distillation.schedule import Schedule, init_schedule, observe
-from sam2jq.distillation.target_cache import Teacher, make_target_batches
+from sam2jq.distillation.target_cache import CODE, Teacher, make_target_batches
 from sam2jq.distillation.targets import DistillBatch
 from sam2jq.errors import UserError
+from sam2jq.files import code_fingerprint
 from sam2jq.models.sam2 import SAM2
 from sam2jq.quant.algorithms.fake_quant import (
     bits_of,
@@ -86,7 +87,8 @@ def make_distill_task(
     """The task of learning from `teacher` on the clips `train`, validated on the clips `val`."""
     settings, batch_size, seed = config.distill, config.train.batch_size, config.seed
     key = settings.prompts, settings.objects, config.data.frames, config.data.stride, seed, teacher.dtype
-    cache = Path(config.cache.root) / "targets" / fingerprint(teacher.params, teacher.model, key)
+    name = fingerprint(teacher.params, code_fingerprint(*CODE), teacher.model, key)
+    cache = Path(config.cache.root) / "targets" / name
     cache = cache if settings.cache_teacher else None
     make_batches = make_target_batches(teacher, settings, seed, cache)
     train_batches, val_batches = make_batches(train), make_batches(val)

@@ -6,6 +6,7 @@ Module names match torch's: a flax path is a torch key. Letters, channels last: 
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -100,10 +101,28 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Array) -> Array:
         scale = declare(self, "scale", x.shape[-1])
         bias = declare(self, "bias", x.shape[-1])
-        centered = x.astype(jnp.float32)
-        centered = centered - centered.mean(-1, keepdims=True)
-        normal = centered * jax.lax.rsqrt(jnp.square(centered).mean(-1, keepdims=True) + self.eps)
-        return (normal * scale + bias).astype(x.dtype)
+        return (normalized(x.astype(jnp.float32), self.eps) * scale + bias).astype(x.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def normalized(x: Array, eps: float) -> Array:
+    """(x - mean) / sqrt(variance + eps) over the last axis of x [..., C], float32."""
+    return _normalized_forward(x, eps)[0]
+
+
+def _normalized_forward(x: Array, eps: float) -> tuple[Array, tuple[Array, Array]]:
+    centered = x - x.mean(-1, keepdims=True)
+    rate = jax.lax.rsqrt(jnp.square(centered).mean(-1, keepdims=True) + eps)
+    return centered * rate, (centered * rate, rate)
+
+
+def _normalized_backward(eps: float, residuals: tuple[Array, Array], dy: Array) -> tuple[Array]:
+    """Written out, since the derivatives of mean and variance one by one take twice the passes over x."""
+    y, rate = residuals
+    return (rate * (dy - dy.mean(-1, keepdims=True) - y * (dy * y).mean(-1, keepdims=True)),)
+
+
+normalized.defvjp(_normalized_forward, _normalized_backward)
 
 
 class MLP(nn.Module):

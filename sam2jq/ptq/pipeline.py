@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sam2jq.config.quant import QuantConfig
+from sam2jq.files import code_fingerprint
 from sam2jq.models.sam2 import FLOW, SAM2, TRUNK_LINEAR, trunk_of
 from sam2jq.ptq.bit_targets import choose_bits, choose_input_bits, choose_unsigned
 from sam2jq.ptq.calibration import Clips, collect
 from sam2jq.ptq.recipe import activation_specs, build_transforms, weight_specs
-from sam2jq.ptq.stats_cache import code_fingerprint
+from sam2jq.ptq.stats_cache import CODE
 from sam2jq.quant.algorithms.rotate import draw_signs, fold_heads, layer_seed
 from sam2jq.quant.algorithms.smooth import Smoothed, recover_alpha_beta
 from sam2jq.quant.leaves import materialize_params, unwrap
@@ -174,7 +175,7 @@ def calibrated(
     if cache is None:
         return collect(model, params, clips, needs, layers=layers)
     folder, key = cache
-    name = fingerprint(params, code_fingerprint(), model, sorted(needs), layers and sorted(layers), key)
+    name = fingerprint(params, code_fingerprint(*CODE), model, sorted(needs), layers and sorted(layers), key)
     return collect(model, params, clips, needs, folder / f"{name}.npz", layers)
 
 

@@ -1,30 +1,16 @@
 """Files that keep calibration statistics: for the next run with the same model and images, and for killed runs."""
 
-import hashlib
 from collections.abc import Callable, Iterable
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 
 import jax
 import numpy as np
 
-import sam2jq
 from sam2jq.files import atomic_write
 
 Array = jax.Array
 SAVE_EVERY = 16  # clips between two writes of the sums
-CODE = ("models/*.py", "quant/*.py", "ptq/calibration.py", "ptq/stats_cache.py", "data/**/*.py")
-
-
-@cache
-def code_fingerprint() -> str:
-    """A hash of all code that makes statistics, so that a cache file is never read by other code than wrote it."""
-    root = Path(sam2jq.__file__).parent
-    digest = hashlib.sha256(version("jax").encode())
-    for path in sorted(path for pattern in CODE for path in root.glob(pattern)):
-        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()[:32]
+CODE = ("models/*.py", "quant/*.py", "ptq/calibration.py", "ptq/stats_cache.py", "data/**/*.py")  # makes statistics
 
 
 def accumulate(fold: Callable, sums, clips: Callable[[int], Iterable[np.ndarray]], path: Path | None):
