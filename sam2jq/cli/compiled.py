@@ -4,6 +4,7 @@ import logging
 import os
 import tempfile
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import jax
@@ -42,7 +43,10 @@ def delete_oldest(folder: Path, limit: int) -> None:
 
     Another process may do the same at the same time. jax's own limit fails on a folder that was filled without one.
     """
-    entries = [(path.stat(), path) for path in folder.iterdir() if path.is_file()]
+    entries = []
+    for path in filter(Path.is_file, folder.iterdir()):
+        with suppress(FileNotFoundError):  # the other process was faster
+            entries.append((path.stat(), path))
     total = sum(entry.st_size for entry, _ in entries)
     for entry, path in sorted(entries, key=lambda pair: max(pair[0].st_atime, pair[0].st_mtime)):
         if total <= limit:

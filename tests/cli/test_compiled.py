@@ -52,6 +52,24 @@ def test_a_copied_cache_serves_every_program(tmp_path):
     assert hits_and_misses(tmp_path / "b") == (misses, 0)
 
 
+def test_two_processes_may_share_a_folder(tmp_path):
+    start = lambda: subprocess.Popen([sys.executable, "-c", PROGRAM, tmp_path], stdout=subprocess.PIPE, text=True)
+    together = [start(), start()]
+    counts = [tuple(map(int, process.communicate()[0].split())) for process in together]
+    assert [process.returncode for process in together] == [0, 0]
+    assert sum(counts[0]) == sum(counts[1]) > 0
+    assert hits_and_misses(tmp_path) == (sum(counts[0]), 0)
+
+
+def test_a_program_that_another_process_deletes_is_passed_over(tmp_path, monkeypatch):
+    for i in range(3):
+        (tmp_path / f"{i}-cache").write_bytes(bytes(100))
+    monkeypatch.setattr(Path, "is_file", lambda path: True)
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")  # is listed, and cannot be asked for its size
+    delete_oldest(tmp_path, 150)
+    assert len(list(tmp_path.glob("*-cache"))) == 1
+
+
 def test_damaged_programs_are_compiled_again_with_one_warning(tmp_path):
     hits_and_misses(tmp_path)
     for path in (tmp_path / "compiled").iterdir():
