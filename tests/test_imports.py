@@ -69,15 +69,19 @@ def test_torch_stays_in_converters(path):
         assert "torch" not in {module.split(".")[0] for module in imported(path)}
 
 
-def test_sam2jq_works_where_torch_cannot_be_imported():
+def test_sam2jq_works_where_torch_cannot_be_imported(tmp_path):
     program = """
 import sys
 sys.modules["torch"] = None
 import sam2jq, sam2jq.cli.main, jax
 model = sam2jq.build("nano")
-assert sam2jq.init_params(model, 0)
-assert sam2jq.cli.main.main(["inspect", "nothing"]) == 2
+sam2jq.save(sys.argv[1] + "/p.safetensors", model, sam2jq.init_params(model, 0))
+assert sam2jq.cli.main.main(["inspect", sys.argv[1] + "/p.safetensors"]) == 0
+assert sam2jq.cli.main.main(["inspect", sys.argv[1] + "/p.pt"]) == 2
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+    (tmp_path / "p.pt").write_text("")
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
+    assert "sam2.1_hiera_t.yaml" in done.stdout
     assert "pip install 'sam2jq[torch]'" in done.stderr

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, flags: list[str]) -> None:
     """Prints a row for each quantized layer, the totals, and how the original sam2 loads the vanilla checkpoint."""
-    from converters.exports.vanilla import hydra_config
+    from converters.hydra_config import hydra_config
     from sam2jq import api
 
     refuse_flags(args, flags)

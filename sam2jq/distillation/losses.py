@@ -8,11 +8,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sam2jq.distillation.targets import DistillBatch, ModelOutputs, forward_with_capture
 from sam2jq.models.sam2 import SAM2
 from sam2jq.quant.algorithms.activations import materialize_weights
+from sam2jq.quant.algorithms.fake_quant import fake_quant_layers
 from sam2jq.training.losses import soft_dice
 
 Array = jax.Array
@@ -66,13 +68,11 @@ def affinity_distance(student: Array | None, teacher: Array | None) -> Array:
     return jnp.square(student - teacher).mean()
 
 
-def distances(student: ModelOutputs, teacher: ModelOutputs) -> tuple[dict[str, Array], dict[str, Array]]:
-    """{part: []} for each of PARTS, and {layer: []} for each layer that both models have."""
-    layers = moment_losses(student.moments, teacher.moments)
+def distances(student: ModelOutputs, teacher: ModelOutputs) -> dict[str, Array]:
+    """{part: []} for each of PARTS but "layers", which is the mean of `moment_losses`."""
     features = sum(relative_square_error(a, b) for a, b in zip(student.features, teacher.features))
     (masks, ious, scores), (masks_t, ious_t, scores_t) = student.tracked, teacher.tracked
-    parts = {
-        "layers": sum(layers.values()) / max(len(layers), 1),
+    return {
         "affinity": affinity_distance(student.affinity, teacher.affinity),
         "features": features / len(student.features),
         "masks": mask_distance(student.masks, teacher.masks),
@@ -82,23 +82,28 @@ def distances(student: ModelOutputs, teacher: ModelOutputs) -> tuple[dict[str, A
         + score_distance(scores, scores_t)
         + relative_square_error(student.pointers, teacher.pointers),
     }
-    return parts, layers
 
 
 def distillation_loss(model: SAM2, weights: Mapping[str, float], dtype=jnp.float32, capture: bool = True) -> Callable:
     """loss(params, batch [B, ...], key) -> the mean of sum(weights * parts), and its {"parts", "layers"}.
 
     weights: {part of PARTS: factor}; dtype: of the student's computation. Without `capture` the parts "layers" and
-    "affinity" are 0, and layers may run in chunks.
+    "affinity" are 0, and layers may run in chunks. "layers" [L]: the loss of each of the L fake-quantized layers, as
+    `moment_losses`; that of the feature maps for a layer without a counterpart in the teacher.
     """
 
     def example_distances(params: dict, example: DistillBatch):
         outputs = forward_with_capture(model, params, example.frames.astype(dtype), example.prompts, capture)
-        return distances(outputs, example.outputs)
+        return distances(outputs, example.outputs), moment_losses(outputs.moments, example.outputs.moments)
 
     def loss(params: dict, batch: DistillBatch, key: Array | None = None):
-        parts, layers = jax.vmap(partial(example_distances, materialize_weights(params)))(batch)
-        parts, layers = jax.tree.map(jnp.mean, (parts, layers))
+        parts, by_layer = jax.vmap(partial(example_distances, materialize_weights(params)))(batch)
+        parts, shared = jax.tree.map(jnp.mean, parts), list(by_layer)
+        # one vector: means of the layers one by one are hundreds of kernels to compile
+        losses = jnp.stack(list(by_layer.values()) or [jnp.zeros(1)]).mean(1)
+        parts["layers"] = losses.mean()
+        index = [shared.index(name) if name in by_layer else -1 for name in fake_quant_layers(params)]
+        layers = jnp.append(losses, parts["features"])[np.array(index, int)]
         return sum(weights[part] * parts[part] for part in PARTS), {"parts": parts, "layers": layers}
 
     return loss

@@ -143,7 +143,7 @@ def distill(
     step = make_train_step(loss, optimizer, train.parallel)
     run = Run(task, config, make_bits_evaluator(task.loss), fake_quant_layers(student), layer_sizes(student))
     state = fit(
-        partial(step_and_observe, step, run.names),
+        partial(step_and_observe, step),
         init_distill_state(student, optimizer, config),
         task.batches,
         last_step,
@@ -166,17 +166,12 @@ def init_distill_state(student: dict, optimizer: optax.GradientTransformation, c
     )
 
 
-def step_and_observe(
-    step: Callable, names: Sequence[str], state: DistillState, batch: DistillBatch
-) -> tuple[DistillState, dict[str, Array]]:
-    """`state` after one step, and its metrics: the loss, its parts, and "layers" [L].
-
-    A layer that has no counterpart in the teacher gets the loss of the feature maps.
-    """
+def step_and_observe(step: Callable, state: DistillState, batch: DistillBatch) -> tuple[DistillState, dict[str, Array]]:
+    """`state` after one step, and its metrics: the loss, its parts, and "layers" [L]."""
     train, metrics = step(state.train, batch)
-    losses = jnp.stack([metrics["layers"].get(name, metrics["parts"]["features"]) for name in names])
-    metrics = metrics["parts"] | {"loss": metrics["loss"], "layers": losses}
-    return state._replace(train=train, schedule=observe(state.schedule, losses)), metrics
+    layers = metrics["layers"]
+    metrics = metrics["parts"] | {"loss": metrics["loss"], "layers": layers}
+    return state._replace(train=train, schedule=observe(state.schedule, layers)), metrics
 
 
 def make_hooks(run: Run, folder: Path, log_fn: Callable[[Row], None]) -> Hooks:

@@ -47,8 +47,8 @@ def run(params, x):
 def loss(params, batch, key=None):
     got, expected = run(materialize_weights(params), batch), run(PLAIN, batch)
     energy = lambda x: jnp.square(x).sum(-1)
-    layers = {name: (energy(got[name] - expected[name]) / energy(expected[name])).mean() for name in LAYERS}
-    parts = dict.fromkeys(PARTS, jnp.float32(0)) | {"layers": sum(layers.values())}
+    layers = jnp.stack([(energy(got[name] - expected[name]) / energy(expected[name])).mean() for name in LAYERS])
+    parts = dict.fromkeys(PARTS, jnp.float32(0)) | {"layers": layers.sum()}
     return parts["layers"], {"parts": parts, "layers": layers}
 
 
