@@ -146,15 +146,15 @@ def is_nonnegative(stats: Stats) -> bool:
 def quantize_tokens(x: Array, spec: QuantSpec, scale: Array | None = None, zero_point: Array | None = None):
     """The codes [..., G, K / G] of x [..., K], as float32, and their scale and zero point, [..., G, 1] or as given.
 
-    An incomplete last group is padded with zeros.
+    An incomplete last group is padded with zeros. The range of a group is a constant to gradients.
     """
     size = spec.group_size or x.shape[-1]
     x = jnp.pad(x.astype(jnp.float32), [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % size)])
     grouped = x.reshape(*x.shape[:-1], -1, size)
     if scale is None:
-        axes = None if spec.per_tensor else -1
+        axes, constant = None if spec.per_tensor else -1, jax.lax.stop_gradient(grouped)
         scale, zero_point = compute_scale_zero_point(
-            grouped.min(axes, keepdims=True), grouped.max(axes, keepdims=True), spec
+            constant.min(axes, keepdims=True), constant.max(axes, keepdims=True), spec
         )
     return round_to_grid(grouped, scale, zero_point, spec), scale, zero_point
 

@@ -49,6 +49,13 @@ def test_an_input_moves_by_half_a_step_at_most(x, spec):
     assert jnp.all(jnp.abs(moved) <= (0.5 if spec.symmetric else 1.0) * step * (1 + 1e-5))
 
 
+def test_gradients_pass_straight_through_rounding_by_the_range_of_a_token():
+    """The range is a constant: a gradient by way of minimum and maximum would be the rounding error of all others."""
+    x, upstream = jax.random.normal(jax.random.key(0), (2, 5, 16))
+    got = jax.grad(lambda x: (fake_quantize(x, QuantSpec(8)) * upstream).sum())(x)
+    np.testing.assert_allclose(got, upstream, rtol=1e-6)
+
+
 def test_tokens_of_zeros_stay_zeros():
     assert not fake_quantize(jnp.zeros((3, 8)), QuantSpec(4)).any()
 
