@@ -140,7 +140,11 @@ def side(path: Path, value: object) -> int:
 
 
 def check_normalization(path: Path, content: dict) -> None:
-    """Raises UserError unless a processor's mean and standard deviation, if it has them, are those of SAM 2."""
+    """Raises UserError unless a processor normalizes images as SAM 2 does, as far as it says how."""
+    for key, own in (("do_normalize", True), ("do_rescale", True), ("rescale_factor", 1 / 255)):
+        given = content.get(key)
+        if given is not None and not (isinstance(given, int | float) and abs(given - own) < 1e-6):
+            raise UserError(f"{path}: {key} is {given}, but images are always normalized as SAM 2 does, with {own}")
     for key, own in (("image_mean", MEAN), ("image_std", STD)):
         given = content.get(key)
         try:

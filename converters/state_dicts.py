@@ -17,6 +17,7 @@ ANCHORS = (
 )
 _WRAPPER = rf"(?:(?:{'|'.join(WRAPPERS)})\.)*"
 _ANCHOR = re.compile(rf"(|.*\.)(?:{'|'.join(rf'[.]{_WRAPPER}'.join(names) for names in ANCHORS)})")
+ADAPTER = re.compile(r"(?<![a-z])(lora|adapters?)(?![a-z])", re.IGNORECASE)  # in the name of a tensor
 PLACES = ("model", "state_dict", "model_state_dict")  # where to look for a state dict that is not one of SAM 2
 DEPTH = 4  # of nested dicts
 
@@ -26,9 +27,15 @@ def select(content: Mapping, part: str | None, path: object, is_tensor) -> Tenso
 
     part: its name, where the file holds several models, such as "ema" beside "model". is_tensor(value): whether a
     value is a tensor. path: for errors.
-    Raises UserError if there are several and `part` names none.
+    Raises UserError if there are several and `part` names none, or if there are weights of adapters beside a model.
     """
     found = find(content, is_tensor)
+    every = (".".join([*where, key]) for where, tensors in nested(content, is_tensor) for key in tensors)
+    if adapters := list(filter(ADAPTER.search, every)):
+        raise UserError(
+            f"{path} holds adapters, which change the weights, such as {few(adapters, 3)}: merge them into the model, "
+            "and save its state dict alone"
+        )
     if part is not None:
         if part not in found:
             raise UserError(f"{path} holds no {part!r}; it holds {few(sorted(found)) or 'no model of SAM 2'}")

@@ -36,9 +36,15 @@ def atomic_write(path: str | Path, failures: tuple[type[Exception], ...] = ()) -
         temporary.unlink(missing_ok=True)
 
 
-def check_target(path: str | Path) -> Path:
-    """`path`. Raises UserError if no file can be written there: it is a folder or a device, or lies below a file."""
+def check_target(path: str | Path, *inputs: str | Path | None) -> Path:
+    """`path`. Raises UserError if no file can be written there: it is a folder or a device, or lies below a file.
+
+    inputs: files and folders that are read, of which none may be replaced, or get another file.
+    """
     path = Path(path)
+    for source in inputs:
+        if source and Path(source).resolve() in (path.resolve(), path.resolve().parent):
+            raise UserError(f"cannot write {str(path)!r}: {source} is read; give another name")
     if not path.name or (path.exists() and not path.is_file()):
         raise UserError(f"cannot write {str(path)!r}: it is not the name of a file")
     folder = next(folder for folder in path.absolute().parents if folder.exists())

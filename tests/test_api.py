@@ -187,6 +187,12 @@ def test_quantize_runs_a_transform_and_reports_every_layer(scene):
     assert nearest_report.relative_errors.keys() == report.relative_errors.keys()
 
 
+def test_a_layer_that_is_none_is_not_passed_over():
+    _, params = sam2jq.load("demo")
+    with pytest.raises(sam2jq.UserError, match="no layer is called image_encoder.neck.convs.0.convx; see"):
+        sam2jq.round_weights(params, {"image_encoder.neck.convs.0.convx": W4})
+
+
 def test_quantize_takes_a_recipe(scene):
     from sam2jq.config.quant import WeightsConfig
 

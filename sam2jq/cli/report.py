@@ -2,8 +2,10 @@
 
 import argparse
 import logging
+from pathlib import Path
 
 from sam2jq.cli.arguments import refuse_flags
+from sam2jq.errors import UserError
 from sam2jq.files import atomic_write
 
 SCHEMA = None
@@ -22,6 +24,8 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
     from sam2jq.report.run import read_runs
 
     refuse_flags(args, flags)
+    if Path(args.out).suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--out {args.out}: give a name that ends in .html")
     runs = read_runs(args.runs)
     page = runs_page(runs) if len(runs) > 1 else run_page(*next(iter(runs.items())))
     with atomic_write(args.out) as temporary:

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, flags: list[str]) -> None:
     """Writes the image with the predicted masks drawn on it to `args.out`."""
-    labels, out = prompt_labels(args), check_target(args.out)
+    labels, out = prompt_labels(args), check_target(args.out, args.image)
     if out.suffix.lower() not in FORMATS:
         raise UserError(f"--out {out}: give a name that ends in one of {' '.join(FORMATS)}")
     image = read_image(args.image)

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
     """Writes the frames from the prompt on, with the object's mask on each, as a GIF or a strip to `args.out`."""
     if args.mask is not None and (args.points or args.labels or args.box):
         raise UserError("--mask: a mask is the whole prompt: leave --points, --labels and --box out")
-    labels, out = [] if args.mask is not None else prompt_labels(args), check_target(args.out)
+    labels, out = [] if args.mask is not None else prompt_labels(args), check_target(args.out, args.clip, args.mask)
     if out.suffix.lower() not in (".gif", ".png"):
         raise UserError(f"--out {out}: give a name that ends in .gif or, for a strip of frames, in .png")
     video = scene_video(args.clip) if args.clip.startswith("scenes:") else open_video(args.clip)

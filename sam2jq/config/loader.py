@@ -106,6 +106,8 @@ def decode_value(value: object, hint: object, key: str) -> object:
         raise ConfigError(f"{key}: null is not allowed: give a value, or leave the key out for its default")
     if get_origin(hint) is dict and not isinstance(value, dict):
         raise ConfigError(f"{key} must be a mapping such as {{a: 4}}, got {value}")
+    if isinstance(value, dict) and hint in (int, float, bool):
+        raise ConfigError(f"{key} must be {describe(hint)}, not a section with {', '.join(map(str, value))}")
     if isinstance(value, dict | list) and is_text(hint):
         raise ConfigError(f"{key} must be text, got {value}: quote it if it holds a colon, a comma or brackets")
     for part, kind in scalars(value, hint):

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sam2jq.data.coco_boxes import instance_box
 from sam2jq.data.coco_masks import check_mask, decode_mask
 from sam2jq.data.folders import subfolders
 from sam2jq.data.images import check_size, image_size
@@ -35,7 +34,10 @@ class CocoImage(NamedTuple):
 
 
 class Instance(NamedTuple):
-    """mask: bool [H, W], never empty; box: float32 [4], x0 y0 x1 y1 in pixels, as annotated, or else of the mask."""
+    """mask: bool [H, W], never empty; box: float32 [4], x0 y0 x1 y1 in pixels, of the mask.
+
+    The annotated "bbox" is not read: datasets have boxes of other kinds there, such as corners, or none.
+    """
 
     image: str
     mask: np.ndarray
@@ -178,7 +180,9 @@ def name_and_size(file: Path, entry: dict) -> tuple[str, tuple[int, int]]:
     name = file_name(entry, file)
     if name is None:
         raise UserError(f"{file}: image {entry['id']} has no file_name, a text; add it")
-    return name, (int(entry["height"]), int(entry["width"]))
+    if lacking := [key for key in ("height", "width") if not isinstance(entry.get(key), int)]:
+        raise UserError(f"{file}: image {entry['id']} ({name}) has no {few(lacking)}, a whole number of pixels; add it")
+    return name, (entry["height"], entry["width"])
 
 
 def is_crowd(file: Path, annotation: dict) -> bool:
@@ -236,9 +240,14 @@ def read_instance(image: CocoImage, annotation: dict) -> Instance:
     """One annotation with its mask decoded."""
     try:
         mask = decode_mask(annotation["segmentation"], image.size)
-        box = instance_box(annotation.get("bbox"), mask)
     except (ArithmeticError, TypeError, ValueError) as error:
         raise UserError(
             f"{image.path}: annotation {annotation['id']} is not readable: {error}; it is in {image.file}"
         ) from error
-    return Instance(image.path, mask, box, image.categories[annotation["category_id"]], annotation["id"])
+    return Instance(image.path, mask, box_of(mask), image.categories[annotation["category_id"]], annotation["id"])
+
+
+def box_of(mask: np.ndarray) -> np.ndarray:
+    """float32 [4]: the box x0, y0, x1, y1 of a mask [H, W], with its last pixels included; zeros if it is empty."""
+    x, y = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
+    return np.array([x[0], y[0], x[-1] + 1, y[-1] + 1] if len(x) else [0] * 4, np.float32)

@@ -91,7 +91,11 @@ def find_split(root: Path, split: str) -> tuple[Path, list[str] | None]:
 
 def listed_names(path: Path) -> list[str]:
     """The names of the videos in a list, one per line."""
-    return [check_file_name(line.strip(), path) for line in path.read_text().splitlines() if line.strip()]
+    return [
+        check_file_name(line.strip(), path)
+        for line in path.read_text(encoding="utf-8-sig").splitlines()
+        if line.strip()
+    ]
 
 
 def label_masks(labels: dict[int, str], size: tuple[int, int]) -> dict[str, dict[int, np.ndarray]]:

@@ -21,6 +21,11 @@ def read_labels(path: str, size: tuple[int, int] | None = None) -> np.ndarray:
         if image.format in LOSSY:
             raise UserError(f"{path}: {image.format} changes the values of a mask's pixels; save the mask as png again")
         labels = np.array(image)
+        if image.mode == "P" and is_inverted(image, labels):
+            raise UserError(
+                f"{path}: index 0 of its palette, which is no object, is its brightest color; save the mask as grey "
+                "values, 0 where the object is not"
+            )
     if labels.ndim != 2:
         raise UserError(f"{path}: not a mask but an image with {labels.shape[2]} channels; convert it to one channel")
     if labels.dtype.kind == "f" or labels.min() < 0:
@@ -28,6 +33,13 @@ def read_labels(path: str, size: tuple[int, int] | None = None) -> np.ndarray:
     if size is not None:
         check_size(path, labels.shape, size, "its frame has")
     return labels.astype(np.int64)
+
+
+def is_inverted(image: Image.Image, labels: np.ndarray) -> bool:
+    """Whether index 0 of a palette image has a brighter color than all others in it; in masks it is black."""
+    colors = np.array(image.getpalette("RGB")).reshape(-1, 3).sum(1)
+    others = [value for value in np.unique(labels).tolist() if value > 0]
+    return bool(others) and all(value < len(colors) and colors[0] > colors[value] for value in others)
 
 
 def write_labels(path: str | Path, labels: np.ndarray) -> None:

@@ -66,7 +66,10 @@ def listed_videos(folder: Path) -> list[str]:
     """
     name = f"{folder.name}.txt"
     path = next(filter(Path.is_file, [folder / name, folder.parent / name]), folder / SAV_FRAMES)
-    lines = path.read_text().splitlines() if path.is_file() else [clip.name for clip in clip_folders(path)]
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    else:
+        lines = [clip.name for clip in clip_folders(path)]
     names = [line.strip() for line in lines if line.strip()]
     if not names:
         raise UserError(f"{path}: names no video; {SAV_FRAMES} needs a folder of frames for each")

@@ -82,11 +82,24 @@ def find_frames(path: str) -> list[str]:
             f"{path}: {number} has the number of a frame, but not {few(others, 3)}; move what is no frame, such as "
             "masks, to another folder, or number all frames"
         )
+    check_names(path, others)
     files = sorted(files, key=frame_number if numbered else natural_order)
     for one, other in itertools.pairwise(files):
         if one.stem == other.stem or (numbered and frame_number(one) == frame_number(other)):
             raise UserError(f"{path}: {one.name} and {other.name} are both frame {one.stem}; remove one of them")
     return list(map(str, files))
+
+
+def check_names(path: str, names: list[str]) -> None:
+    """Raises UserError if the names of frames without a whole number have no certain order, or are not all of frames.
+
+    Natural order takes 1.12 for later than 1.2, and a mask beside its frame for the next frame.
+    """
+    if fractions := [name for name in names if re.fullmatch(r"\d+\.\d+", Path(name).stem)]:
+        raise UserError(f"{path}: {fractions[0]} has a number with a fraction; number the frames 0, 1, 2, ...")
+    masks = [name for name in names if "mask" in Path(name).stem.lower()]
+    if 0 < len(masks) < len(names):
+        raise UserError(f"{path}: {few(masks, 3)} looks like a mask beside the frames; move masks to another folder")
 
 
 def frame_number(file: Path) -> int | None:

@@ -78,6 +78,7 @@ class ImagePredictor(FromPretrained):
 
     def set_image(self, image) -> None:
         """Encodes an image, uint8 [H, W, 3] RGB or a PIL image, for later calls of `predict`."""
+        self.reset_predictor()  # as in the original: after an error, no result is of the image before
         image = rgb_pixels(image) if isinstance(image, Image.Image) else np.asarray(image)
         batch = jnp.asarray(preprocess(image, self.model.variant.image_size)[None], self.dtype)
         self._features = encode_images(self.model, self.params, batch)

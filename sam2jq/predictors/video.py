@@ -222,7 +222,8 @@ class VideoPredictor(FromPretrained):
         The second list is empty without `need_output`. An unknown object is ignored; with `strict`, it raises
         UserError.
         """
-        if not strict and check_obj_id(obj_id) not in inference_state.objects:
+        obj_id = check_obj_id(obj_id)
+        if not strict and obj_id not in inference_state.objects:
             return inference_state.obj_ids, []
         frames = sorted(inference_state.object(obj_id).prompts)
         del inference_state.objects[obj_id]

@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import numpy as np
@@ -50,7 +51,8 @@ class VideoState:
 
     def object(self, obj_id: int) -> ObjectState:
         """The state of an object. Raises UserError if there is none."""
-        if check_obj_id(obj_id) not in self.objects:
+        obj_id = check_obj_id(obj_id)
+        if obj_id not in self.objects:
             raise UserError(f"object {obj_id} was never added; the objects are {self.obj_ids}")
         return self.objects[obj_id]
 
@@ -113,8 +115,13 @@ def check_frame(state: VideoState, frame: int) -> int:
     return frame
 
 
-def check_obj_id(obj_id: int) -> int:
-    """`obj_id`. Raises UserError unless it can name an object, as any hashable value that is equal to itself can."""
+def check_obj_id(obj_id: Any) -> Any:
+    """`obj_id`; a number in place of an array or tensor of one, whose hash is not that of its value.
+
+    Raises UserError unless it can name an object, as any hashable value that is equal to itself can.
+    """
+    if getattr(obj_id, "shape", None) == ():
+        obj_id = obj_id.item()
     if not isinstance(obj_id, Hashable) or obj_id != obj_id:
         raise UserError(f"obj_id {obj_id!r}: give each object a whole number, or another hashable name")
     return obj_id

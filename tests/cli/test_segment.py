@@ -67,3 +67,20 @@ def test_the_ending_says_the_format(tmp_path, name):
     assert main(["segment", "scenes:0/0000", "--model.checkpoint", "demo", *prompt, "--out", str(tmp_path / name)]) == 0
     with Image.open(tmp_path / name) as picture:
         assert picture.format == {"jpg": "JPEG", "webp": "WEBP", "TIFF": "TIFF", "bmp": "BMP"}[name.partition(".")[2]]
+
+
+def test_what_is_read_is_never_replaced(tmp_path, capsys):
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    photo = folder / "0.png"
+    Image.new("RGB", (64, 64)).save(photo)
+    before = photo.read_bytes()
+    (tmp_path / "link.png").symlink_to(photo)
+    for command in (
+        ["segment", str(photo), "--out", str(photo)],
+        ["segment", str(tmp_path / "link.png"), "--out", str(photo)],
+        ["track", str(folder), "--out", str(folder / "strip.png")],
+    ):
+        assert "is read; give another name" in failure(capsys, *command, "--points", "5,5")
+    assert "ends in .html" in failure(capsys, "report", str(tmp_path), "--out", str(tmp_path / "package.pt"))
+    assert (photo.read_bytes(), sorted(path.name for path in folder.iterdir())) == (before, ["0.png"])

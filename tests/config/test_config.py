@@ -103,6 +103,7 @@ def test_a_version_may_be_written_as_a_number_and_a_switch_without_a_value():
             "need calibration, which collects inputs only",
         ),
         (["--seed", "1", "--seed.size", "2"], "--seed.size: seed is not a section"),
+        (["--seed.size", "2"], "seed must be a whole number, not a section with size"),
         (["--model.device", "gpus"], "model.device 'gpus'.*did you mean 'gpu'"),
         (["--model.checkpoint", ""], "model.checkpoint is not set"),
         (["--quant.calib.path="], "quant.calib.path is not set"),

@@ -173,6 +173,13 @@ def test_another_mean_or_deviation_is_an_error(folder, tmp_path, key):
         sam2jq.load(copied)
 
 
+@pytest.mark.parametrize(("key", "value"), [("do_normalize", False), ("do_rescale", False), ("rescale_factor", 1.0)])
+def test_other_normalization_is_an_error(folder, tmp_path, key, value):
+    copied = change(folder, tmp_path, "processor_config.json", lambda c: c["image_processor"].update({key: value}))
+    with pytest.raises(UserError, match=f"processor_config.json: {key} is {value}, but images are always normalized"):
+        sam2jq.load(copied)
+
+
 @pytest.mark.slow
 def test_the_video_model_of_transformers_tracks_the_same_masks(tmp_path, transformers):
     """Three frames of a drawn clip, from a click. The operations are the same in another order: measured 1e-6."""

@@ -85,6 +85,15 @@ def test_of_several_models_one_has_to_be_named(tmp_path, nano, name):
         sam2jq.load(f"{tmp_path / 'c.pt'}#best")
 
 
+@pytest.mark.parametrize("names", [["lora.blocks.0.lora_A"], ["adapters.0.weight"], ["model.x.lora_B.default.weight"]])
+def test_adapters_beside_a_model_are_an_error(tmp_path, nano, names):
+    torch.save(prefixed(nano, "sam2.") | {name: torch.ones(2) for name in names}, tmp_path / "flat.pt")
+    torch.save({"model": nano, "extra": {name: torch.ones(2) for name in names}}, tmp_path / "nested.pt")
+    for name in ("flat.pt", "nested.pt"):
+        with pytest.raises(UserError, match=f"{name} holds adapters, which change the weights, .* merge them into"):
+            sam2jq.load(tmp_path / name)
+
+
 def test_prefixes_are_taken_off_safetensors_too(tmp_path, nano):
     save_file(prefixed(nano, "module."), tmp_path / "c.safetensors")
     model, params = sam2jq.load(tmp_path / "c.safetensors")

@@ -64,13 +64,27 @@ def instances(root: Path, *annotations: dict) -> list:
     return read_instances(image)
 
 
-def test_an_instance_has_the_mask_box_and_category_of_its_annotation(root):
-    (instance,) = instances(root, annotation(rle(random_mask()), category_id=5, bbox=[1, 0, 28.5, 20]))
+@pytest.mark.parametrize("bbox", [[1, 0, 28.5, 20], None, [0, 0, 0, 0], "none", [1, 2, 3], [float("nan")] * 4])
+def test_an_instance_has_the_mask_its_box_and_the_category_of_its_annotation(root, bbox):
+    """The annotated box is not read: some datasets have corners there, or nothing of use."""
+    (instance,) = instances(root, annotation(rle(random_mask()), category_id=5, bbox=bbox))
     assert instance.image == str(root / "val/a.jpg")
     assert (instance.category, instance.id) == ("dog", 7)
     assert (instance.mask.dtype, instance.box.dtype) == (bool, np.float32)
     np.testing.assert_array_equal(instance.mask, random_mask())
-    np.testing.assert_array_equal(instance.box, [1, 0, 29.5, 20])
+    y, x = np.nonzero(random_mask())
+    np.testing.assert_array_equal(instance.box, [x.min(), y.min(), x.max() + 1, y.max() + 1])
+
+
+@pytest.mark.parametrize("entry", [{"height": None}, {"width": "30"}])
+def test_an_image_without_a_size_is_named(root, entry):
+    write_json(root, [annotation(SQUARE)])
+    path = next((root / "annotations").glob("*.json"))
+    content = json.loads(path.read_text())
+    content["images"][0] |= entry
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"image 1 \(a.jpg\) has no {next(iter(entry))}, a whole number of pixels"):
+        coco_images(str(root))
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -136,8 +150,8 @@ def test_real_instances_have_the_area_and_box_that_coco_states(shared):
     for image in images[:32]:
         for given, instance in zip(image.annotations, read_instances(image), strict=True):
             areas.append(abs(instance.mask.sum() / given["area"] - 1))
-            y, x = np.nonzero(instance.mask)
-            boxes.append(np.abs(instance.box - [x.min(), y.min(), x.max() + 1, y.max() + 1]).max())
+            x, y, width, height = given["bbox"]
+            boxes.append(np.abs(instance.box - [x, y, x + width, y + height]).max())
     assert np.median(areas) < 0.01
     assert np.median(boxes) < 1
 

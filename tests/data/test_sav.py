@@ -61,7 +61,7 @@ def test_frame_indices_start_at_zero_for_any_first_number(root):
 
 
 def test_the_list_of_a_split_selects_and_orders_its_videos(root):
-    (root / "sav_val.txt").write_text("v\nu\n")
+    (root / "sav_val.txt").write_text("\ufeffv\nu\n", encoding="utf-8")  # as Windows' editors begin a file
     assert names(root) == ["v", "u"]
     (root / "sav_val/sav_val.txt").write_text("\n v \n")
     assert names(root) == ["v"]
@@ -204,6 +204,18 @@ def test_a_listed_video_must_be_a_folders_name(root, line):
     (root / "sav_val.txt").write_text(f"u\n{line}\n")
     with pytest.raises(UserError, match=r"sav_val\.txt: .*(leads out of its folder|without a path)"):
         vos_videos(str(root), "sav_val")
+
+
+def test_a_mask_whose_palette_is_inverted_is_an_error(tmp_path):
+    """Programs that choose a palette put the most frequent or the brightest color first."""
+    mask = np.tile([[True], [False]], (2, 4))
+    Image.fromarray(mask).convert("L").quantize(2).save(tmp_path / "chosen.png")
+    with pytest.raises(
+        UserError, match=r"chosen.png: index 0 of its palette, .*, is its brightest color; save"
+    ):
+        read_mask(str(tmp_path / "chosen.png"))
+    write_mask(tmp_path / "ours.png", mask)
+    np.testing.assert_array_equal(read_mask(str(tmp_path / "ours.png")), mask)
 
 
 def test_a_mask_saved_as_jpeg_is_refused_whatever_its_name(tmp_path):

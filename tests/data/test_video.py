@@ -180,7 +180,7 @@ def test_two_names_of_one_number_are_an_error(tmp_path):
         ["2.jpg", "10.jpg"],
         ["00000.jpg", "00001.jpeg", "00100.PNG"],
         ["frame2.jpg", "frame10.jpg", "shot1.jpg"],
-        ["a.jpg", "mask_3.jpg", "mask_20.jpg"],
+        ["a.jpg", "shot_3.jpg", "shot_20.jpg"],
     ],
 )
 def test_numbers_in_names_order_the_frames(tmp_path, names):
@@ -196,6 +196,19 @@ def test_numbers_in_names_order_the_frames(tmp_path, names):
 def test_names_without_a_number_beside_numbers_are_an_error(tmp_path, other):
     path = write_frames(tmp_path, ["0.jpg", "1.jpg", other], random_frames(3))
     with pytest.raises(UserError, match=f"0.jpg has the number of a frame, but not {other}; move what is no frame"):
+        open_video(path)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["1.1.jpg", "1.12.jpg", "1.2.jpg"], "1.1.jpg has a number with a fraction"),
+        (["a_0.jpg", "a_0_mask.png", "a_1.jpg"], "a_0_mask.png looks like a mask beside the frames"),
+    ],
+)
+def test_names_of_no_certain_order_or_of_masks_are_an_error(tmp_path, names, message):
+    path = write_frames(tmp_path, names, random_frames(3))
+    with pytest.raises(UserError, match=message):
         open_video(path)
 
 

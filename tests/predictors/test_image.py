@@ -155,6 +155,20 @@ def test_a_wrong_prompt_is_named(predictors, prompt, message):
         predictors[1].predict(**prompt)
 
 
+def test_an_image_that_is_refused_leaves_none(predictors):
+    ours = ImagePredictor(predictors[1].model, predictors[1].params)
+    ours.set_image(np.zeros((20, 30, 3), np.uint8))
+    with pytest.raises(UserError):
+        ours.set_image(np.zeros((20, 30), np.uint8))
+    with pytest.raises(RuntimeError, match="call set_image before predict"):
+        ours.predict(**POINT)
+
+
+def test_the_device_of_sam2_is_refused_by_name():
+    with pytest.raises(UserError, match="device: jax runs on its default device; set JAX_PLATFORMS"):
+        ImagePredictor.from_pretrained("demo", device="cpu")
+
+
 def test_predicting_without_an_image_is_an_error(predictors):
     with pytest.raises(RuntimeError, match="call set_image before predict"):
         ImagePredictor(predictors[1].model, predictors[1].params).predict(**POINT)

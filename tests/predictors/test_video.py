@@ -4,6 +4,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from converters.exports.vanilla import build_original
@@ -175,6 +176,14 @@ def test_an_object_has_a_name_that_can_be_found_again(pair, obj_id):
         with pytest.raises(UserError, match="give each object a whole number, or another hashable name"):
             call()
     assert state.objects == {}
+
+
+def test_an_object_may_be_named_by_an_array_of_one_number(pair):
+    """Whose hash is not that of its value: it would name another object each time."""
+    state = pair[1].init_state(np.zeros((2, 40, 60, 3), np.uint8))
+    for obj_id in (1, np.int64(1), np.array(1), torch.tensor(1)):
+        pair[1].add_new_points_or_box(state, 0, obj_id, points=[[1, 1]], labels=[1])
+    assert state.obj_ids == [1]
 
 
 BOX = np.array([100.0, 90.0, 180.0, 200.0])

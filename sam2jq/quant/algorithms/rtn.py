@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 
+from sam2jq.errors import UserError, few
 from sam2jq.quant.leaves import base_weight
 from sam2jq.quant.qtensor import quantize
 from sam2jq.quant.spec import QuantSpec
@@ -24,9 +25,11 @@ def rtn(weights: QuantSpec | Mapping[str, QuantSpec], *, match: str = ".*") -> T
 def round_weights(params: dict, specs: Mapping[str, QuantSpec]) -> dict:
     """`params` with the kernel of each layer in `specs`, or the innermost kernel of its leaf, rounded to nearest.
 
-    Raises UserError if one is rounded already.
+    Raises UserError if one is rounded already, or is no layer of `params`.
     """
     flat = flatten(params)
+    if unknown := sorted(set(specs) - set(map(layer_name, kernels(flat)))):
+        raise UserError(f"no layer is called {few(unknown)}; see sam2jq.layers(params)")
     chosen = {path: kernel for path, kernel in kernels(flat).items() if layer_name(path) in specs}
     for path, kernel in chosen.items():
         check_unrounded(base_weight(kernel), layer_name(path))
