@@ -173,7 +173,7 @@ def scene():
 
 def test_quantize_runs_a_transform_and_reports_every_layer(scene):
     """As many images as given; a folder, names and arrays mean the same pixels, and a recipe runs too."""
-    model, params = sam2jq.load("demo")
+    model, params = sam2jq.load("demo", image_size=64)
     match = r"image_encoder\.trunk\.blocks\.0\..*"
     transform = sam2jq.gptq(W4, match=match)
     small, report = sam2jq.quantize(model, params, transform, [scene])

@@ -210,9 +210,7 @@ def test_a_mask_whose_palette_is_inverted_is_an_error(tmp_path):
     """Programs that choose a palette put the most frequent or the brightest color first."""
     mask = np.tile([[True], [False]], (2, 4))
     Image.fromarray(mask).convert("L").quantize(2).save(tmp_path / "chosen.png")
-    with pytest.raises(
-        UserError, match=r"chosen.png: index 0 of its palette, .*, is its brightest color; save"
-    ):
+    with pytest.raises(UserError, match=r"chosen.png: index 0 of its palette, .*, is its brightest color; save"):
         read_mask(str(tmp_path / "chosen.png"))
     write_mask(tmp_path / "ours.png", mask)
     np.testing.assert_array_equal(read_mask(str(tmp_path / "ours.png")), mask)
