@@ -66,16 +66,16 @@ def prompt_frame(
             maps = [*fine, condition_on_memory(sam, coarse, bank, info)]
         return sam.decode_object(maps, points, mask_input, multimask=multimask)
 
-    return without_memory(model.apply({"params": params}, method=run))
+    return to_frame_output(model.apply({"params": params}, method=run))
 
 
 @partial(jax.jit, static_argnames="model")
 def mask_frame(model: SAM2, params: dict, features: list[Array], mask: Array) -> FrameOutput:
     """An object from its mask [1, S, S, 1] of 0 and 1."""
-    return without_memory(model.apply({"params": params}, features, mask, method="object_from_mask"))
+    return to_frame_output(model.apply({"params": params}, features, mask, method="object_from_mask"))
 
 
-def without_memory(output: ObjectOutput) -> FrameOutput:
+def to_frame_output(output: ObjectOutput) -> FrameOutput:
     """`output` as a FrameOutput whose memory is not encoded yet."""
     return FrameOutput(output.mask, output.pointer, output.object_score, None)
 
