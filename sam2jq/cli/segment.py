@@ -15,8 +15,8 @@ from sam2jq.quant.algorithms.activations import materialize_weights
 from sam2jq.report import figures
 
 SCHEMA = SegmentConfig
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF"}
-FORMATS[".tiff"] = FORMATS[".tif"]
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}  # of PIL, by ending
+FORMATS |= dict.fromkeys((".tif", ".tiff"), "TIFF")
 log = logging.getLogger("sam2jq")
 
 

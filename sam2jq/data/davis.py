@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sam2jq.data.folders import clip_folders, subfolders
-from sam2jq.data.listed import check_file_name
+from sam2jq.data.listed import read_names
 from sam2jq.data.masks import VOID, read_labels
 from sam2jq.data.sav import find_masks
 from sam2jq.data.video import find_frames
@@ -83,19 +83,10 @@ def find_split(root: Path, split: str) -> tuple[Path, list[str] | None]:
         if name in folders:
             return folders[name], None
         if name in lists:
-            return root, listed_names(lists[name])
+            return root, read_names(lists[name])
     if has_parts(root) and not split:
         return root, None
     raise FileNotFoundError(f"{root}: has no split {split or 'val'}; give split, one of {', '.join(known) or 'none'}")
-
-
-def listed_names(path: Path) -> list[str]:
-    """The names of the videos in a list, one per line."""
-    return [
-        check_file_name(line.strip(), path)
-        for line in path.read_text(encoding="utf-8-sig").splitlines()
-        if line.strip()
-    ]
 
 
 def label_masks(labels: dict[int, str], size: tuple[int, int]) -> dict[str, dict[int, np.ndarray]]:

@@ -52,6 +52,12 @@ def check_file_name(name: str, file: Path) -> str:
     return name
 
 
+def read_names(path: Path) -> list[str]:
+    """The names of files or folders in a text file, one per line, as `check_file_name` takes them."""
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    return [check_file_name(line.strip(), path) for line in lines if line.strip()]
+
+
 def check_relative_path(name: str, file: Path) -> str:
     """`name`, which `file` lists, as a normalized relative path with forward slashes.
 

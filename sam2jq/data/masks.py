@@ -38,6 +38,8 @@ def read_labels(path: str, size: tuple[int, int] | None = None) -> np.ndarray:
 def is_inverted(image: Image.Image, labels: np.ndarray) -> bool:
     """Whether index 0 of a palette image has a brighter color than all others in it; in masks it is black."""
     colors = np.array(image.getpalette("RGB")).reshape(-1, 3).sum(1)
+    if colors[0] == 0:
+        return False  # black, as in nearly all masks, which are not searched for their values then
     others = [value for value in np.unique(labels).tolist() if value > 0]
     return bool(others) and all(value < len(colors) and colors[0] > colors[value] for value in others)
 

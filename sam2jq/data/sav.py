@@ -13,7 +13,7 @@ import numpy as np
 
 from sam2jq.data.folders import SAV_FRAMES, clip_folders, listed, subfolders
 from sam2jq.data.images import open_image
-from sam2jq.data.listed import check_file_name
+from sam2jq.data.listed import check_file_name, read_names
 from sam2jq.data.masks import read_labels, write_labels
 from sam2jq.data.video import find_frames
 from sam2jq.errors import UserError, few
@@ -66,14 +66,10 @@ def listed_videos(folder: Path) -> list[str]:
     """
     name = f"{folder.name}.txt"
     path = next(filter(Path.is_file, [folder / name, folder.parent / name]), folder / SAV_FRAMES)
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    else:
-        lines = [clip.name for clip in clip_folders(path)]
-    names = [line.strip() for line in lines if line.strip()]
+    names = read_names(path) if path.is_file() else [check_file_name(clip.name, path) for clip in clip_folders(path)]
     if not names:
         raise UserError(f"{path}: names no video; {SAV_FRAMES} needs a folder of frames for each")
-    return [check_file_name(name, path) for name in names]
+    return names
 
 
 def vos_video(name: str, frames: Path, masks: Path) -> VosVideo:

@@ -70,7 +70,7 @@ def make_target_batches(
             if isinstance(content, np.ndarray):
                 item_seeds = np.array([zlib.crc32(items[i].name.encode()) for i in batch], np.uint32)
                 content = jax.tree.map(local_rows, compiled(params, put(content), put(item_seeds)))
-                structures.append(jax.tree.structure(content))
+                structures[:] = [jax.tree.structure(content)]
                 for i, file in enumerate(files):
                     save_targets(file, jax.tree.map(lambda leaf, i=i: leaf[i], content))
             yield content

@@ -5,7 +5,6 @@ from functools import partial
 
 import jax
 
-from sam2jq.errors import UserError, few
 from sam2jq.quant.leaves import base_weight
 from sam2jq.quant.qtensor import quantize
 from sam2jq.quant.spec import QuantSpec
@@ -28,8 +27,7 @@ def round_weights(params: dict, specs: Mapping[str, QuantSpec]) -> dict:
     Raises UserError if one is rounded already, or is no layer of `params`.
     """
     flat = flatten(params)
-    if unknown := sorted(set(specs) - set(map(layer_name, kernels(flat)))):
-        raise UserError(f"no layer is called {few(unknown)}; see sam2jq.layers(params)")
+    specs = specs_by_layer(params, specs)
     chosen = {path: kernel for path, kernel in kernels(flat).items() if layer_name(path) in specs}
     for path, kernel in chosen.items():
         check_unrounded(base_weight(kernel), layer_name(path))
