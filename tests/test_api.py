@@ -189,9 +189,7 @@ def test_quantize_runs_a_transform_and_reports_every_layer(scene):
 
 def test_a_layer_that_is_none_is_not_passed_over():
     _, params = sam2jq.load("demo")
-    with pytest.raises(
-        sam2jq.UserError, match="no layer image_encoder.neck.convs.0.convx; did you mean"
-    ):
+    with pytest.raises(sam2jq.UserError, match="no layer image_encoder.neck.convs.0.convx; did you mean"):
         sam2jq.round_weights(params, {"image_encoder.neck.convs.0.convx": W4})
 
 
