@@ -13,7 +13,7 @@ from sam2jq.data.coco_masks import encode_runs, run_text
 from sam2jq.data.images import check_image, rgb_pixels
 from sam2jq.errors import UserError
 from sam2jq.models.sam2 import SAM2
-from sam2jq.predictors.crops import crop_boxes, near_crop_edge, non_maximum_suppression, point_grid
+from sam2jq.predictors.crops import crop_boxes, near_crop_edge, non_maximum_suppression, point_grid, width_height
 from sam2jq.predictors.image import decode, encode_images, float_dtype
 from sam2jq.predictors.pretrained import FromPretrained
 from sam2jq.predictors.prompts import LOGIT_LIMIT, as_array
@@ -262,9 +262,3 @@ def select(found: Candidates, keep) -> Candidates:
 def pad_rows(rows: np.ndarray, count: int) -> np.ndarray:
     """`rows` [N, ...] with the last one repeated up to `count` rows."""
     return np.concatenate([rows, np.repeat(rows[-1:], count - len(rows), axis=0)])
-
-
-def width_height(box) -> list[float]:
-    """x0 y0 x1 y1 -> x0 y0 x1 - x0 y1 - y0, as sam2 computes it for boxes that include x1 and y1, too."""
-    x0, y0, x1, y1 = map(float, box)
-    return [x0, y0, x1 - x0, y1 - y0]

@@ -59,3 +59,9 @@ def non_maximum_suppression(boxes: np.ndarray, scores: np.ndarray, max_iou: floa
             iou = shared / (areas[i] + areas[rest] - shared)
         remaining = rest[~(iou > max_iou)]
     return np.array(kept, int)
+
+
+def width_height(box) -> list[float]:
+    """x0 y0 x1 y1 -> x0 y0 x1 - x0 y1 - y0, as sam2 computes it for boxes that include x1 and y1, too."""
+    x0, y0, x1, y1 = map(float, box)
+    return [x0, y0, x1 - x0, y1 - y0]
