@@ -14,7 +14,7 @@ from sam2jq.errors import UserError
 from sam2jq.models.decoder import Decoded
 from sam2jq.models.sam2 import SAM2
 from sam2jq.predictors.pretrained import FromPretrained
-from sam2jq.predictors.prompts import LOGIT_LIMIT, mask_logits, padded_prompts, point_prompts
+from sam2jq.predictors.prompts import LOGIT_LIMIT, mask_logits, padded_prompts, point_prompts, prompt_count
 from sam2jq.predictors.regions import remove_small_regions
 from sam2jq.predictors.upscale import Canvas, canvas_of, upscale
 
@@ -197,7 +197,7 @@ class ImagePredictor(FromPretrained):
         """Mask logits [P, M, h, w] and IoUs [P, M], float32, in calls of the model for MOST_PROMPTS each."""
         padded = padded_prompts(points, masks)
         outs = [decode(self.model, self.params, features, *part, multimask=multimask) for part in padded]
-        count = len(masks if points is None else points[0])
+        count = prompt_count(points, masks)
         join = lambda arrays: np.concatenate([np.asarray(x, np.float32) for x in arrays])[:count]
         return join(out.masks for out in outs), join(out.ious for out in outs)
 

@@ -39,8 +39,7 @@ def padded_prompts(points, masks) -> Iterator[tuple]:
     points: coords [P, N, 2] and labels [P, N], or None; masks: logits [1 or P, h, w, 1], or None. P and N are rounded
     up to powers of two, N to 2 at least. Added points are ignored by `point_mask`; added prompts are copies.
     """
-    prompts = (None, None) if points is None else points
-    count, point_mask = len(masks if points is None else points[0]), None
+    prompts, point_mask, count = (None, None), None, prompt_count(points, masks)
     if points is not None:
         *prompts, point_mask = padded_points(*points)
     for start in range(0, count, MOST_PROMPTS):
@@ -48,6 +47,12 @@ def padded_prompts(points, masks) -> Iterator[tuple]:
         rows = np.minimum(np.arange(start, start + size), count - 1)
         parts = [x if x is None or len(x) == 1 < count else x[rows] for x in (*prompts, masks, point_mask)]
         yield None if points is None else tuple(parts[:2]), parts[2], parts[3]
+
+
+def prompt_count(points, masks) -> int:
+    """How many prompts P there are in the arguments of `padded_prompts`; without any it is 1, the image alone."""
+    given = masks if points is None else points[0]
+    return 1 if given is None else len(given)
 
 
 def padded_points(coords: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

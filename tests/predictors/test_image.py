@@ -41,6 +41,7 @@ PROMPTS["points and mask"] = POINT | PROMPTS["mask"]
 
 
 PROMPTS["no points"] = {"point_coords": np.zeros((0, 2)), "point_labels": np.zeros(0, int)}
+PROMPTS["nothing"] = {}
 PROMPTS["no points beside a box"] = PROMPTS["no points"] | PROMPTS["box"]
 PROMPTS["a box as points"] = {"point_coords": np.array([[20, 30], [200, 250]]), "point_labels": [2, 3]}
 
