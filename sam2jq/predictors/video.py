@@ -11,6 +11,7 @@ from sam2jq.data.images import preprocess_frame
 from sam2jq.data.video import Video, open_video, video_of
 from sam2jq.errors import UserError
 from sam2jq.models.layers import resize
+from sam2jq.models.params import check_params
 from sam2jq.models.sam2 import NO_OBJECT, SAM2, is_image_only
 from sam2jq.predictors.image import check_default, float_dtype
 from sam2jq.predictors.memory_bank import FrameOutput
@@ -70,11 +71,13 @@ class VideoPredictor(FromPretrained):
         """A predictor of `model` with `params`; dtype: of the activations.
 
         Raises UserError for fill_hole_area, non_overlap_masks or clear_non_cond_mem_around_input other than the
-        default: these options of the original are not implemented. Raises it for params without the memory, too.
+        default: these options of the original are not implemented. Raises it for params without the memory, or of
+        another model, too.
         """
         check_default("fill_hole_area", fill_hole_area, 0)
         check_default("non_overlap_masks", non_overlap_masks, False)
         check_default("clear_non_cond_mem_around_input", clear_non_cond_mem_around_input, False)
+        check_params(type(self).__name__, model, params)
         if is_image_only(params):
             raise UserError(
                 "this is an image-only model, without the weights of the memory, which tracking needs: load the "
