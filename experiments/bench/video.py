@@ -85,8 +85,8 @@ def main() -> None:
         "# Video predictor: sam2jq against sam2",
         "",
         f"`{command}` on {os.cpu_count()} cores of {proc('cpuinfo', 'model name')}, jax {version('jax')}, "
-        f"torch {version('torch')}; {side} x {side}, float32. Seconds of tracking all frames, frame by frame in turn. A "
-        "frame: the median of the last five, with a full memory bank. Clicks: one an object, with the first frame's "
+        f"torch {version('torch')}; {side} x {side}, float32. Seconds of tracking all frames, frame by frame in turn. "
+        "A frame: the median of the last five, with a full memory bank. Clicks: one an object, with the first frame's "
         "features. First run: 2 frames with compiling.",
         "",
         f"| {' | '.join(columns)} |",
