@@ -16,6 +16,7 @@ from sam2jq.models.params import check_params
 from sam2jq.models.sam2 import SAM2
 from sam2jq.predictors.pretrained import FromPretrained
 from sam2jq.predictors.prompts import LOGIT_LIMIT, mask_logits, point_prompts
+from sam2jq.predictors.regions import remove_small_regions
 
 Array = jax.Array
 
@@ -64,13 +65,13 @@ class ImagePredictor(FromPretrained):
     ):
         """A predictor of `model` with `params`; mask_threshold: of the logits; dtype: of the activations.
 
-        Raises UserError for params of another model, and for max_hole_area or max_sprinkle_area other than 0: the
-        original's clean-up of masks is not implemented.
+        max_hole_area, max_sprinkle_area: holes and regions of masks up to this many pixels, of a low-resolution mask
+        [S / 4, S / 4], are filled and removed; the logits of the third result stay as they are.
+        Raises UserError for params of another model.
         """
-        check_default("max_hole_area", max_hole_area, 0)
-        check_default("max_sprinkle_area", max_sprinkle_area, 0)
         check_params(type(self).__name__, model, params)
         self.model, self.params = model, params
+        self.max_hole_area, self.max_sprinkle_area = max_hole_area, max_sprinkle_area
         self.mask_threshold, self.dtype = mask_threshold, float_dtype(dtype)
         self.reset_predictor()
 
@@ -125,13 +126,21 @@ class ImagePredictor(FromPretrained):
             return self._no_results(3 if multimask_output else 1)
         out = decode(self.model, self.params, features, points, masks, multimask=multimask_output)
         low_res = out.masks.astype(jnp.float32)
-        full = resize(jnp.moveaxis(low_res, 1, -1), self._orig_hw)
+        full = resize(jnp.moveaxis(self._cleaned(low_res), 1, -1), self._orig_hw)
         full = np.moveaxis(np.asarray(full), -1, 1)
         if not return_logits:
             full = (full > self.mask_threshold).astype(np.float32)
         low_res = np.clip(np.asarray(low_res), -LOGIT_LIMIT, LOGIT_LIMIT)
         results = full, np.asarray(out.ious, np.float32), low_res
         return tuple(x[0] for x in results) if len(full) == 1 else results
+
+    def _cleaned(self, low_res: Array) -> Array:
+        """Mask logits [P, M, h, w] without small holes and small regions."""
+        if not (self.max_hole_area > 0 or self.max_sprinkle_area > 0):
+            return low_res
+        flat = np.asarray(low_res).reshape(-1, *low_res.shape[2:])
+        cleaned = remove_small_regions(flat, self.mask_threshold, self.max_hole_area, self.max_sprinkle_area)
+        return jnp.asarray(cleaned.reshape(low_res.shape))
 
     def _no_results(self, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What `predict` returns for no prompt, with `count` masks per prompt."""
@@ -154,9 +163,3 @@ def float_dtype(dtype) -> str:
     if name not in ("float32", "bfloat16", "float16"):
         raise UserError(f"dtype {name} is not supported; allowed: float32, bfloat16, float16")
     return name
-
-
-def check_default(name: str, value, default) -> None:
-    """Raises UserError unless an option of the original that is not implemented has its default."""
-    if value != default:
-        raise UserError(f"{name}={value!r} is not supported; only its default {default!r} is")
