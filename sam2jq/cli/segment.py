@@ -13,6 +13,7 @@ from sam2jq.cli.run_folder import stage
 from sam2jq.config import loader
 from sam2jq.config.run import SegmentConfig
 from sam2jq.data import read_image
+from sam2jq.data.images import is_turned
 from sam2jq.errors import UserError
 from sam2jq.files import atomic_write, check_target
 from sam2jq.predictors.automatic_masks import AutomaticMaskGenerator
@@ -41,6 +42,8 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
     check_mask_files(args, False, args.image, args.prompts)
     prompts = [] if is_everything(args) else image_prompts(args)
     image = read_image(args.image)
+    if is_turned(args.image):
+        log.warning("note        its EXIF orientation is not applied, as in sam2: prompts are in pixels as stored")
     check_inside(prompts, image.shape[:2])
     config = loader.load(None, flags, SegmentConfig)
     model, checkpoint = load_model(config.model, config.cache)

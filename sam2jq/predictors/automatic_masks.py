@@ -12,6 +12,7 @@ from sam2jq.data import preprocess
 from sam2jq.data.coco_masks import encode_runs, run_text
 from sam2jq.data.images import check_image, rgb_pixels
 from sam2jq.errors import UserError
+from sam2jq.models.params import check_params
 from sam2jq.models.sam2 import SAM2
 from sam2jq.predictors.crops import crop_boxes, near_crop_edge, non_maximum_suppression, point_grid, width_height
 from sam2jq.predictors.image import decode, encode_images, float_dtype
@@ -83,13 +84,14 @@ class AutomaticMaskGenerator(FromPretrained):
         output_mode: "binary_mask", "uncompressed_rle" or "coco_rle". use_m2m: each mask is refined once, with itself
         as the prompt. multimask_output: three masks per click.
 
-        Raises UserError for a wrong mode, and for no points.
+        Raises UserError for a wrong mode, for no points, and for params of another model.
         """
         if output_mode not in OUTPUT_MODES:
             raise UserError(f"output_mode {output_mode!r}: allowed are {', '.join(OUTPUT_MODES)}")
         if points_per_batch < 1:
             raise UserError(f"points_per_batch {points_per_batch}: it must be at least 1")
         self.point_grids = layer_grids(points_per_side, crop_n_layers, crop_n_points_downscale_factor, point_grids)
+        check_params(type(self).__name__, model, params)
         self.model, self.params, self.dtype = model, params, float_dtype(dtype)
         self.points_per_batch = points_per_batch
         self.pred_iou_thresh = pred_iou_thresh

@@ -12,6 +12,7 @@ from sam2jq.data import preprocess
 from sam2jq.data.images import rgb_pixels
 from sam2jq.errors import UserError
 from sam2jq.models.decoder import Decoded
+from sam2jq.models.params import check_params
 from sam2jq.models.sam2 import SAM2
 from sam2jq.predictors.pretrained import FromPretrained
 from sam2jq.predictors.prompts import LOGIT_LIMIT, mask_logits, padded_prompts, point_prompts, prompt_count
@@ -77,7 +78,9 @@ class ImagePredictor(FromPretrained):
 
         max_hole_area, max_sprinkle_area: holes and regions of masks up to this many pixels, of a low-resolution mask
         [S / 4, S / 4], are filled and removed; the logits of the third result stay as they are.
+        Raises UserError for params of another model.
         """
+        check_params(type(self).__name__, model, params)
         self.model, self.params = model, params
         self.max_hole_area, self.max_sprinkle_area = max_hole_area, max_sprinkle_area
         self.mask_threshold, self.dtype = mask_threshold, float_dtype(dtype)

@@ -10,6 +10,7 @@ import pytest
 from converters.exports.vanilla import define_torchvision_operators
 from sam2jq import AutomaticMaskGenerator, ImagePredictor, VideoPredictor
 from sam2jq.errors import UserError
+from sam2jq.models.sam2 import abstract_params, build
 
 # parameters of the original that have no counterpart, and why
 NOT_APPLICABLE = {
@@ -30,6 +31,9 @@ METHODS = [
     *[("VideoPredictor", name) for name in ("add_new_points", "add_new_mask", "propagate_in_video")],
     *[("VideoPredictor", name) for name in ("clear_all_prompts_in_frame", "remove_object", "reset_state")],
 ]
+
+
+NANO = build("nano")
 
 
 def original(name: str) -> type:
@@ -65,14 +69,14 @@ def test_arguments_are_those_of_sam2(name, method):
 
 def test_an_option_that_is_missing_here_is_refused_by_name():
     with pytest.raises(UserError, match="clear_non_cond_mem_around_input=True is not supported; only its default"):
-        VideoPredictor(None, {}, clear_non_cond_mem_around_input=True)
+        VideoPredictor(NANO, abstract_params(NANO), clear_non_cond_mem_around_input=True)
 
 
 @pytest.mark.parametrize("predictor", OWN.values())
 @pytest.mark.parametrize("dtype", ["int8", "float8", "half a float"])
 def test_an_unknown_dtype_is_refused(predictor, dtype):
     with pytest.raises(UserError, match="allowed: float32, bfloat16, float16"):
-        predictor(None, {}, dtype=dtype)
+        predictor(NANO, abstract_params(NANO), dtype=dtype)
 
 
 @pytest.mark.parametrize("predictor", OWN.values())
@@ -81,17 +85,17 @@ def test_from_pretrained_loads_the_model_and_passes_options_on(predictor, monkey
 
     def load(source, *, name=None, version=None, image_size=None):
         calls.append((source, name, version, image_size))
-        return "model", {"a": 1}
+        return NANO, abstract_params(NANO)
 
     monkeypatch.setitem(sys.modules, "sam2jq.api", SimpleNamespace(load=load))
     made = predictor.from_pretrained("tiny.pt", name="tiny", image_size=512, dtype="bfloat16")
     assert calls == [("tiny.pt", "tiny", None, 512)]
-    assert (made.model, made.params, made.dtype) == ("model", {"a": 1}, "bfloat16")
+    assert (made.model, made.params, made.dtype) == (NANO, abstract_params(NANO), "bfloat16")
     assert isinstance(made, predictor)
 
 
 @pytest.mark.parametrize("value", [False, True])
 def test_options_of_memory_and_speed_are_accepted(value):
     frames = np.zeros((2, 40, 60, 3), np.uint8)
-    state = VideoPredictor(None, {}).init_state(frames, value, value, value)
+    state = VideoPredictor(NANO, abstract_params(NANO)).init_state(frames, value, value, value)
     assert state.num_frames == 2
