@@ -13,7 +13,7 @@ from PIL import Image
 from sam2jq import AutomaticMaskGenerator
 from sam2jq.cli.clip_files import clip_file, frame_rate
 from sam2jq.cli.main import main
-from sam2jq.cli.mask_files import FrameMasks, check_palette, clip_masks, labels_of
+from sam2jq.cli.mask_files import FrameMasks, check_palette, clip_masks, json_record, labels_of
 from sam2jq.config.run import EverythingConfig
 from sam2jq.data import draw_clip
 from sam2jq.data.coco_masks import decode_mask
@@ -168,6 +168,12 @@ def test_a_palette_holds_255_objects():
     check_palette("p.png", range(1, 256))
     with pytest.raises(UserError, match="--palette p.png: object 256, but a palette has 255 at most; use --json"):
         check_palette("p.png", range(1, 257))
+
+
+def test_a_stability_that_is_not_defined_is_null():
+    record = {"id": 1, "segmentation": np.zeros((2, 2), bool), "bbox": [0.0] * 4, "stability_score": float("nan")}
+    text = json.dumps(json_record(record), allow_nan=False)
+    assert list(json.loads(text).items())[2:] == [("bbox", [0.0] * 4), ("stability_score", None)]
 
 
 def test_the_highest_score_is_in_front():
