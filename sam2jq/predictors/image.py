@@ -17,7 +17,7 @@ from sam2jq.models.sam2 import SAM2
 from sam2jq.predictors.pretrained import FromPretrained
 from sam2jq.predictors.prompts import LOGIT_LIMIT, mask_logits, padded_prompts, point_prompts, prompt_count
 from sam2jq.predictors.regions import remove_small_regions
-from sam2jq.predictors.upscale import Canvas, canvas_of, upscale
+from sam2jq.predictors.upscale import Canvas, canvas_of, threshold, upscale
 
 Array = jax.Array
 
@@ -190,9 +190,7 @@ class ImagePredictor(FromPretrained):
         if points is not None and len(points[0]) == 0:
             return self._no_results(3 if multimask else 1, size)
         low_res, ious = self._decode(image.features, points, masks, multimask)
-        full = self._full_size(self._cleaned(low_res), image.canvas)
-        if not logits:
-            full = (full > self.mask_threshold).astype(np.float32)
+        full = self._full_size(self._cleaned(low_res), image.canvas, logits)
         results = full, ious, np.clip(low_res, -LOGIT_LIMIT, LOGIT_LIMIT)
         return tuple(x[0] for x in results) if len(full) == 1 else results
 
@@ -204,11 +202,14 @@ class ImagePredictor(FromPretrained):
         join = lambda arrays: np.concatenate([np.asarray(x, np.float32) for x in arrays])[:count]
         return join(out.masks for out in outs), join(out.ious for out in outs)
 
-    def _full_size(self, low_res: np.ndarray, canvas: Canvas) -> np.ndarray:
-        """Mask logits [P, M, h, w] as [P, M, H, W] of the image's size."""
+    def _full_size(self, low_res: np.ndarray, canvas: Canvas, logits: bool) -> np.ndarray:
+        """Mask logits [P, M, h, w] as masks of 0 and 1, or as logits, float32 [P, M, H, W] of the image's size."""
+        flat = low_res.reshape(-1, 1, *low_res.shape[2:])
         height, width = canvas.size
-        scaled = [upscale(mask, canvas) for mask in low_res.reshape(-1, 1, *low_res.shape[2:])]
-        full = np.concatenate([np.asarray(mask)[:, :height, :width] for mask in scaled])
+        full = np.empty((len(flat), height, width), np.float32)
+        for mask, out in zip(flat, full):
+            scaled = upscale(mask, canvas) if logits else threshold(mask, canvas, self.mask_threshold)
+            np.copyto(out, np.asarray(scaled)[0, :height, :width])
         return full.reshape(*low_res.shape[:2], height, width)
 
     def _cleaned(self, low_res: np.ndarray) -> np.ndarray:
