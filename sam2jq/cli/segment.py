@@ -22,8 +22,6 @@ from sam2jq.quant.algorithms.activations import materialize_weights
 from sam2jq.report import figures
 
 SCHEMA = SegmentConfig
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}  # of PIL, by ending
-FORMATS |= dict.fromkeys((".tif", ".tiff"), "TIFF")
 log = logging.getLogger("sam2jq")
 
 
@@ -39,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, flags: list[str]) -> None:
     """Writes the image with the masks drawn on it to `args.out`, and the masks to the files that are named."""
     out = check_target(args.out, args.image, args.prompts)
-    if out.suffix.lower() not in FORMATS:
-        raise UserError(f"--out {out}: give a name that ends in one of {' '.join(FORMATS)}")
+    if out.suffix.lower() not in figures.FORMATS:
+        raise UserError(f"--out {out}: give a name that ends in one of {' '.join(figures.FORMATS)}")
     check_mask_files(args, False, args.image, args.prompts)
     prompts = [] if is_everything(args) else image_prompts(args)
     image = read_image(args.image)
@@ -66,7 +64,7 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
         figures.write(picture, "random weights")
     write_image_masks(args, args.image, records, labels)
     with atomic_write(out) as temporary:
-        picture.save(temporary, format=FORMATS[out.suffix.lower()])
+        picture.save(temporary, format=figures.FORMATS[out.suffix.lower()])
     if prompts:
         for record in records:
             share, iou = 100 * record["area"] / labels.size, record["predicted_iou"]
