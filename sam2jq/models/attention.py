@@ -3,6 +3,8 @@
 Letters: B batch, N queries, M keys, C channels of a head.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -25,11 +27,12 @@ def attention(q: Array, k: Array, v: Array, key_mask: Array | None = None) -> Ar
     bias = None if key_mask is None else jnp.where(key_mask, 0.0, MASKED)[:, None, None]
     if length <= QUERY_CHUNK:
         return softmax_attention(q, k, v, bias)[0].swapaxes(1, 2)
-    one_head = lambda arrays: chunked_softmax_attention(*arrays)
-    batch_size = min(batch * heads, cpu_chunk_rows(QUERY_CHUNK * k.shape[2]))  # heads whose scores fit in the caches
     flat = tuple(x.reshape(batch * heads, -1, channels) for x in (q, k, v))
     flat += (None if key_mask is None else jnp.repeat(bias[:, 0], heads, axis=0),)
-    y = jax.lax.map(one_head, flat, batch_size=batch_size)
+    one_head = lambda arrays: chunked_softmax_attention(*arrays)
+    batch_size = min(batch * heads, cpu_chunk_rows(QUERY_CHUNK * k.shape[2]))  # heads whose scores fit in the caches
+    in_batches = partial(jax.lax.map, one_head, batch_size=batch_size)
+    y = jax.lax.platform_dependent(flat, cpu=in_batches, default=jax.vmap(one_head))
     return y.reshape(batch, heads, length, channels).swapaxes(1, 2)
 
 

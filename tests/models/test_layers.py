@@ -10,7 +10,9 @@ from sam2jq.models.chunking import chunked_map
 from sam2jq.models.hiera import Hiera, from_windows, to_windows
 from sam2jq.models.layers import Dense, LayerNorm, resize
 from sam2jq.models.sam2 import build, init_params
+from sam2jq.quant import leaves
 from sam2jq.tree import flatten
+from tests.conftest import nchw, nhwc, relative
 
 
 def normal(*shape: int) -> np.ndarray:
@@ -50,6 +52,23 @@ def test_chunks_have_the_gradient_of_the_whole_without_keeping_the_hidden_layer_
     (whole, _), (pieces, memory) = gradient(rows), gradient(64)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), whole, pieces)
     assert memory < 4 * rows * hidden
+
+
+@pytest.mark.parametrize(("size", "stride", "padding"), [(7, 4, 3), (3, 2, 1), (4, 4, 0), (2, 2, 0)])
+def test_a_convolution_with_a_stride_is_the_product_of_its_patches(size, stride, padding):
+    """On a TPU it is compiled as that product: XLA's compiler aborts on the gradient of some of these convolutions."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 19, 23, 3), np.float32)
+    kernel = rng.standard_normal((size, size, 3, 5), np.float32)
+    layer = jax.jit(lambda kernel, x: leaves.conv(kernel, x, stride=stride, padding=padding, groups=1))
+    expected = torch.nn.functional.conv2d(
+        nchw(x), torch.from_numpy(kernel).permute(3, 2, 0, 1), stride=stride, padding=padding
+    )
+    by_patches = leaves.patches(x, size, stride, padding) @ kernel.reshape(-1, 5)
+    for got in (layer(kernel, x), by_patches):
+        assert relative(got, nhwc(expected)) < 1e-6
+    for_tpu = jax.grad(lambda kernel, x: layer(kernel, x).sum(), (0, 1))
+    assert "convolution" not in jax.jit(for_tpu).trace(kernel, x).lower(lowering_platforms=("tpu",)).as_text()
 
 
 def test_what_is_computed_once_more_has_the_same_gradient_in_less_memory():
