@@ -11,20 +11,18 @@ import jax
 import numpy as np
 
 from sam2jq import __version__
-from sam2jq.errors import UserError, few
+from sam2jq.errors import UserError
 from sam2jq.files import home
-from sam2jq.models.sam2 import SAM2, VARIANTS, abstract_params, image_params, is_image_only, is_untrained
+from sam2jq.models.params import check_params
+from sam2jq.models.sam2 import SAM2, VARIANTS, is_untrained
 from sam2jq.quant.leaves import materialize
 from sam2jq.quant.package import (
     Package,
-    full_shape,
     is_native,
-    mismatches,
     pack_params,
     read_package,
     write_package,
 )
-from sam2jq.tree import flatten
 
 if TYPE_CHECKING:
     from converters.exports.package import TorchPackage
@@ -181,19 +179,6 @@ def replay_bits(quant: QuantConfig) -> QuantConfig:
     if not quant.bits_from:
         return quant
     return with_bits_of(quant, open_package(quant.bits_from).summary()["layers"])
-
-
-def check_params(path: str | Path, model: SAM2, params: dict) -> None:
-    """Raises UserError, which names the file `path`, unless the params are those of the model, by name and shape."""
-    if not isinstance(params, Mapping) or not params:
-        raise UserError(f"{path}: params must be the tree that sam2jq.load returns, got {type(params).__name__}")
-    like = image_params(model) if is_image_only(params) else abstract_params(model)
-    got = {layer: full_shape(leaf) for layer, leaf in flatten(dict(params)).items()}
-    if problems := mismatches(got, {layer: full_shape(leaf) for layer, leaf in flatten(like).items()}):
-        raise UserError(
-            f"{path}: the params are not those of the model: {len(problems)} do not fit: "
-            f"{few(problems, separator='; ')}"
-        )
 
 
 def describe_model(model: SAM2) -> dict:

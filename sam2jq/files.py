@@ -47,9 +47,16 @@ def check_target(path: str | Path, *inputs: str | Path | None) -> Path:
             raise UserError(f"cannot write {str(path)!r}: {source} is read; give another name")
     if not path.name or (path.exists() and not path.is_file()):
         raise UserError(f"cannot write {str(path)!r}: it is not the name of a file")
-    folder = next(folder for folder in path.absolute().parents if folder.exists())
-    if not folder.is_dir():
-        raise UserError(f"cannot write {str(path)!r}: {folder} is not a folder")
+    check_folder(path.parent)
+    return path
+
+
+def check_folder(path: str | Path) -> Path:
+    """`path`. Raises UserError if no folder can be there: it is a file, or lies below one."""
+    path = Path(path)
+    found = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    if not found.is_dir():
+        raise UserError(f"cannot write into {str(path)!r}: {found} is not a folder")
     return path
 
 

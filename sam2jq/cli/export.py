@@ -2,10 +2,10 @@
 
 import argparse
 import logging
-from pathlib import Path
 
 from converters.exports import EXPORTS
 from sam2jq.cli.arguments import refuse_flags
+from sam2jq.files import check_folder
 
 SCHEMA = None
 log = logging.getLogger("sam2jq")
@@ -23,9 +23,9 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
     from sam2jq import api
 
     refuse_flags(args, flags)
+    out = check_folder(args.out)
     metadata = api.open_package(args.package).metadata
     model, params = api.load(args.package)
-    out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     EXPORTS[args.to].write(out, model, params, metadata)
     log.info("written     %s", args.out)

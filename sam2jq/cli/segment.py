@@ -8,6 +8,7 @@ from sam2jq.cli.loading import load_model
 from sam2jq.config import loader
 from sam2jq.config.run import SegmentConfig
 from sam2jq.data import read_image
+from sam2jq.data.images import is_turned
 from sam2jq.errors import UserError
 from sam2jq.files import atomic_write, check_target
 from sam2jq.predictors.image import ImagePredictor
@@ -33,6 +34,8 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
     if out.suffix.lower() not in FORMATS:
         raise UserError(f"--out {out}: give a name that ends in one of {' '.join(FORMATS)}")
     image = read_image(args.image)
+    if is_turned(args.image):
+        log.warning("note        its EXIF orientation is not applied, as in sam2: prompts are in pixels as stored")
     check_inside(args, image.shape[:2])
     config = loader.load(None, flags, SegmentConfig)
     model, checkpoint = load_model(config.model, config.cache)

@@ -51,6 +51,7 @@ def check_whole(path: str) -> None:
     A damaged frame is found when it is decoded, see `check_frame`. Not found, because nothing in the file tells it:
     - a cut or hole at the borders of frames in MPEG program streams (.mpg .mpeg), and most holes in .wmv;
     - a part that is missing from .mkv, .webm or .gif, if the rest joins at the border of a block by chance;
+    - a cut between two fragments of a fragmented .mp4, which is made to be read up to there;
     - bytes within a frame that decode to other pixels.
     Gaps between the times of frames are no sign: clips with a variable frame rate have them.
     """

@@ -3,22 +3,24 @@
 ROOT/JPEGImages/480p/<video>/00000.jpg     ROOT/Annotations/480p/<video>/00000.png        DAVIS, also Full-Resolution
 ROOT/<split>/JPEGImages/<video>/00000.jpg  ROOT/<split>/Annotations/<video>/00000.png     MOSE, YouTube-VOS
 ROOT/ImageSets/2017/<split>.txt            the videos of a split of DAVIS, one per line; optional
+ROOT/ImageSets/480p/<split>.txt            the same of DAVIS 2016: a frame and its label image per line
 """
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 
 from sam2jq.data.folders import clip_folders, subfolders
-from sam2jq.data.listed import read_names
+from sam2jq.data.listed import check_file_name, read_names
 from sam2jq.data.masks import VOID, read_labels
 from sam2jq.data.sav import find_masks
 from sam2jq.data.video import find_frames
 from sam2jq.errors import UserError
 
 FRAMES, MASKS = "JPEGImages", "Annotations"
-RESOLUTIONS = ("480p", "Full-Resolution")  # folders inside of FRAMES and MASKS, of DAVIS
+RESOLUTIONS = ("480p", "1080p", "Full-Resolution")  # folders inside of FRAMES and MASKS, of DAVIS
+LISTS = ("1080p", "480p", "2016", "2017")  # folders inside of ImageSets; of a split's lists, the last one is taken
 DEFAULT_SPLITS = ("val", "valid")
 
 
@@ -75,7 +77,7 @@ def label_video(name: str, frames: Path, masks: Path) -> LabeledVideo:
 
 def find_split(root: Path, split: str) -> tuple[Path, list[str] | None]:
     """The folder with the frames of a split, and the videos in its list; None without a list."""
-    lists = {path.stem: path for year in ("2016", "2017") for path in sorted(root.glob(f"ImageSets/{year}/*.txt"))}
+    lists = {path.stem: path for name in LISTS for path in sorted(root.glob(f"ImageSets/{name}/[!.]*.txt"))}
     folders = {path.name: path for path in subfolders(root) if has_parts(path)}
     known = sorted({*lists, *folders})
     wanted = [split] if split else [*DEFAULT_SPLITS, *(known if len(known) == 1 else [])]
@@ -83,10 +85,18 @@ def find_split(root: Path, split: str) -> tuple[Path, list[str] | None]:
         if name in folders:
             return folders[name], None
         if name in lists:
-            return root, read_names(lists[name])
+            return root, listed_videos(lists[name])
     if has_parts(root) and not split:
         return root, None
     raise FileNotFoundError(f"{root}: has no split {split or 'val'}; give split, one of {', '.join(known) or 'none'}")
+
+
+def listed_videos(path: Path) -> list[str]:
+    """The videos in a list: their names or, in DAVIS 2016, lines "/JPEGImages/480p/bear/00000.jpg /Annotations/..."."""
+    if path.parent.name not in RESOLUTIONS:
+        return read_names(path)
+    frames = [line.split()[0] for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    return list(dict.fromkeys(check_file_name(PurePosixPath(frame).parent.name, path) for frame in frames))
 
 
 def label_masks(labels: dict[int, str], size: tuple[int, int]) -> dict[str, dict[int, np.ndarray]]:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image
 
+from sam2jq.data.folders import is_image
 from sam2jq.data.synthetic.names import scene_seed
 from sam2jq.data.synthetic.scenes import draw_scene
 from sam2jq.errors import UserError
@@ -14,6 +15,7 @@ from sam2jq.files import home
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # of ImageNet, in RGB order
 STD = np.array([0.229, 0.224, 0.225], np.float32)
 SCALED = ("PNG", "PPM")  # formats of PIL in which its mode I holds 0..65535; PGM's own range is scaled to it
+ORIENTATION = 274  # a tag of EXIF; 1: as stored
 BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF, and a value of the second one
 
 
@@ -58,6 +60,14 @@ def image_size(name: str) -> tuple[int, int]:
     """(H, W) in pixels of an image file, from its header alone."""
     with open_image(name) as image:
         return image.height, image.width
+
+
+def is_turned(name: str) -> bool:
+    """Whether an image file has an EXIF orientation under which viewers turn or mirror it; `read_image` does not."""
+    if not is_image(name):  # a scene or a frame of a video
+        return False
+    with open_image(name) as image:
+        return image.getexif().get(ORIENTATION, 1) != 1
 
 
 def check_size(path: str, size: tuple[int, int], expected: tuple[int, int], whose: str) -> None:

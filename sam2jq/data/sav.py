@@ -48,7 +48,10 @@ def vos_videos(root: str, split: str) -> list[VosVideo]:
 def split_folder(root: Path, split: str) -> Path:
     """root/split. Raises FileNotFoundError unless it holds the folders of frames and of masks."""
     if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder; give the SA-V folder that holds {split}")
+        missing = f"{root}: {'a file, not a folder' if root.exists() else 'no such folder'}"
+        raise FileNotFoundError(
+            f"{missing}; give the SA-V folder that holds {split}, or one of DAVIS, MOSE or YouTube-VOS"
+        )
     missing = [part for part in PARTS if not (root / split / part).is_dir()]
     if missing:
         complete = [path.name for path in subfolders(root) if all((path / part).is_dir() for part in PARTS)]

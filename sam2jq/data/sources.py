@@ -29,8 +29,8 @@ from sam2jq.data.listed import coco_files
 from sam2jq.data.sa1b import is_sa1b
 from sam2jq.data.synthetic.names import scene_names, scene_seed
 from sam2jq.data.synthetic.scenes import Clip, draw_clip, draw_scene
-from sam2jq.data.video import Video, find_frames, video_of
-from sam2jq.data.video_frames import count_frames, frame_name, read_frames, videos_below
+from sam2jq.data.video import VIDEO_SUFFIXES, Video, find_frames, video_of
+from sam2jq.data.video_frames import count_frames, frame_name, is_video, read_frames, videos_below
 from sam2jq.errors import UserError
 from sam2jq.files import home
 
@@ -67,7 +67,7 @@ def source_of(spec: str) -> Source:
 def find_images(spec: str, num_samples: int | None, seed: int) -> list[str]:
     """The sorted names of `num_samples` images of a data source, sampled by `seed` without repeats; all if None.
 
-    `spec` is an image file, `scenes:<seed>` (synthetic scenes, no files), or a folder of one of these layouts:
+    `spec` is an image or video file, `scenes:<seed>` (synthetic scenes, no files), or a folder of one of these layouts:
       SA-V    {sav_train,sav_val,sav_test}/JPEGImages_24fps/<video>/<frame>.jpg, one split, or JPEGImages_24fps:
               the frames only;
       COCO    annotations/*.json with "images": [{"file_name"}]: these images, anywhere below the folder;
@@ -159,16 +159,17 @@ def scene_labeled_clips(spec: str, split: str, count: int | None) -> list[Labele
 def folder_images(spec: str, count: int | None) -> list[str]:
     """The sorted names of an image file, of all images below a folder, or else of the frames of the videos below it.
 
-    Raises FileNotFoundError if there is none, UserError if the file is not an image.
+    Raises FileNotFoundError if there is none, UserError if a file is neither an image nor a video.
     """
     root = Path(spec)
     if not spec or not root.exists():
         raise FileNotFoundError(f"{spec or 'empty path'}: no such file or folder; give a folder of images or scenes:7")
-    if root.is_file() and not is_image(root.name):
-        raise UserError(f"{spec}: not an image file; allowed: a folder or a file that ends in {' '.join(SUFFIXES)}")
-    if root.is_file():
+    if root.is_file() and is_image(root.name):
         return [str(root)]
-    images = images_below(root)
+    if root.is_file() and not is_video(root.name):
+        endings = " ".join((*SUFFIXES, *VIDEO_SUFFIXES))
+        raise UserError(f"{spec}: not an image or video file; allowed: a folder or a file that ends in {endings}")
+    images = [] if root.is_file() else images_below(root)
     if not images and (videos := videos_below(root)):
         return [frame_name(video, index) for video in videos for index in range(count_frames(video))]
     return images_in([root], spec)
@@ -197,9 +198,11 @@ def coco_image_names(spec: str, count: int | None) -> list[str]:
 def folder_windows(spec: str, count: int | None, frames: int, stride: int) -> list[Item]:
     """All non-overlapping runs of `frames` frames, `stride` apart, of the clips in a folder or an SA-V folder.
 
-    Clips are folders of frames, or else video files anywhere below the folder.
+    Clips are folders of frames, or else video files anywhere below the folder. `spec` may be one video file.
     """
-    roots = frame_folders(Path(spec)) or [Path(spec)]
+    if Path(spec).is_file() and not is_video(spec):
+        raise UserError(f"{spec}: not a video file; allowed: a folder of clips or a file in {' '.join(VIDEO_SUFFIXES)}")
+    roots = frame_folders(Path(spec)) or ([] if Path(spec).is_file() else [Path(spec)])
     clips = [path for root in roots for path in clip_folders(root)]
     length = (frames - 1) * stride + 1
     items = []

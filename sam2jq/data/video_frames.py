@@ -18,9 +18,16 @@ NAME = re.compile(rf"(.+(?:{'|'.join(map(re.escape, VIDEO_SUFFIXES))}))#(\d+)", 
 LOCK = threading.Lock()
 
 
+def is_video(name: str) -> bool:
+    """Whether a file name has a video's ending."""
+    return name.lower().endswith(VIDEO_SUFFIXES)
+
+
 def videos_below(root: Path) -> list[Path]:
-    """All video files below `root`, sorted."""
-    return sorted(path for content in walk(root) for path in content if path.name.lower().endswith(VIDEO_SUFFIXES))
+    """All video files below `root`, sorted; `root` alone if it is a file."""
+    if root.is_file():
+        return [root]
+    return sorted(path for content in walk(root) for path in content if is_video(path.name))
 
 
 def frame_name(video: Path, index: int) -> str:
@@ -29,13 +36,16 @@ def frame_name(video: Path, index: int) -> str:
 
 
 def count_frames(video: Path) -> int:
-    """The number of frames of a video file as its header says, or as they are decoded if it says none.
+    """The number of frames that a video file shows; decodes it only if its header states none.
 
-    Raises UserError if the file is cut or damaged, as far as `check_whole` finds it.
+    The header's own number counts frames too that an edit list cuts away. Raises UserError if the file is cut or
+    damaged, as far as `check_whole` finds it.
     """
     check_whole(str(video))
     with open_container(str(video)) as container:
-        return container.streams.video[0].frames or sum(1 for _ in decode(str(video)))
+        if container.streams.video[0].frames:
+            return sum(packet.size > 0 and not packet.is_discard for packet in container.demux(video=0))
+    return sum(1 for _ in decode(str(video)))
 
 
 def read_frames(path: str, indices: Iterable[int]) -> list[np.ndarray]:

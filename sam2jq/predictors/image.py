@@ -12,6 +12,7 @@ from sam2jq.data.images import rgb_pixels
 from sam2jq.errors import UserError
 from sam2jq.models.decoder import Decoded
 from sam2jq.models.layers import resize
+from sam2jq.models.params import check_params
 from sam2jq.models.sam2 import SAM2
 from sam2jq.predictors.pretrained import FromPretrained
 from sam2jq.predictors.prompts import LOGIT_LIMIT, mask_logits, point_prompts
@@ -63,11 +64,12 @@ class ImagePredictor(FromPretrained):
     ):
         """A predictor of `model` with `params`; mask_threshold: of the logits; dtype: of the activations.
 
-        Raises UserError for max_hole_area or max_sprinkle_area other than 0: the original's clean-up of masks is not
-        implemented.
+        Raises UserError for params of another model, and for max_hole_area or max_sprinkle_area other than 0: the
+        original's clean-up of masks is not implemented.
         """
         check_default("max_hole_area", max_hole_area, 0)
         check_default("max_sprinkle_area", max_sprinkle_area, 0)
+        check_params(type(self).__name__, model, params)
         self.model, self.params = model, params
         self.mask_threshold, self.dtype = mask_threshold, float_dtype(dtype)
         self.reset_predictor()

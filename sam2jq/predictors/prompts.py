@@ -74,7 +74,7 @@ def mask_logits(mask_input, side: int) -> np.ndarray:
     """Mask logits float32 [P, side, side, 1] of [1, side, side] or [P, 1, side, side].
 
     Raises UserError if the shape is another, or if a prompt holds a mask in place of logits: no value below 0, and all
-    of them whole numbers or at most 1, or some above the limit of logits.
+    of them whole numbers or at most 1, or some above the limit of logits. Zeros everywhere are logits.
     """
     logits = as_array("mask_input", mask_input, np.float32)
     if logits.ndim not in (3, 4) or logits.shape[-3:] != (1, side, side):
@@ -87,8 +87,11 @@ def mask_logits(mask_input, side: int) -> np.ndarray:
 
 
 def is_mask(values: np.ndarray) -> bool:
-    """Whether `values` can only be a mask, a label image or probabilities, no logits of a predictor."""
-    if (values < 0).any() or (values == LOGIT_LIMIT).all():
+    """Whether `values` can only be a mask, a label image or probabilities, no logits of a predictor.
+
+    Zeros everywhere are logits: callers of exported models give them for "no mask".
+    """
+    if (values < 0).any() or (values == LOGIT_LIMIT).all() or not values.any():
         return False
     return bool((values <= 1).all() or (values == np.rint(values)).all() or (values > LOGIT_LIMIT).any())
 

@@ -11,6 +11,7 @@ from sam2jq.data.images import preprocess_frame
 from sam2jq.data.video import Video, open_video, video_of
 from sam2jq.errors import UserError
 from sam2jq.models.layers import resize
+from sam2jq.models.params import check_params
 from sam2jq.models.sam2 import NO_OBJECT, SAM2, is_image_only
 from sam2jq.predictors.image import check_default, float_dtype
 from sam2jq.predictors.memory_bank import FrameOutput
@@ -25,9 +26,11 @@ from sam2jq.predictors.video_state import (
     frame_info,
     frame_order,
     memory_bank,
+    padded_count,
     stack,
 )
 from sam2jq.predictors.video_steps import (
+    condition_frame,
     encode_frame,
     mask_frame,
     memorize_prompted,
@@ -70,11 +73,13 @@ class VideoPredictor(FromPretrained):
         """A predictor of `model` with `params`; dtype: of the activations.
 
         Raises UserError for fill_hole_area, non_overlap_masks or clear_non_cond_mem_around_input other than the
-        default: these options of the original are not implemented. Raises it for params without the memory, too.
+        default: these options of the original are not implemented. Raises it for params without the memory, or of
+        another model, too.
         """
         check_default("fill_hole_area", fill_hole_area, 0)
         check_default("non_overlap_masks", non_overlap_masks, False)
         check_default("clear_non_cond_mem_around_input", clear_non_cond_mem_around_input, False)
+        check_params(type(self).__name__, model, params)
         if is_image_only(params):
             raise UserError(
                 "this is an image-only model, without the weights of the memory, which tracking needs: load the "
@@ -185,14 +190,17 @@ class VideoPredictor(FromPretrained):
             raise UserError(f"no prompt on {which}: add points, a box or a mask")
         first = min(min(obj.cond) for obj in objects) if start_frame_idx is None else start_frame_idx
         first = check_frame(state, first)
-        batch = objects + [objects[-1]] * (2 ** (len(objects) - 1).bit_length() - len(objects))
+        batch = objects + [objects[-1]] * (padded_count(len(objects)) - len(objects))
         bank = memory_bank(batch, first, reverse)
         blank = jax.tree.map(np.zeros_like, next(iter(objects[0].cond.values())))
         for frame in frame_order(first, state.num_frames, max_frame_num_to_track, reverse):
             cond = stack([obj.cond.get(frame, blank) for obj in batch])
             is_cond = np.array([frame in obj.cond for obj in batch])
-            image, info = self._image(state, frame), frame_info(state, frame, reverse)
-            output, bank = track_frame(self.model, self.params, image, bank, cond, is_cond, info)
+            features = self._features(state, frame)
+            conditioned = condition_frame(
+                self.model, self.params, features[-1], bank, frame_info(state, frame, reverse)
+            )
+            output, bank = track_frame(self.model, self.params, features, conditioned, bank, cond, is_cond)
             for i, obj in enumerate(objects):
                 obj.reverse[frame] = reverse
                 if not is_cond[i]:
@@ -243,13 +251,15 @@ class VideoPredictor(FromPretrained):
     def _prompt(self, state: VideoState, obj: ObjectState, frame: int, features: list[Array]) -> FrameOutput:
         """The output of an object's points on a frame; a frame tracked before is conditioned on memory."""
         coords, labels = obj.prompts[frame]
-        earlier, reverse = obj.latest(frame, self._is_cond(obj, frame)), obj.reverse.get(frame, False)
+        earlier, conditioned = obj.latest(frame, self._is_cond(obj, frame)), None
+        if frame in obj.reverse:
+            bank, info = memory_bank([obj], frame, obj.reverse[frame]), frame_info(state, frame, obj.reverse[frame])
+            conditioned = condition_frame(self.model, self.params, features[-1], bank, info)
         return prompt_frame(
             self.model,
             self.params,
             features,
-            memory_bank([obj], frame, reverse) if frame in obj.reverse else None,
-            frame_info(state, frame, reverse),
+            conditioned,
             (coords, labels),
             None if earlier is None else np.clip(earlier.mask, -LOGIT_LIMIT, LOGIT_LIMIT)[..., None],
             multimask=labels.shape[1] <= 1,

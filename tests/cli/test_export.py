@@ -46,3 +46,10 @@ def test_a_target_writes_into_a_folder_that_exists(job, tmp_path, monkeypatch):
     out = tmp_path / "new" / "folder"
     assert main(["export", "--package", str(job), "--to", "vanilla", "--out", str(out)]) == 0
     assert (out / "file").read_text() == "written"
+
+
+def test_a_file_in_place_of_the_folder_is_an_error(job, tmp_path, capsys):
+    (tmp_path / "file").write_text("kept")
+    error = failure(capsys, "export", "--package", str(job), "--to", "vanilla", "--out", str(tmp_path / "file"))
+    assert "file is not a folder" in error
+    assert (tmp_path / "file").read_text() == "kept"

@@ -6,6 +6,7 @@ from PIL import Image
 
 from sam2jq.cli.main import main
 from sam2jq.cli.segment import FORMATS
+from sam2jq.data.images import is_turned
 from sam2jq.report.figures import draw_prompts
 
 from .conftest import failure
@@ -85,3 +86,15 @@ def test_what_is_read_is_never_replaced(tmp_path, capsys):
         assert "is read; give another name" in failure(capsys, *command, "--points", "5,5")
     assert "ends in .html" in failure(capsys, "report", str(tmp_path), "--out", str(tmp_path / "package.pt"))
     assert (photo.read_bytes(), sorted(path.name for path in folder.iterdir())) == (before, ["0.png"])
+
+
+def test_an_orientation_that_is_not_applied_is_said(tmp_path, capsys):
+    """As in sam2. A viewer shows the picture turned, so that clicks read off there would be elsewhere."""
+    exif = Image.Exif()
+    for orientation in (1, 6):
+        exif[274] = orientation
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{orientation}.jpg", exif=exif)
+        assert is_turned(str(tmp_path / f"{orientation}.jpg")) == (orientation == 6)
+    prompt = ["--points", "90,30", "--out", str(tmp_path / "o.png")]
+    assert main(["segment", str(tmp_path / "6.jpg"), *prompt]) == 2  # outside of the picture: no model is loaded
+    assert "EXIF orientation is not applied" in capsys.readouterr().out

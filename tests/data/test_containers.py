@@ -1,13 +1,15 @@
 """Video files that are cut or have a hole are refused, and intact ones of every container are read."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from sam2jq.data import containers
+from sam2jq.data import containers, find_images
+from sam2jq.data.loader import find_items
 from sam2jq.data.video import decode, open_video
 from sam2jq.data.video_frames import count_frames
 from sam2jq.errors import UserError
@@ -101,6 +103,31 @@ def test_a_cut_video_is_refused_as_training_data(tmp_path):
     (tmp_path / "cut.mkv").write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="cut.mkv: cut or damaged .File ended prematurely., .* frames of it are left"):
         count_frames(tmp_path / "cut.mkv")
+
+
+def test_frames_that_an_edit_list_cuts_away_are_no_training_data(tmp_path):
+    whole, shorter = write(tmp_path / "whole.mp4"), tmp_path / "shorter.mp4"
+    with av.open(whole) as source, av.open(shorter, "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream, shift = stream, round(0.25 / packet.time_base)  # times below 0 become an edit list
+                packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+                target.mux(packet)
+    with av.open(shorter) as container:
+        assert container.streams.video[0].frames == COUNT
+    shown = len(open_video(str(shorter)))
+    assert count_frames(shorter) == shown < COUNT
+    items = find_items(str(shorter), None, 0, frames=shown, stride=1)
+    assert [len(item.read()) for item in items] == [shown]
+    assert len(find_images(str(shorter), None, 0)) == shown
+
+
+def test_a_file_that_is_no_video_is_no_training_data(tmp_path):
+    (tmp_path / "a.txt").write_text("")
+    for find in (partial(find_items, frames=2), find_images):
+        with pytest.raises(UserError, match="a.txt: not an? (image or )?video file"):
+            find(str(tmp_path / "a.txt"), None, 0)
 
 
 def test_a_damaged_frame_is_named(tmp_path):

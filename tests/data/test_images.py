@@ -14,6 +14,7 @@ from sam2jq.data.loader import find_items
 from sam2jq.data.synthetic.names import scene_seed
 from sam2jq.data.video import open_video
 from sam2jq.errors import UserError
+from sam2jq.models.sam2 import abstract_params
 
 
 def write_images(root: Path, *names: str) -> Path:
@@ -184,7 +185,7 @@ def test_pixels_of_unknown_range_and_several_images_are_refused_by_name(tmp_path
 
 
 def test_pil_images_are_converted_as_files_are():
-    predictor = ImagePredictor(None, {})
+    predictor = ImagePredictor(build("nano"), abstract_params(build("nano")))
     with pytest.raises(UserError, match="the image: its pixels are floats"):
         predictor.set_image(Image.fromarray(np.zeros((4, 4), np.float32)))
     np.testing.assert_array_equal(rgb_pixels(Image.fromarray(RAMP)), np.repeat((RAMP >> 8)[..., None], 3, -1))
@@ -193,9 +194,9 @@ def test_pil_images_are_converted_as_files_are():
 @pytest.mark.parametrize("dtype", [np.uint16, np.float32, np.int32])
 def test_predictors_refuse_arrays_of_other_types_by_name(dtype):
     with pytest.raises(UserError, match=rf"uint8 \[H, W, 3\], got {np.dtype(dtype)} \[4, 4, 3\]"):
-        ImagePredictor(build("nano"), {}).set_image(np.zeros((4, 4, 3), dtype))
+        ImagePredictor(build("nano"), abstract_params(build("nano"))).set_image(np.zeros((4, 4, 3), dtype))
     with pytest.raises(UserError, match=rf"uint8 \[T, H, W, 3\] .* got {np.dtype(dtype)}"):
-        VideoPredictor(build("nano"), {}).init_state(np.zeros((2, 4, 4, 3), dtype))
+        VideoPredictor(build("nano"), abstract_params(build("nano"))).init_state(np.zeros((2, 4, 4, 3), dtype))
 
 
 def test_files_of_other_programs_are_passed_over_and_linked_folders_are_followed(tmp_path):
@@ -246,7 +247,7 @@ def test_a_missing_file_is_an_error(tmp_path):
     [
         ("gone", None, FileNotFoundError, "gone: no such file or folder; give a folder"),
         ("empty", None, FileNotFoundError, "empty: holds no image; looked for .jpg .jpeg .png .webp .bmp"),
-        ("full/notes.txt", None, ValueError, "notes.txt: not an image file; allowed: .* .jpg"),
+        ("full/notes.txt", None, ValueError, "notes.txt: not an image or video file; allowed: .* .jpg"),
         ("full", 0, ValueError, "full: num_samples must be at least 1, got 0"),
         ("sav_val", None, FileNotFoundError, "JPEGImages_24fps: holds no image"),
         ("coco", None, FileNotFoundError, "coco: none of the 1 images .* name lies below .*such as b.jpg"),

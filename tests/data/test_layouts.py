@@ -178,6 +178,17 @@ def test_label_images_are_masks_of_all_objects(tmp_path, layout):
         find_clips(str(tmp_path), "test", None)
 
 
+@pytest.mark.parametrize("resolution", ["480p", "1080p"])
+def test_the_lists_of_davis_2016_name_frames(tmp_path, resolution):
+    for name in ("bear", "dog"):
+        write_label_clip(tmp_path / "JPEGImages" / resolution / name, tmp_path / "Annotations" / resolution / name)
+    frames = [f"/JPEGImages/{resolution}/dog/{i:05d}.jpg /Annotations/{resolution}/dog/{i:05d}.png" for i in range(5)]
+    (tmp_path / "ImageSets" / resolution).mkdir(parents=True)
+    (tmp_path / "ImageSets" / resolution / "val.txt").write_text("\n".join(frames))
+    (clip,) = find_clips(str(tmp_path), "", None)
+    assert clip.name == "dog"
+
+
 def test_255_is_void_in_label_images_and_the_object_in_those_of_davis_2016(tmp_path):
     for index in range(3):
         write_image(tmp_path / f"JPEGImages/480p/dog/{index}.jpg")

@@ -3,9 +3,10 @@ import pytest
 from PIL import Image
 
 from converters.exports.vanilla import define_torchvision_operators
-from sam2jq import ImagePredictor
+from sam2jq import ImagePredictor, VideoPredictor, build
 from sam2jq.data import draw_scene
 from sam2jq.errors import UserError
+from sam2jq.models.sam2 import abstract_params
 from tests.conftest import relative, twin
 
 
@@ -109,7 +110,6 @@ DISC = np.hypot(*(np.mgrid[:64, :64] - 30)) < 12
         DISC * 1.0,
         DISC * 255.0,
         DISC * 0.4,
-        np.zeros((64, 64)),
         np.ones((64, 64)),
         DISC * 254.5,
     ],
@@ -123,9 +123,9 @@ def test_a_mask_in_place_of_logits_is_an_error(predictors, mask):
 
 
 def test_logits_of_any_sign_are_no_mask(predictors):
-    """What the way out of the error above gives, logits over 0 everywhere, and those of a saturated mask."""
+    """The way out of the error above, logits over 0 everywhere, those of a saturated mask, and zeros for no mask."""
     original, ours = predictors
-    for logits in (20 * DISC - 10, 2.5 + DISC, np.full((64, 64), 32.0)):
+    for logits in (20 * DISC - 10, 2.5 + DISC, np.full((64, 64), 32.0), np.zeros((64, 64))):
         assert relative(*(p.predict(mask_input=logits[None], return_logits=True)[0] for p in (ours, original))) <= 1e-4
 
 
@@ -172,3 +172,15 @@ def test_the_device_of_sam2_is_refused_by_name():
 def test_predicting_without_an_image_is_an_error(predictors):
     with pytest.raises(RuntimeError, match="call set_image before predict"):
         ImagePredictor(predictors[1].model, predictors[1].params).predict(**POINT)
+
+
+@pytest.mark.parametrize("predictor", [ImagePredictor, VideoPredictor])
+def test_params_of_another_model_are_an_error(predictor):
+    model, params = build("nano", image_size=64), abstract_params(build("tiny"))
+    for arguments, message in (
+        ((model, params), f"{predictor.__name__}: the params are not those of the model: .* do not fit"),
+        ((params, model), "the model must be the one that sam2jq.load returns, got dict"),
+        ((model, model), "params must be the tree that sam2jq.load returns, got SAM2"),
+    ):
+        with pytest.raises(UserError, match=message):
+            predictor(*arguments)
