@@ -61,6 +61,21 @@ def test_a_block_of_masked_keys_is_not_computed():
     assert np.isfinite(attention(q, k, v, jnp.asarray(key_mask))).all()
 
 
+@pytest.mark.parametrize("queries", [16, QUERY_CHUNK])
+def test_attention_in_half_precision_is_as_exact_as_jax_s_own(queries):
+    """Scores and sums are in float32. The sum over many equal keys overflows in float16, and bfloat16 has 8 bits."""
+    many = jnp.ones((1, 28672, 1, 8), jnp.float16)
+    np.testing.assert_array_equal(attention(many[:, :4], many, 4 * many), 4)
+    arrays = [normal(1, queries, 2, 32), 4 * normal(1, 600, 2, 32), normal(1, 600, 2, 32)]
+    half = [jnp.asarray(x, jnp.bfloat16) for x in arrays]
+    exact = attention(*(x.astype(jnp.float32) for x in half))
+    ours, jax_s = (relative(fn(*half), exact) for fn in (attention, jax.nn.dot_product_attention))
+    assert ours < 1.1 * jax_s
+    gradient = lambda arrays: jax.grad(lambda arrays: jnp.square(attention(*arrays)).mean())(arrays)
+    for got, expected in zip(gradient(half), gradient([x.astype(jnp.float32) for x in half])):
+        assert relative(got, expected) < 0.02  # a few roundings of 2 ** -9
+
+
 def test_chunks_have_the_gradient_of_the_whole_without_keeping_the_hidden_layer_for_it():
     rows, hidden = 1024, 256
     x, w, v = normal(rows, 8), normal(8, hidden), normal(hidden, 8)
