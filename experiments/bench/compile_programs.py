@@ -107,7 +107,7 @@ def video_step(name: str, dtype, objects: int, mesh: Mesh):
 
 
 def mask_gradient(name: str, size: int, mesh: Mesh):
-    """The gradient through the convolutions that read masks; in the distillation step the TPU compiler aborted on it."""
+    """The gradient through the convolutions that read masks, on which the TPU compiler aborted in training."""
     model, place = build(name, image_size=size), partial(shaped, sharding=replicated(mesh))
 
     def embed(sam: SAM2, masks):

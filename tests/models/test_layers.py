@@ -108,18 +108,22 @@ def test_a_convolution_with_a_stride_is_the_product_of_its_patches(size, stride,
 
 
 def test_what_is_computed_once_more_has_the_same_gradient_in_less_memory():
-    """Captured layer outputs are the same too, and gradients flow through them."""
-    found, image = {}, normal(1, 128, 128, 3)
+    """Captured layer outputs are the same too, and gradients flow through them. A step of distillation maps its loss
+    over examples."""
+    found, images = {}, normal(2, 1, 128, 128, 3)
     for remat in (False, True):
         trunk = Hiera(8, 2, (4,), (), (4,), 7, remat)
-        shapes = jax.eval_shape(trunk.init, jax.random.key(0), image)["params"]
+        shapes = jax.eval_shape(trunk.init, jax.random.key(0), images[0])["params"]
         params = jax.tree.map(lambda leaf: 0.1 * normal(*leaf.shape), shapes)
 
-        def loss(params, trunk=trunk):
+        def loss_of(params, image, trunk=trunk):
             maps, captured = trunk.apply({"params": params}, image, mutable=[OUTPUTS])
             moments = {path: leaf for path, leaf in flatten(captured[OUTPUTS]).items() if path.endswith("moments")}
             squares = [jnp.square(leaf).sum() for leaf in jax.tree.leaves(moments)]
             return jnp.square(maps[0]).mean() + sum(squares), moments
+
+        def loss(params, loss_of=loss_of):
+            return jax.tree.map(lambda leaf: leaf.mean(0), jax.vmap(loss_of, (None, 0))(params, images))
 
         run = jax.jit(jax.grad(loss, has_aux=True)).lower(params).compile()
         found[remat] = (*run(params), run.memory_analysis().temp_size_in_bytes)
