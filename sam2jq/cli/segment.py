@@ -4,15 +4,13 @@ import argparse
 import logging
 
 from sam2jq.cli.arguments import add_prompts, check_inside, prompt_labels
-from sam2jq.cli.loading import load_model
+from sam2jq.cli.loading import load_image_predictor
 from sam2jq.config import loader
 from sam2jq.config.run import SegmentConfig
 from sam2jq.data import read_image
 from sam2jq.data.images import is_turned
 from sam2jq.errors import UserError
 from sam2jq.files import atomic_write, check_target
-from sam2jq.predictors.image import ImagePredictor
-from sam2jq.quant.algorithms.activations import materialize_weights
 from sam2jq.report import figures
 
 SCHEMA = SegmentConfig
@@ -38,14 +36,13 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
         log.warning("note        its EXIF orientation is not applied, as in sam2: prompts are in pixels as stored")
     check_inside(args, image.shape[:2])
     config = loader.load(None, flags, SegmentConfig)
-    model, checkpoint = load_model(config.model, config.cache)
-    predictor = ImagePredictor(model, materialize_weights(checkpoint.params), dtype=config.model.dtype)
+    predictor, random = load_image_predictor(config)
     predictor.set_image(image)
     points = {"point_coords": args.points, "point_labels": labels} if args.points else {}
     masks, scores, _ = predictor.predict(**points, box=args.box, multimask_output=args.multimask)
     picture = figures.overlay(image, masks > 0)
     figures.draw_prompts(picture, args.points, labels, args.box)
-    if checkpoint.random:
+    if random:
         figures.write(picture, "random weights")
     with atomic_write(out) as temporary:
         picture.save(temporary, format=FORMATS[out.suffix.lower()])

@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from sam2jq.cli.arguments import add_prompts, check_inside, prompt_labels
-from sam2jq.cli.loading import load_model
+from sam2jq.cli.loading import load_video_predictor
 from sam2jq.cli.run_folder import stage
 from sam2jq.config import loader
 from sam2jq.config.run import SegmentConfig
@@ -16,8 +16,6 @@ from sam2jq.data.sources import scene_video
 from sam2jq.data.video import open_video
 from sam2jq.errors import UserError
 from sam2jq.files import atomic_write, check_target
-from sam2jq.predictors.video import VideoPredictor
-from sam2jq.quant.algorithms.activations import materialize_weights
 from sam2jq.report import figures
 
 SCHEMA = SegmentConfig
@@ -44,8 +42,7 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
     mask = read_mask(args.mask, video.size) if args.mask is not None else None
     check_inside(args, video.size)
     config = loader.load(None, flags, SegmentConfig)
-    model, checkpoint = load_model(config.model, config.cache)
-    predictor = VideoPredictor(model, materialize_weights(checkpoint.params), dtype=config.model.dtype)
+    predictor, random = load_video_predictor(config)
     state = predictor.init_state(video)
     if mask is not None:
         predictor.add_new_mask(state, args.frame, 1, mask)
@@ -58,7 +55,7 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
             pictures.append(figures.overlay(video[frame], logits[:, 0] > 0))
             if frame == args.frame:
                 figures.draw_prompts(pictures[-1], args.points, labels, args.box)
-            if checkpoint.random:
+            if random:
                 figures.write(pictures[-1], "random weights")
     save_pictures(pictures, out)
     log.info("written     %s", args.out)

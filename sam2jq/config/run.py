@@ -10,6 +10,7 @@ from sam2jq.quant.field_types import check_types
 DEVICES = ("auto", "cpu", "gpu", "cuda", "tpu")
 FLOATS = ("float32", "bfloat16", "float16")
 TASKS = ("image", "vos")
+ENGINES = ("auto", "openvino", "onnxruntime")
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class ModelConfig:
     # "2.0" or "2.1"; null: what the checkpoint holds
     version: str | None = None
     # a file (file.pt#ema where it holds several models), a folder, a Hugging Face Hub id, random:<seed>, or demo, the
-    # trained nano that comes with the package
+    # trained nano that comes with the package; segment, track and evaluate take a folder of ONNX files, too
     checkpoint: str = ""
     # side of the model's input in pixels; null: what the checkpoint holds, else the model's own
     image_size: int | None = None
@@ -142,9 +143,12 @@ class SegmentConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
+    # that runs ONNX files: openvino, onnxruntime, or auto, the first that is installed
+    engine: str = "auto"
 
     def __post_init__(self):
         check_types(self)
+        one_of("engine", self.engine, ENGINES)
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,8 @@ class EvaluateConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
+    # that runs ONNX files: openvino, onnxruntime, or auto, the first that is installed
+    engine: str = "auto"
     # image: mIoU of prompted objects; vos: J&F of tracked objects
     task: str = "image"
     # scenes:<seed>; a COCO, LVIS, Roboflow or SA-1B folder (image); an SA-V, DAVIS, MOSE or YouTube-VOS folder (vos)
@@ -170,6 +176,7 @@ class EvaluateConfig:
     def __post_init__(self):
         check_types(self)
         one_of("task", self.task, TASKS)
+        one_of("engine", self.engine, ENGINES)
         if not self.data:
             raise ConfigError("data is not set: give a COCO or SA-V folder, or scenes:0 for synthetic images")
         if self.num_samples is not None and self.num_samples < 1:

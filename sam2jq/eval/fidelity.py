@@ -17,6 +17,7 @@ from sam2jq.eval.gallery import Gallery, add_items, click_items, object_items, s
 from sam2jq.eval.image_benchmark import mean_ious, object_ious, read_sample, segment_objects
 from sam2jq.eval.vos_benchmark import evaluate_clips
 from sam2jq.models.sam2 import FLOW, SAM2
+from sam2jq.predictors.image import ImagePredictor
 from sam2jq.predictors.video import VideoPredictor
 from sam2jq.ptq.pipeline import UNROUNDED, in_order
 from sam2jq.quant.error import relative_error
@@ -117,16 +118,14 @@ def score_images(
     Raises UserError if no image has an object.
     """
     sampled, gallery, scores = sample_images(len(samples), config.seed), Gallery(), {name: [] for name in variants}
+    predictors = {name: ImagePredictor(model, tree, dtype=config.model.dtype) for name, tree in variants.items()}
     left_out = {}
     for i, sample in enumerate(tqdm(samples, unit="image", leave=False, disable=None)):
         pair, without = read_sample(sample)
         left_out |= without
         if pair:
             image, masks = pair
-            predicted = {
-                name: segment_objects(model, params, image, masks, config.model.dtype)
-                for name, params in variants.items()
-            }
+            predicted = {name: segment_objects(predictor, image, masks) for name, predictor in predictors.items()}
             for name in variants:
                 scores[name].append(object_ious(predicted[name], masks))
             both = (predicted[name]["1 click"] for name in ("full precision", last))

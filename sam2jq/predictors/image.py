@@ -5,17 +5,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
-from sam2jq.data import preprocess
-from sam2jq.data.images import rgb_pixels
 from sam2jq.errors import UserError
 from sam2jq.models.decoder import Decoded
 from sam2jq.models.layers import resize
 from sam2jq.models.params import check_params
 from sam2jq.models.sam2 import SAM2
 from sam2jq.predictors.pretrained import FromPretrained
-from sam2jq.predictors.prompts import LOGIT_LIMIT, mask_logits, point_prompts
+from sam2jq.predictors.prompted_image import PromptedImage, PromptMasks
 
 Array = jax.Array
 
@@ -41,7 +38,7 @@ def _decode(model: SAM2, params: dict, features: list[Array], points, masks, *, 
     return model.apply({"params": params}, features, points, masks, multimask=multimask, method="decode_masks")
 
 
-class ImagePredictor(FromPretrained):
+class ImagePredictor(PromptedImage, FromPretrained):
     """Segments one image at a time.
 
         predictor = ImagePredictor(model, params)   # or ImagePredictor.from_pretrained("demo")
@@ -74,75 +71,20 @@ class ImagePredictor(FromPretrained):
         self.mask_threshold, self.dtype = mask_threshold, float_dtype(dtype)
         self.reset_predictor()
 
-    def reset_predictor(self) -> None:
-        """Removes the image and its features."""
-        self._features, self._orig_hw = None, None
+    @property
+    def image_size(self) -> int:
+        return self.model.variant.image_size
 
-    def set_image(self, image) -> None:
-        """Encodes an image, uint8 [H, W, 3] RGB or a PIL image, for later calls of `predict`."""
-        self.reset_predictor()  # as in the original: after an error, no result is of the image before
-        image = rgb_pixels(image) if isinstance(image, Image.Image) else np.asarray(image)
-        batch = jnp.asarray(preprocess(image, self.model.variant.image_size)[None], self.dtype)
-        self._features = encode_images(self.model, self.params, batch)
-        self._orig_hw = image.shape[:2]
+    def encode(self, image: np.ndarray) -> list[Array]:
+        return encode_images(self.model, self.params, jnp.asarray(image, self.dtype))
 
-    def get_image_embedding(self) -> Array:
-        """The coarsest feature map [1, S / 16, S / 16, C] of the image."""
-        return self._require_image()[-1]
+    def decode(self, features: list[Array], points, masks, *, multimask: bool) -> PromptMasks:
+        out = decode(self.model, self.params, features, points, masks, multimask=multimask)
+        return PromptMasks(out.masks, out.ious)
 
-    def predict(
-        self,
-        point_coords=None,
-        point_labels=None,
-        box=None,
-        mask_input=None,
-        multimask_output: bool = True,
-        return_logits: bool = False,
-        normalize_coords: bool = True,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Masks [M, H, W] of the image's size, their estimated IoU [M], and logits [M, S / 4, S / 4], all float32.
-
-        P > 1 prompts add a leading axis P. Masks are 0 and 1, or logits with `return_logits`.
-
-        point_coords: [N, 2] or [P, N, 2], x and y in pixels of the image, or in 0..1 with normalize_coords=False.
-        point_labels: [N] or [P, N], 1 foreground, 0 background, 2 and 3 the corners of a box. box: [4] or [P, 4], x0 y0
-        x1 y1; [0, 4] gives results with P = 0.
-        mask_input: logits [1, S / 4, S / 4] or [P, 1, S / 4, S / 4] of an earlier call, not a mask.
-        multimask_output: M = 3 masks per prompt, for ambiguous prompts, else 1.
-
-        Raises UserError if prompts have the wrong shape, are not finite, or if mask_input holds a mask; RuntimeError if
-        no image is set.
-        """
-        features = self._require_image()
-        size = self._orig_hw if normalize_coords else (1, 1)
-        points = None
-        if not (point_coords is None and point_labels is None and box is None):
-            points = point_prompts(point_coords, point_labels, box, size, self.model.variant.image_size)
-        masks = None if mask_input is None else mask_logits(mask_input, self.model.variant.image_size // 4)
-        if points is not None and masks is not None and len(masks) not in (1, len(points[0])):
-            raise UserError(f"{len(points[0])} point or box prompts but {len(masks)} mask_input: give 1 or as many")
-        if points is not None and len(points[0]) == 0:
-            return self._no_results(3 if multimask_output else 1)
-        out = decode(self.model, self.params, features, points, masks, multimask=multimask_output)
-        low_res = out.masks.astype(jnp.float32)
-        full = resize(jnp.moveaxis(low_res, 1, -1), self._orig_hw)
-        full = np.moveaxis(np.asarray(full), -1, 1)
-        if not return_logits:
-            full = (full > self.mask_threshold).astype(np.float32)
-        low_res = np.clip(np.asarray(low_res), -LOGIT_LIMIT, LOGIT_LIMIT)
-        results = full, np.asarray(out.ious, np.float32), low_res
-        return tuple(x[0] for x in results) if len(full) == 1 else results
-
-    def _no_results(self, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What `predict` returns for no prompt, with `count` masks per prompt."""
-        side = self.model.variant.image_size // 4
-        shapes = (0, count, *self._orig_hw), (0, count), (0, count, side, side)
-        return tuple(np.zeros(shape, np.float32) for shape in shapes)
-
-    def _require_image(self) -> list[Array]:
-        if self._features is None:
-            raise RuntimeError("no image is set: call set_image before predict")
-        return self._features
+    def enlarge(self, masks: Array, size: tuple[int, int]) -> np.ndarray:
+        full = resize(jnp.moveaxis(masks.astype(jnp.float32), 1, -1), size)
+        return np.moveaxis(np.asarray(full), -1, 1)
 
 
 def float_dtype(dtype) -> str:
