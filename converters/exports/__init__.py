@@ -80,5 +80,5 @@ EXPORTS = {
         "model.pt, scale.pt, smooth.pt and branch.pt, and rotation.pt where layers are rotated", write_deepcompressor
     ),
     "nunchaku": Export("hiera_blocks.safetensors and unquantized_layers.safetensors", write_nunchaku),
-    "onnx": Export("image_encoder.onnx, prompt_mask_decoder.onnx and model.json for sam2jq.deploy", write_onnx),
+    "onnx": Export("image_encoder.onnx, prompt_mask_decoder.onnx, ... for sam2jq.deploy, and model.json", write_onnx),
 }

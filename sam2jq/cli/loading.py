@@ -9,12 +9,13 @@ import jax
 from sam2jq.cli.compiled import use_compilation_cache
 from sam2jq.cli.run_folder import stage
 from sam2jq.config.run import CacheConfig, EvaluateConfig, ModelConfig, SegmentConfig
-from sam2jq.deploy import OnnxImagePredictor
+from sam2jq.deploy import OnnxImagePredictor, OnnxVideoPredictor
 from sam2jq.deploy.folder import is_onnx_folder, read_description
 from sam2jq.errors import UserError
 from sam2jq.models.sam2 import SAM2, is_image_only
 from sam2jq.predictors.image import ImagePredictor
 from sam2jq.predictors.prompted_image import PromptedImage
+from sam2jq.predictors.prompted_video import PromptedVideo
 from sam2jq.predictors.video import VideoPredictor
 from sam2jq.quant.algorithms.activations import materialize_weights
 
@@ -55,8 +56,11 @@ def load_image_predictor(config: SegmentConfig | EvaluateConfig) -> tuple[Prompt
     return ImagePredictor(model, params, dtype=config.model.dtype), checkpoint.random
 
 
-def load_video_predictor(config: SegmentConfig | EvaluateConfig) -> tuple[VideoPredictor, bool]:
+def load_video_predictor(config: SegmentConfig | EvaluateConfig) -> tuple[PromptedVideo, bool]:
     """As `load_image_predictor`, for clips."""
+    if is_onnx_folder(config.model.checkpoint):
+        predictor = OnnxVideoPredictor(config.model.checkpoint, config.engine, **onnx_settings(config))
+        return predictor, predictor.random
     model, checkpoint = load_model(config.model, config.cache)
     params = materialize_weights(checkpoint.params)
     return VideoPredictor(model, params, dtype=config.model.dtype), checkpoint.random

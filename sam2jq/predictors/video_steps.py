@@ -86,7 +86,7 @@ def memorize_prompted(model: SAM2, params: dict, coarse: Array, output: FrameOut
     return model.apply({"params": params}, coarse, output, method=memorize, binarize=True)
 
 
-@partial(jax.jit, static_argnames="size")
-def resize_masks(masks: Array, size: tuple[int, int]) -> Array:
-    """Mask logits [B, H, W] -> [B, 1, *size]."""
-    return resize(masks[..., None], size)[:, None, ..., 0]
+@partial(jax.jit, static_argnames=("size", "antialias"))
+def resize_maps(maps: Array, size: tuple[int, int], antialias: bool) -> Array:
+    """Maps [B, H, W] -> [B, *size]."""
+    return resize(maps[..., None], size, antialias=antialias)[..., 0]

@@ -11,7 +11,7 @@ from converters.exports.vanilla import build_original
 from sam2jq import VideoPredictor
 from sam2jq.data.synthetic.scenes import draw_clip
 from sam2jq.errors import UserError
-from sam2jq.predictors import video as tracking
+from sam2jq.predictors import video_steps
 from sam2jq.predictors.memory_bank import FrameInfo, condition_on_memory
 from sam2jq.predictors.video_state import memory_bank
 from tests.conftest import twin
@@ -254,13 +254,13 @@ def test_a_whole_clip_compiles_one_step(pair):
     17 have the shapes of those for frame 1."""
     _, predictor = pair
     chex.clear_trace_counter()
-    once = chex.assert_max_traces(tracking.track_frame.__wrapped__, n=1)
+    once = chex.assert_max_traces(video_steps.track_frame.__wrapped__, n=1)
     step = jax.jit(once, static_argnames="model")
     state = predictor.init_state(draw_clip(4, 18).frames)
     for obj_id, x in enumerate((60, 120, 200)):
         predictor.add_new_points_or_box(state, 0, obj_id, points=[[x, 80]], labels=[1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tracking, "track_frame", step)
+        patch.setattr(video_steps, "track_frame", step)
         assert len(list(predictor.propagate_in_video(state))) == 18
     shapes = [jax.tree.map(np.shape, memory_bank(list(state.objects.values()), frame, False)) for frame in (1, 17)]
     assert shapes[0] == shapes[1]

@@ -9,21 +9,23 @@ from pathlib import Path
 from converters.exports.onnx.graph import Graph
 from converters.exports.onnx.image import image_encoder, prompt_mask_decoder
 from converters.exports.onnx.leaves import why_refused
+from converters.exports.onnx.memory import mask_prompt, memory_attention, memory_encoder
 from sam2jq import __version__
 from sam2jq.data.images import MEAN, STD
 from sam2jq.deploy.folder import DESCRIPTION, FORMAT, FORMAT_VERSION
 from sam2jq.errors import UserError, few
 from sam2jq.files import atomic_write
-from sam2jq.models.sam2 import SAM2
+from sam2jq.models.sam2 import SAM2, is_image_only
 from sam2jq.quant.package import MODEL_KEYS, describe, pack_params
 from sam2jq.tree import flatten, kernels, layer_name
 
-GRAPHS = {"image_encoder": image_encoder, "prompt_mask_decoder": prompt_mask_decoder}
+IMAGE_GRAPHS = {"image_encoder": image_encoder, "prompt_mask_decoder": prompt_mask_decoder}
+MEMORY_GRAPHS = {"memory_attention": memory_attention, "memory_encoder": memory_encoder, "mask_prompt": mask_prompt}
 
 
 def save_onnx(folder: Path, model: SAM2, params: dict, metadata: Mapping) -> None:
-    """Writes GRAPHS and DESCRIPTION. The latter comes last, and an old one is removed first: a folder that has one is
-    complete.
+    """Writes the graphs and DESCRIPTION. The latter comes last, and an old one is removed first: a folder that has one
+    is complete.
 
     Raises UserError that names layers whose leaves have no exact form in ONNX.
     """
@@ -32,7 +34,8 @@ def save_onnx(folder: Path, model: SAM2, params: dict, metadata: Mapping) -> Non
         raise UserError(f"{few(layers, 3)}: {refused[layers[0]]}")
     (folder / DESCRIPTION).unlink(missing_ok=True)
     files = {}
-    for name, build in GRAPHS.items():
+    graphs = IMAGE_GRAPHS if is_image_only(params) else IMAGE_GRAPHS | MEMORY_GRAPHS
+    for name, build in graphs.items():
         graph, outputs = build(model, params)
         path = folder / f"{name}.onnx"
         with atomic_write(path) as temporary:

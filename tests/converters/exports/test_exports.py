@@ -18,7 +18,10 @@ WRITTEN = {
     "safetensors": {"model.safetensors", "config.json", "processor_config.json"},
     "deepcompressor": {"model.pt", "scale.pt", "smooth.pt", "branch.pt"},
     "nunchaku": {"hiera_blocks.safetensors", "unquantized_layers.safetensors"},
-    "onnx": {"image_encoder.onnx", "prompt_mask_decoder.onnx", "model.json"},
+    "onnx": {
+        *("image_encoder.onnx", "prompt_mask_decoder.onnx"),
+        *("memory_attention.onnx", "memory_encoder.onnx", "mask_prompt.onnx", "model.json"),
+    },
 }
 W4 = sam2jq.QuantSpec(4, group_size=64)
 
