@@ -125,6 +125,8 @@ class Config:
     save_model: bool = True
     # write nunchaku/: the trunk's linear layers in sint4 with groups of 64
     convert_nunchaku: bool = False
+    # write onnx/: the files of export --to onnx, and measure the masks that the installed engines compute from them
+    convert_onnx: bool = False
     # seed of everything random; equal seeds give equal results on one device
     seed: int = 42
 
@@ -135,6 +137,12 @@ class Config:
         same_size("quant.calib.image_size", self.quant.calib.image_size, "model.image_size", self.model.image_size)
         if self.convert_nunchaku and self.quant.rotation.transforms:
             raise ConfigError("convert_nunchaku: nunchaku's kernels cannot rotate inputs: leave quant.rotation out")
+        ipts = self.quant.ipts
+        if self.convert_onnx and (self.quant.opts.dtype or (ipts.dtype and not (ipts.static and "int" in ipts.dtype))):
+            raise ConfigError(
+                "convert_onnx: engines have kernels for integer inputs on a fixed grid only: set quant.ipts.static to "
+                "true, with group_shapes [[-1, -1]] and dtype uint8, and leave quant.opts out"
+            )
 
 
 @dataclass(frozen=True)
