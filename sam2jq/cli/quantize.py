@@ -148,7 +148,7 @@ def convert_onnx(config: Config, model: SAM2, random: bool, params: dict, folder
     """Writes onnx/ and returns {engine: predictor of its files} of the engines that are installed."""
     from converters.exports.onnx.write import save_onnx
 
-    (folder / "onnx").mkdir()
+    (folder / "onnx").mkdir(exist_ok=True)
     with stage("onnx", "float32 and integer operators of ONNX"):
         save_onnx(folder / "onnx", model, params, {"model": loader.to_dict(config.model), "random_weights": random})
     engines = [engine for engine in ENGINES if find_spec(engine)]

@@ -70,3 +70,15 @@ def test_other_commands_ask_for_the_package(checkpoint, capsys):
 def assert_match(pattern: str, text: str) -> None:
     with pytest.raises(ValueError, match=pattern):
         raise ValueError(text)
+
+
+@pytest.mark.slow
+def test_quantize_measures_the_files_that_it_writes(tmp_path):
+    images = ["--quant.calib.path", "scenes:7", "--quant.calib.num-samples", "2", "--quant.wgts.dtype", "sint8"]
+    inputs = ["--quant.ipts.dtype", "uint8", "--quant.ipts.static", "true", "--quant.ipts.group_shapes", "[[-1,-1]]"]
+    where = ["--output.root", str(tmp_path), "--output.job", "w8a8", "--cache.root", str(tmp_path / "cache")]
+    assert main(["quantize", "--model.name", "nano", "--convert-onnx", *images, *inputs, *where]) == 0
+    results = json.loads((tmp_path / "w8a8" / "metrics.json").read_text())["results"]["miou"]
+    assert results["onnxruntime"]["box"] == pytest.approx(results["inputs"]["box"], abs=0.02)
+    assert (tmp_path / "w8a8" / "onnx" / "model.json").is_file()
+    assert "onnxruntime" in (tmp_path / "w8a8" / "report.html").read_text()

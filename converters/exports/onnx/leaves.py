@@ -41,6 +41,8 @@ def why_refused(leaf) -> str:
         return f"activations are rounded on a grid of each call's own, for which engines have no kernel: {STATIC}"
     if inputs and inputs.spec.codes != "int":
         return f"inputs are {inputs.spec.dtype}, for which engines have no kernel: quantize with quant.ipts.dtype uint8"
+    if unknown := [cls.__name__ for cls in around if apply_kernel.dispatch(cls) is apply_kernel.dispatch(object)]:
+        return f"no operators are known for its leaf {unknown[0]}: add them to converters/exports/onnx/leaves.py"
     return ""
 
 

@@ -1,5 +1,6 @@
 """Weight leaves as ONNX operators, layer by layer: each engine computes what jax does."""
 
+from dataclasses import dataclass
 from functools import partial
 
 import jax.numpy as jnp
@@ -113,3 +114,12 @@ def test_what_has_no_kernel_is_refused_with_the_way_out():
     assert STATIC in why_refused(Smoothed(dynamic(QuantSpec(8)), KERNEL[:, 0]))
     assert STATIC in why_refused(OutQuantized(KERNEL, QuantSpec(8)))
     assert "dtype uint8" in why_refused(fixed(QuantSpec(8, codes="float")))
+
+
+@dataclass(frozen=True)
+class NewLeaf:
+    inner: object
+
+
+def test_a_leaf_without_operators_is_refused_by_name():
+    assert "no operators are known for its leaf NewLeaf" in why_refused(NewLeaf(KERNEL))
