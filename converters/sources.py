@@ -47,7 +47,9 @@ def find_in(folder: Path) -> Path:
     if found := next(filter(Path.is_file, (folder / name for name in CONTENTS)), None):
         return found
     if is_onnx_folder(folder):
-        raise UserError(f"{folder} holds ONNX files, which only segment, track and evaluate run: give the package")
+        raise UserError(
+            f"{folder} holds ONNX files, which only segment (with prompts), track and evaluate run: give the package"
+        )
     others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", *FILES[:3]))
     way_out = f"give a file in it by its path: {few(others)}" if others else "give a file"
     raise FileNotFoundError(f"no checkpoint in {folder}, where {', '.join(CONTENTS)} are looked for; {way_out}")

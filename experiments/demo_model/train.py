@@ -36,6 +36,7 @@ from sam2jq.predictors.memory_bank import (
     FrameInfo,
     FrameOutput,
     MemoryBank,
+    condition_on_memory,
     memorize,
     track_objects_in_frame,
     update_memory_bank,
@@ -196,7 +197,8 @@ def clip_loss(model: SAM2, phase: Phase, params: dict, maps: list[Array], labels
     def step(bank: MemoryBank, frame):
         index, level, target, is_present = frame
         now = FrameInfo(index, 1, phase.frames - 1.0)
-        tracked, decoded = apply([m[None] for m in level], bank, now, method=track_objects_in_frame)
+        track = lambda sam, maps: track_objects_in_frame(sam, maps, condition_on_memory(sam, maps[-1], bank, now))
+        tracked, decoded = apply([m[None] for m in level], method=track)
         return update_memory_bank(bank, tracked, jnp.ones(phase.objects, bool)), tracking_loss(
             phase, decoded, target, is_present
         )

@@ -8,7 +8,7 @@ import jax
 
 from sam2jq.cli.compiled import use_compilation_cache
 from sam2jq.cli.run_folder import stage
-from sam2jq.config.run import CacheConfig, EvaluateConfig, ModelConfig, SegmentConfig
+from sam2jq.config.run import CacheConfig, EvaluateConfig, ModelConfig, TrackConfig
 from sam2jq.deploy import OnnxImagePredictor, OnnxVideoPredictor
 from sam2jq.deploy.folder import is_onnx_folder, read_description
 from sam2jq.errors import UserError
@@ -46,7 +46,7 @@ def load_model(config: ModelConfig, cache: CacheConfig, image_size: int | None =
     return load_checkpoint_of(config, image_size)
 
 
-def load_image_predictor(config: SegmentConfig | EvaluateConfig) -> tuple[PromptedImage, bool]:
+def load_image_predictor(config: TrackConfig | EvaluateConfig) -> tuple[PromptedImage, bool]:
     """The predictor of a checkpoint or of a folder of ONNX files, and whether its weights are random."""
     if is_onnx_folder(config.model.checkpoint):
         predictor = OnnxImagePredictor(config.model.checkpoint, config.engine, **onnx_settings(config))
@@ -56,7 +56,7 @@ def load_image_predictor(config: SegmentConfig | EvaluateConfig) -> tuple[Prompt
     return ImagePredictor(model, params, dtype=config.model.dtype), checkpoint.random
 
 
-def load_video_predictor(config: SegmentConfig | EvaluateConfig) -> tuple[PromptedVideo, bool]:
+def load_video_predictor(config: TrackConfig | EvaluateConfig) -> tuple[PromptedVideo, bool]:
     """As `load_image_predictor`, for clips."""
     if is_onnx_folder(config.model.checkpoint):
         predictor = OnnxVideoPredictor(config.model.checkpoint, config.engine, **onnx_settings(config))
@@ -66,7 +66,7 @@ def load_video_predictor(config: SegmentConfig | EvaluateConfig) -> tuple[Prompt
     return VideoPredictor(model, params, dtype=config.model.dtype), checkpoint.random
 
 
-def onnx_settings(config: SegmentConfig | EvaluateConfig) -> dict:
+def onnx_settings(config: TrackConfig | EvaluateConfig) -> dict:
     """The settings of a predictor of ONNX files. Raises UserError if those of the model contradict the files."""
     about = read_description(config.model.checkpoint)
     for key, value in about["model"].items():

@@ -27,6 +27,8 @@ class OnnxImagePredictor(PromptedImage):
         folder: str | Path,
         engine: str = "auto",
         mask_threshold: float = 0.0,
+        max_hole_area: float = 0.0,
+        max_sprinkle_area: float = 0.0,
         *,
         dtype: str = "auto",
         cache: str | None = None,
@@ -39,6 +41,7 @@ class OnnxImagePredictor(PromptedImage):
         self.engine, about = choose_engine(engine), read_description(folder)
         self.model, self.random = about["model"], about["random_weights"]
         self.mask_threshold = mask_threshold
+        self.max_hole_area, self.max_sprinkle_area = max_hole_area, max_sprinkle_area
         graph = lambda name: open_graph(find_graph(folder, about, name), self.engine, dtype, cache)
         self._encoder, self._decoder = graph("image_encoder"), graph("prompt_mask_decoder")
         self.reset_predictor()

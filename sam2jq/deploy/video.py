@@ -34,17 +34,20 @@ class OnnxVideoPredictor(PromptedVideo):
         self,
         folder: str | Path,
         engine: str = "auto",
+        fill_hole_area: int = 0,
+        non_overlap_masks: bool = False,
         add_all_frames_to_correct_as_cond: bool = False,
         *,
         dtype: str = "auto",
         cache: str | None = None,
     ):
-        """A predictor of the model in `folder`; arguments and errors as of `OnnxImagePredictor`.
+        """A predictor of the model in `folder`; arguments as of `OnnxImagePredictor` and `PromptedVideo`.
 
-        Raises UserError for the folder of an image-only model, too.
+        Raises UserError as `OnnxImagePredictor` does, and for the folder of an image-only model.
         """
         self.engine, about = choose_engine(engine), read_description(folder)
         self.model, self.random = about["model"], about["random_weights"]
+        self.fill_hole_area, self.non_overlap_masks = fill_hole_area, non_overlap_masks
         self.add_all_frames_to_correct_as_cond = add_all_frames_to_correct_as_cond
         paths = {name: find_graph(folder, about, name) for name in GRAPHS}
         self._graphs = {name: open_graph(path, self.engine, dtype, cache) for name, path in paths.items()}
@@ -58,12 +61,18 @@ class OnnxVideoPredictor(PromptedVideo):
         out = self._graphs["image_encoder"]({"image": np.asarray(image, np.float32)})
         return [out[name] for name in ("high_res_0", "high_res_1", "image_embed", "frame_embed")]
 
+    def condition_frame(self, coarse: np.ndarray, bank: MemoryBank, info: FrameInfo) -> np.ndarray:
+        attend = self._graphs["memory_attention"]
+        banks = (MemoryBank(*(part[i : i + 1] for part in bank)) for i in range(len(bank.cond_frames)))
+        maps = [attend({"frame_embed": coarse} | attention_inputs(each, info))["image_embed"] for each in banks]
+        return np.concatenate(maps)
+
     def prompt_frame(
-        self, features: list[np.ndarray], bank: MemoryBank | None, info: FrameInfo, points, mask_input, *, multimask
+        self, features: list[np.ndarray], conditioned: np.ndarray | None, points, mask_input, *, multimask: bool
     ) -> FrameOutput:
-        *fine, image_embed, coarse = features
-        image_embed = image_embed if bank is None else self._attend(coarse, bank, info)
-        return self._decode([*fine, image_embed], points, mask_input, multimask=multimask)
+        *fine, image_embed, _ = features
+        maps = [*fine, image_embed if conditioned is None else conditioned]
+        return self._decode(maps, points, mask_input, multimask=multimask)
 
     def mask_frame(self, features: list[np.ndarray], mask: np.ndarray) -> FrameOutput:
         mask = mask.astype(np.float32)
@@ -79,15 +88,12 @@ class OnnxVideoPredictor(PromptedVideo):
         return self._memorize(coarse, output, binarize=True)
 
     def track_frame(
-        self, image: np.ndarray, bank: MemoryBank, cond: FrameOutput, is_cond: np.ndarray, info: FrameInfo
+        self, features: list[np.ndarray], conditioned: np.ndarray, bank: MemoryBank, cond: FrameOutput, is_cond
     ) -> tuple[FrameOutput, MemoryBank]:
-        features = self.encode_frame(image)
-
         def track(i: int) -> FrameOutput:
             if is_cond[i]:
                 return FrameOutput(*(part[i : i + 1] for part in cond))
-            image_embed = self._attend(features[-1], MemoryBank(*(part[i : i + 1] for part in bank)), info)
-            output = self._decode([*features[:2], image_embed], PADDING_POINT, None, multimask=True)
+            output = self._decode([*features[:2], conditioned[i : i + 1]], PADDING_POINT, None, multimask=True)
             return self._memorize(features[-1], output, binarize=False)
 
         output = stack([track(i) for i in range(len(is_cond))])
@@ -95,10 +101,6 @@ class OnnxVideoPredictor(PromptedVideo):
 
     def resize(self, maps: np.ndarray, size: tuple[int, int], *, antialias: bool = False) -> np.ndarray:
         return resize_maps(maps, size, antialias=antialias)
-
-    def _attend(self, coarse: np.ndarray, bank: MemoryBank, info: FrameInfo) -> np.ndarray:
-        """`coarse` conditioned on the entries that the bank [1, ...] of one object has."""
-        return self._graphs["memory_attention"]({"frame_embed": coarse} | attention_inputs(bank, info))["image_embed"]
 
     def _decode(self, features: list[np.ndarray], points, mask_input, *, multimask: bool) -> FrameOutput:
         """The mask with the highest estimated IoU, and its pointer; NO_OBJECT where there is no object."""

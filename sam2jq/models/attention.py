@@ -1,6 +1,6 @@
-"""Scaled dot-product attention in chunks of queries.
+"""Scaled dot-product attention in chunks of queries and blocks of keys.
 
-Letters: B batch, N queries, M keys, C channels of a head.
+Letters: B batch, N queries, M keys, C channels of a head's queries and keys, Cv of its values.
 """
 
 import jax
@@ -10,54 +10,88 @@ from sam2jq.models.chunking import chunked_map, cpu_chunk_rows, largest_divisor
 
 Array = jax.Array
 MASKED = -1e9  # added to the score of a masked key
-QUERY_CHUNK = 512  # query rows per score matrix
+QUERY_CHUNK = 1024  # rows of a score matrix
+KEY_BLOCK = 512  # columns of a score matrix
 
 
 def attention(q: Array, k: Array, v: Array, key_mask: Array | None = None) -> Array:
-    """softmax(q kT / sqrt(C)) v, [B, N, heads, C], for q [B, N, heads, C] and k, v [B, M, heads, C].
+    """softmax(q kT / sqrt(C)) v, [B, N, heads, Cv], for q, k [B, N or M, heads, C] and v [B, M, heads, Cv].
 
-    key_mask: bool [B, M], False where a key is ignored; None uses all keys. The softmax is in float32. More than
-    QUERY_CHUNK queries run in chunks, so that a head's full score matrix [N, M] is never in memory, nor stored for
-    the gradient.
+    key_mask: bool [B, M], False where a key is ignored; None uses all keys. The softmax is in float32. A score matrix
+    [N, M] of more than QUERY_CHUNK * KEY_BLOCK entries is computed in parts of this size, so that it is never in memory
+    as a whole, nor stored for the gradient.
     """
     batch, length, heads, channels = q.shape
     q, k, v = (x.swapaxes(1, 2) for x in (q * channels**-0.5, k, v))  # [B, heads, N or M, C] for batched products
-    bias = None if key_mask is None else jnp.where(key_mask, 0.0, MASKED)[:, None, None]
-    if length <= QUERY_CHUNK:
-        return softmax_attention(q, k, v, bias)[0].swapaxes(1, 2)
-    one_head = lambda arrays: chunked_softmax_attention(*arrays)
-    batch_size = min(batch * heads, cpu_chunk_rows(QUERY_CHUNK * k.shape[2]))  # heads whose scores fit in the caches
-    flat = tuple(x.reshape(batch * heads, -1, channels) for x in (q, k, v))
-    flat += (None if key_mask is None else jnp.repeat(bias[:, 0], heads, axis=0),)
-    y = jax.lax.map(one_head, flat, batch_size=batch_size)
-    return y.reshape(batch, heads, length, channels).swapaxes(1, 2)
+    bias = None if key_mask is None else jnp.where(key_mask, 0.0, MASKED)
+    if length * k.shape[2] <= QUERY_CHUNK * KEY_BLOCK:
+        return softmax_attention(q, k, v, None if bias is None else bias[:, None, None]).swapaxes(1, 2)
+    flat = tuple(x.reshape(batch * heads, *x.shape[2:]) for x in (q, k, v))
+    flat += (None if bias is None else jnp.repeat(bias, heads, axis=0),)
+    # as many heads at a time as their scores fit in the caches; one without a batch axis, so that `lax.cond` can skip
+    together = min(batch * heads, cpu_chunk_rows(QUERY_CHUNK * min(k.shape[2], KEY_BLOCK)))
+    one_at_a_time = bias is not None or together == 1
+    y = jax.lax.map(lambda x: blocked_attention(*x), flat, batch_size=None if one_at_a_time else together)
+    return y.reshape(batch, heads, length, -1).swapaxes(1, 2)
 
 
-def softmax_attention(q: Array, k: Array, v: Array, bias: Array | None = None) -> tuple[Array, Array]:
-    """softmax(q kT + bias) v, [..., N, C], and the logarithm of the softmax denominators, [..., N, 1].
+def softmax_attention(q: Array, k: Array, v: Array, bias: Array | None = None) -> Array:
+    """softmax(q kT + bias) v, [..., N, Cv].
 
-    Dividing the output [N, C] instead of the scores [N, M] saves one pass over the scores.
+    Dividing the output [N, Cv] instead of the scores [N, M] saves one pass over the scores.
     """
     scores = (q @ k.swapaxes(-1, -2)).astype(jnp.float32)
     scores = scores if bias is None else scores + bias
     top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))  # it cancels, so its gradient is zero
     scores = jnp.exp(scores - top)
     sums = scores.sum(-1, keepdims=True)
-    return (scores.astype(v.dtype) @ v / sums).astype(v.dtype), top + jnp.log(sums)
+    return (scores.astype(v.dtype) @ v / sums).astype(v.dtype)
 
 
 @jax.custom_vjp
-def chunked_softmax_attention(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
-    """`softmax_attention` of one head, q [N, C], k, v [M, C], bias [1, M], for QUERY_CHUNK rows of q at a time."""
-    return _chunked_attention_forward(q, k, v, bias)[0]
+def blocked_attention(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
+    """softmax(q kT + bias) v of one head, [N, Cv], for q [N, C], k [M, C], v [M, Cv] and bias [M]."""
+    return _blocked_attention_forward(q, k, v, bias)[0]
 
 
-def _chunked_attention_forward(q: Array, k: Array, v: Array, bias: Array | None):
-    y, log_sums = chunked_map(lambda rows: softmax_attention(rows, k, v, bias), q, QUERY_CHUNK)
+def _blocked_attention_forward(q: Array, k: Array, v: Array, bias: Array | None):
+    y, log_sums = chunked_map(lambda rows: online_softmax(rows, k, v, bias), q, QUERY_CHUNK)
     return y, (q, k, v, bias, y, log_sums)
 
 
-def _chunked_attention_backward(residuals, dy: Array):
+def online_softmax(q: Array, k: Array, v: Array, bias: Array | None) -> tuple[Array, Array]:
+    """softmax(q kT + bias) v, [N, Cv], and the logarithm of the softmax denominators, float32 [N, 1].
+
+    One pass over blocks of keys with the highest score so far (arXiv 1805.02867). A block is not computed if all of its
+    keys are masked.
+    """
+
+    def add(state: tuple[Array, Array, Array], k: Array, v: Array, bias: Array | None):
+        top, sums, y = state
+        scores = (q @ k.T).astype(jnp.float32)
+        scores = scores if bias is None else scores + bias
+        new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
+        weights, rescale = jnp.exp(scores - new_top), jnp.exp(top - new_top)
+        product = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return new_top, sums * rescale + weights.sum(-1, keepdims=True), y * rescale + product
+
+    def step(state, block):
+        if bias is None:
+            return add(state, *block, None), None
+        return jax.lax.cond((block[2] > MASKED).any(), lambda: add(state, *block), lambda: state), None
+
+    arrays = (k, v) if bias is None else (k, v, bias)
+    whole = len(k) // KEY_BLOCK * KEY_BLOCK
+    column = jnp.full((len(q), 1), 2 * MASKED, jnp.float32)  # below the score of a masked key
+    state = column, jnp.zeros_like(column), jnp.zeros((len(q), v.shape[-1]), jnp.float32)
+    state, _ = jax.lax.scan(step, state, tuple(x[:whole].reshape(-1, KEY_BLOCK, *x.shape[1:]) for x in arrays))
+    if whole < len(k):
+        state, _ = step(state, tuple(x[whole:] for x in arrays))
+    top, sums, y = state
+    return (y / sums).astype(v.dtype), top + jnp.log(sums)
+
+
+def _blocked_attention_backward(residuals, dy: Array):
     """Computes the scores again, chunk by chunk (as in FlashAttention, arXiv 2205.14135)."""
     q, k, v, bias, y, log_sums = residuals
     rows = largest_divisor(len(q), QUERY_CHUNK)
@@ -76,4 +110,4 @@ def _chunked_attention_backward(residuals, dy: Array):
     return dq.reshape(q.shape), dk.T, dv.T, None if bias is None else jnp.zeros_like(bias)
 
 
-chunked_softmax_attention.defvjp(_chunked_attention_forward, _chunked_attention_backward)
+blocked_attention.defvjp(_blocked_attention_forward, _blocked_attention_backward)

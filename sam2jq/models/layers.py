@@ -50,6 +50,10 @@ class Dense(nn.Module):
         bias = declare(self, "bias", self.features)
         return sow_output_moments(self, leaves.quantize_output(kernel, leaves.matmul(kernel, x) + bias.astype(x.dtype)))
 
+    def is_linear(self) -> bool:
+        """Whether the layer is x @ kernel + bias as it stands: neither its input nor its output is quantized."""
+        return self.has_variable("params", "kernel") and leaves.is_bare(self.get_variable("params", "kernel"))
+
 
 class Conv(nn.Module):
     """Convolution, [B, H, W, C] -> [B, H', W', features]; `padding` on all four sides, in pixels."""

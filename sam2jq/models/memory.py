@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from sam2jq.models.attention import attention
+from sam2jq.models.capture import is_capturing_any
 from sam2jq.models.layers import Conv, Dense, LayerNorm, declare, gelu
 
 Array = jax.Array
@@ -86,11 +87,14 @@ class RotaryAttention(nn.Module):
     def __call__(
         self, q: Array, k: Array, v: Array, *, grid: tuple[int, int], num_k_exclude_rope: int = 0, key_mask=None
     ) -> Array:
-        q, k, v = (Dense(self.features, name=f"{n}_proj")(x) for n, x in (("q", q), ("k", k), ("v", v)))
+        q_proj, k_proj, v_proj, out_proj = (Dense(self.features, name=f"{n}_proj") for n in ("q", "k", "v", "out"))
+        # the weights of a softmax sum to 1, so a linear v_proj may follow it: on C' channels instead of `features`
+        narrow = v.shape[-1] < self.features and not is_capturing_any(self) and v_proj.is_linear()
+        q, k, v = q_proj(q), k_proj(k), v if narrow else v_proj(v)
         num_k_rope = k.shape[1] - num_k_exclude_rope
         k = jnp.concatenate([apply_rope(k[:, :num_k_rope], *grid), k[:, num_k_rope:]], axis=1)
-        out = attention(*(x[:, :, None] for x in (apply_rope(q, *grid), k, v)), key_mask)
-        return Dense(self.features, name="out_proj")(out[:, :, 0])
+        out = attention(*(x[:, :, None] for x in (apply_rope(q, *grid), k, v)), key_mask)[:, :, 0]
+        return out_proj(v_proj(out) if narrow else out)
 
 
 class MemoryAttentionLayer(nn.Module):

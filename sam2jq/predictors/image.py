@@ -61,13 +61,11 @@ class ImagePredictor(PromptedImage, FromPretrained):
     ):
         """A predictor of `model` with `params`; mask_threshold: of the logits; dtype: of the activations.
 
-        Raises UserError for params of another model, and for max_hole_area or max_sprinkle_area other than 0: the
-        original's clean-up of masks is not implemented.
+        max_hole_area, max_sprinkle_area: as in `PromptedImage`. Raises UserError for params of another model.
         """
-        check_default("max_hole_area", max_hole_area, 0)
-        check_default("max_sprinkle_area", max_sprinkle_area, 0)
         check_params(type(self).__name__, model, params)
         self.model, self.params = model, params
+        self.max_hole_area, self.max_sprinkle_area = max_hole_area, max_sprinkle_area
         self.mask_threshold, self.dtype = mask_threshold, float_dtype(dtype)
         self.reset_predictor()
 
@@ -96,9 +94,3 @@ def float_dtype(dtype) -> str:
     if name not in ("float32", "bfloat16", "float16"):
         raise UserError(f"dtype {name} is not supported; allowed: float32, bfloat16, float16")
     return name
-
-
-def check_default(name: str, value, default) -> None:
-    """Raises UserError unless an option of the original that is not implemented has its default."""
-    if value != default:
-        raise UserError(f"{name}={value!r} is not supported; only its default {default!r} is")

@@ -18,7 +18,11 @@ Array = jax.Array
 
 
 def condition_on_memory(sam: SAM2, coarse: Array, bank: MemoryBank, info: FrameInfo) -> Array:
-    """`coarse` [B, h, w, C] of the frame `info` conditioned on the bank; pointers of later frames are ignored."""
+    """`coarse` [1 or B, h, w, C] of the frame `info` conditioned on the bank, [B, h, w, C].
+
+    Pointers of later frames are ignored.
+    """
+    coarse = jnp.broadcast_to(coarse, (len(bank.cond_frames), *coarse.shape[1:]))
     slots = bank.non_cond_memory.shape[1]
     times = np.array([0] * bank.cond_frames.shape[1] + list(range(MEMORIES - 1, MEMORIES - 1 - slots, -1)))
     cond_ages, cond_valid = (info.frame - bank.cond_frames) * info.direction, bank.cond_frames != EMPTY
@@ -45,16 +49,15 @@ def update_memory_bank(bank: MemoryBank, output: FrameOutput, valid: Array) -> M
     )
 
 
-def track_objects_in_frame(
-    sam: SAM2, features: list[Array], bank: MemoryBank, info: FrameInfo
-) -> tuple[FrameOutput, Decoded]:
-    """The bank's B objects in a frame with feature maps [1, ...], and all masks of which the best was chosen."""
+def track_objects_in_frame(sam: SAM2, features: list[Array], conditioned: Array) -> tuple[FrameOutput, Decoded]:
+    """B objects in a frame with feature maps [1, ...], and all masks of which the best was chosen.
+
+    conditioned: [B, h, w, C] of `condition_on_memory`.
+    """
     *fine, coarse = features
-    coarse = jnp.broadcast_to(coarse, (len(bank.cond_frames), *coarse.shape[1:]))
-    padding_point = jnp.zeros((len(coarse), 1, 2)), jnp.full((len(coarse), 1), -1)
-    conditioned = [*fine, condition_on_memory(sam, coarse, bank, info)]
-    decoded = sam.decode_masks(conditioned, padding_point, multimask=True)
-    return memorize(sam, coarse, sam.select_best_mask(decoded)), decoded
+    padding_point = jnp.zeros((len(conditioned), 1, 2)), jnp.full((len(conditioned), 1), -1)
+    decoded = sam.decode_masks([*fine, conditioned], padding_point, multimask=True)
+    return memorize(sam, jnp.broadcast_to(coarse, conditioned.shape), sam.select_best_mask(decoded)), decoded
 
 
 def memorize(sam: SAM2, coarse: Array, output: ObjectOutput | FrameOutput, *, binarize: bool = False) -> FrameOutput:

@@ -20,10 +20,13 @@ class PromptMasks(NamedTuple):
 class PromptedImage:
     """Segments one image at a time. A subclass computes, in its own kind of arrays: `encode`, `decode`, `enlarge`.
 
-    mask_threshold: of the logits.
+    mask_threshold: of the logits. max_hole_area, max_sprinkle_area: holes and regions of masks up to this many pixels,
+    of a low-resolution mask [S / 4, S / 4], are filled and removed; the logits of the third result stay as they are.
     """
 
     mask_threshold: float
+    max_hole_area: float
+    max_sprinkle_area: float
 
     @property
     def image_size(self) -> int:
@@ -91,12 +94,22 @@ class PromptedImage:
         if points is not None and len(points[0]) == 0:
             return self._no_results(3 if multimask_output else 1)
         out = self.decode(features, points, masks, multimask=multimask_output)
-        full = self.enlarge(out.masks, self._orig_hw)
+        full = self.enlarge(self._cleaned(out.masks), self._orig_hw)
         if not return_logits:
             full = (full > self.mask_threshold).astype(np.float32)
         low_res = np.clip(np.asarray(out.masks, np.float32), -LOGIT_LIMIT, LOGIT_LIMIT)
         results = full, np.asarray(out.ious, np.float32), low_res
         return tuple(x[0] for x in results) if len(full) == 1 else results
+
+    def _cleaned(self, masks):
+        """Mask logits [P, M, h, w] without small holes and small regions."""
+        if not (self.max_hole_area > 0 or self.max_sprinkle_area > 0):
+            return masks
+        from sam2jq.predictors.regions import remove_small_regions  # which needs scipy
+
+        flat = np.asarray(masks, np.float32).reshape(-1, *masks.shape[2:])
+        cleaned = remove_small_regions(flat, self.mask_threshold, self.max_hole_area, self.max_sprinkle_area)
+        return cleaned.reshape(masks.shape)
 
     def _no_results(self, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What `predict` returns for no prompt, with `count` masks per prompt."""

@@ -33,8 +33,16 @@ FrameMasks = tuple[int, list[int], np.ndarray]
 
 
 class PromptedVideo:
-    """Tracks objects through a clip. A subclass computes, in its own kind of arrays, the steps of one frame."""
+    """Tracks objects through a clip. A subclass computes, in its own kind of arrays, the steps of one frame.
 
+    fill_hole_area: holes of masks up to this many pixels, of a low-resolution mask [S / 4, S / 4], are filled; 8 in
+    sam2's `build_sam2_video_predictor`. non_overlap_masks: a pixel of the results belongs to one object at most, the
+    one with the highest logit. add_all_frames_to_correct_as_cond: a prompt on a frame that was tracked before makes it
+    a conditioning frame, which tracking again does not overwrite, in place of a correction.
+    """
+
+    fill_hole_area: float
+    non_overlap_masks: bool
     add_all_frames_to_correct_as_cond: bool
 
     @property
@@ -50,10 +58,12 @@ class PromptedVideo:
         """The feature maps of a preprocessed image [1, S, S, 3]; the last is the coarsest."""
         raise NotImplementedError
 
-    def prompt_frame(
-        self, features: list, bank: MemoryBank | None, info: FrameInfo, points, mask_input, *, multimask: bool
-    ) -> FrameOutput:
-        """An object from points on a frame, conditioned on `bank` if given; mask_input: earlier logits to refine."""
+    def condition_frame(self, coarse, bank: MemoryBank, info: FrameInfo):
+        """The coarsest map [1, h, w, C] of a frame conditioned on the memories of B objects, [B, h, w, C]."""
+        raise NotImplementedError
+
+    def prompt_frame(self, features: list, conditioned, points, mask_input, *, multimask: bool) -> FrameOutput:
+        """An object from points on a frame, with `condition_frame` of it or None; mask_input: earlier logits."""
         raise NotImplementedError
 
     def mask_frame(self, features: list, mask: np.ndarray) -> FrameOutput:
@@ -65,9 +75,9 @@ class PromptedVideo:
         raise NotImplementedError
 
     def track_frame(
-        self, image: np.ndarray, bank: MemoryBank, cond: FrameOutput, is_cond: np.ndarray, info: FrameInfo
+        self, features: list, conditioned, bank: MemoryBank, cond: FrameOutput, is_cond: np.ndarray
     ) -> tuple[FrameOutput, MemoryBank]:
-        """The objects in one frame [1, S, S, 3] of a clip, and the bank for the next frame.
+        """The objects in one frame of a clip, from its maps and `condition_frame`, and the bank for the next frame.
 
         Where `is_cond` [B], this is a conditioning frame of the object: its output is `cond`, which the bank holds
         already.
@@ -186,13 +196,15 @@ class PromptedVideo:
         for frame in frame_order(first, state.num_frames, max_frame_num_to_track, reverse):
             cond = stack([obj.cond.get(frame, blank) for obj in batch])
             is_cond = np.array([frame in obj.cond for obj in batch])
-            image, info = self._image(state, frame), frame_info(state, frame, reverse)
-            output, bank = self.track_frame(image, bank, cond, is_cond, info)
+            features = self._features(state, frame)
+            conditioned = self.condition_frame(features[-1], bank, frame_info(state, frame, reverse))
+            output, bank = self.track_frame(features, conditioned, bank, cond, is_cond)
+            output = self._filled(output)
             for i, obj in enumerate(objects):
                 obj.reverse[frame] = reverse
                 if not is_cond[i]:
                     obj.non_cond[frame] = to_numpy(FrameOutput(*(part[i : i + 1] for part in output)))
-            yield frame, state.obj_ids, self.resize(output.mask[: len(objects)], state.video.size)[:, None]
+            yield frame, state.obj_ids, self._resized(output.mask[: len(objects)], state)
 
     def clear_all_prompts_in_frame(
         self, inference_state: VideoState, frame_idx: int, obj_id: int, need_output: bool = True
@@ -238,11 +250,13 @@ class PromptedVideo:
     def _prompt(self, state: VideoState, obj: ObjectState, frame: int, features: list) -> FrameOutput:
         """The output of an object's points on a frame; a frame tracked before is conditioned on memory."""
         coords, labels = obj.prompts[frame]
-        earlier, reverse = obj.latest(frame, self._is_cond(obj, frame)), obj.reverse.get(frame, False)
+        earlier, conditioned = obj.latest(frame, self._is_cond(obj, frame)), None
+        if frame in obj.reverse:
+            bank, info = memory_bank([obj], frame, obj.reverse[frame]), frame_info(state, frame, obj.reverse[frame])
+            conditioned = self.condition_frame(features[-1], bank, info)
         return self.prompt_frame(
             features,
-            memory_bank([obj], frame, reverse) if frame in obj.reverse else None,
-            frame_info(state, frame, reverse),
+            conditioned,
             (coords, labels),
             None if earlier is None else np.clip(earlier.mask, -LOGIT_LIMIT, LOGIT_LIMIT)[..., None],
             multimask=labels.shape[1] <= 1,
@@ -251,7 +265,7 @@ class PromptedVideo:
     def _add_output(self, state: VideoState, obj: ObjectState, frame: int, output: FrameOutput) -> FrameMasks:
         """Stores the output of a prompted frame, whose memory is encoded before tracking; returns the frame's masks."""
         is_cond = self._is_cond(obj, frame)
-        obj.pending[frame] = to_numpy(output), is_cond
+        obj.pending[frame] = to_numpy(self._filled(output)), is_cond
         return frame, state.obj_ids, self._masks(state, frame, is_cond)
 
     def _is_cond(self, obj: ObjectState, frame: int) -> bool:
@@ -277,4 +291,23 @@ class PromptedVideo:
         outputs = [obj.latest(frame, is_cond) for obj in state.objects.values()]
         absent = np.full((self.image_size // 4,) * 2, NO_OBJECT, np.float32)
         masks = np.stack([absent if output is None else output.mask[0] for output in outputs])
-        return self.resize(masks, state.video.size)[:, None]
+        return self._resized(masks, state)
+
+    def _filled(self, output: FrameOutput) -> FrameOutput:
+        """`output` with small holes of its masks filled; its memory stays as it is."""
+        if not self.fill_hole_area > 0:
+            return output
+        from sam2jq.predictors.regions import fill_holes  # which needs scipy
+
+        return output._replace(mask=fill_holes(np.asarray(output.mask), self.fill_hole_area))
+
+    def _resized(self, masks, state: VideoState) -> np.ndarray:
+        """Mask logits [objects, h, w] as [objects, 1, H, W] at the size of the clip.
+
+        With `non_overlap_masks` they are at most -10 but for the highest one of each pixel.
+        """
+        resized = self.resize(masks, state.video.size)[:, None]
+        if not self.non_overlap_masks:
+            return resized
+        highest = np.arange(len(resized))[:, None, None, None] == resized.argmax(0)
+        return np.where(highest, resized, np.minimum(resized, np.float32(-10)))

@@ -7,11 +7,20 @@ import numpy as np
 from sam2jq.errors import UserError
 from sam2jq.models.params import check_params
 from sam2jq.models.sam2 import SAM2, is_image_only
-from sam2jq.predictors import video_steps
 from sam2jq.predictors.bank_arrays import FrameInfo, FrameOutput, MemoryBank
-from sam2jq.predictors.image import check_default, float_dtype
+from sam2jq.predictors.image import float_dtype
 from sam2jq.predictors.pretrained import FromPretrained
 from sam2jq.predictors.prompted_video import PromptedVideo
+from sam2jq.predictors.video_state import padded_count
+from sam2jq.predictors.video_steps import (
+    condition_frame,
+    encode_frame,
+    mask_frame,
+    memorize_prompted,
+    prompt_frame,
+    resize_maps,
+    track_frame,
+)
 
 Array = jax.Array
 
@@ -25,10 +34,10 @@ class VideoPredictor(PromptedVideo, FromPretrained):
         for frame_idx, obj_ids, masks in predictor.propagate_in_video(state):
             masks > 0  # [objects, 1, H, W]
 
-    The methods, their arguments and their results are those of SAM2VideoPredictor, without its hole filling. XLA
-    compiles once per clip, and once per new number of objects (padded to 1, 2, 4, 8, ...), of conditioning frames or
-    of points. As in the original, a prompt on a frame that was tracked before corrects that frame, and tracking again
-    overwrites it unless `add_all_frames_to_correct_as_cond`.
+    The methods, their arguments and their results are those of SAM2VideoPredictor. XLA compiles once per clip, and
+    once per new number of objects (padded to 1, 2, 4, 8, ...), of conditioning frames or of points. As in the original,
+    a prompt on a frame that was tracked before corrects that frame, and tracking again overwrites it unless
+    `add_all_frames_to_correct_as_cond`.
     """
 
     def __init__(
@@ -44,13 +53,12 @@ class VideoPredictor(PromptedVideo, FromPretrained):
     ):
         """A predictor of `model` with `params`; dtype: of the activations.
 
-        Raises UserError for fill_hole_area, non_overlap_masks or clear_non_cond_mem_around_input other than the
-        default: these options of the original are not implemented. Raises it for params without the memory, or of
-        another model, too.
+        fill_hole_area, non_overlap_masks, add_all_frames_to_correct_as_cond: as in `PromptedVideo`.
+        Raises UserError for clear_non_cond_mem_around_input, which is not implemented, and for params without the
+        memory, or of another model.
         """
-        check_default("fill_hole_area", fill_hole_area, 0)
-        check_default("non_overlap_masks", non_overlap_masks, False)
-        check_default("clear_non_cond_mem_around_input", clear_non_cond_mem_around_input, False)
+        if clear_non_cond_mem_around_input:
+            raise UserError("clear_non_cond_mem_around_input=True is not supported; only its default False is")
         check_params(type(self).__name__, model, params)
         if is_image_only(params):
             raise UserError(
@@ -58,6 +66,7 @@ class VideoPredictor(PromptedVideo, FromPretrained):
                 "checkpoint of the video model, or use ImagePredictor"
             )
         self.model, self.params, self.dtype = model, params, float_dtype(dtype)
+        self.fill_hole_area, self.non_overlap_masks = fill_hole_area, non_overlap_masks
         self.add_all_frames_to_correct_as_cond = add_all_frames_to_correct_as_cond
 
     @property
@@ -65,29 +74,30 @@ class VideoPredictor(PromptedVideo, FromPretrained):
         return self.model.variant.image_size
 
     def batch_size(self, objects: int) -> int:
-        """The next power of 2: XLA compiles once per number of objects."""
-        return 2 ** (objects - 1).bit_length()
+        return padded_count(objects)
 
     def encode_frame(self, image: np.ndarray) -> list[Array]:
-        return video_steps.encode_frame(self.model, self.params, jnp.asarray(image, self.dtype))
+        return encode_frame(self.model, self.params, jnp.asarray(image, self.dtype))
+
+    def condition_frame(self, coarse: Array, bank: MemoryBank, info: FrameInfo) -> Array:
+        return condition_frame(self.model, self.params, coarse, bank, info)
 
     def prompt_frame(
-        self, features: list[Array], bank: MemoryBank | None, info: FrameInfo, points, mask_input, *, multimask: bool
+        self, features: list[Array], conditioned: Array | None, points, mask_input, *, multimask: bool
     ) -> FrameOutput:
-        state = features, bank, info, points, mask_input
-        return video_steps.prompt_frame(self.model, self.params, *state, multimask=multimask)
+        frame = features, conditioned, points, mask_input
+        return prompt_frame(self.model, self.params, *frame, multimask=multimask)
 
     def mask_frame(self, features: list[Array], mask: np.ndarray) -> FrameOutput:
-        return video_steps.mask_frame(self.model, self.params, features, mask)
+        return mask_frame(self.model, self.params, features, mask)
 
     def memorize_prompted(self, coarse: Array, output: FrameOutput) -> FrameOutput:
-        return video_steps.memorize_prompted(self.model, self.params, coarse, output)
+        return memorize_prompted(self.model, self.params, coarse, output)
 
     def track_frame(
-        self, image: np.ndarray, bank: MemoryBank, cond: FrameOutput, is_cond: np.ndarray, info: FrameInfo
+        self, features: list[Array], conditioned: Array, bank: MemoryBank, cond: FrameOutput, is_cond: np.ndarray
     ) -> tuple[FrameOutput, MemoryBank]:
-        image = jnp.asarray(image, self.dtype)
-        return video_steps.track_frame(self.model, self.params, image, bank, cond, is_cond, info)
+        return track_frame(self.model, self.params, features, conditioned, bank, cond, is_cond)
 
     def resize(self, maps: Array, size: tuple[int, int], *, antialias: bool = False) -> np.ndarray:
-        return np.asarray(video_steps.resize_maps(maps, size, antialias))
+        return np.asarray(resize_maps(maps, size, antialias))

@@ -55,8 +55,11 @@ class VideoState:
 
 
 def memory_bank(objects: list[ObjectState], frame: int, reverse: bool) -> MemoryBank:
-    """The memories of `objects` for tracking `frame`, as numpy arrays; at least one object has been prompted."""
-    cond_count = max(len(obj.cond) for obj in objects)
+    """The memories of `objects` for tracking `frame`, as numpy arrays; at least one object has been prompted.
+
+    Conditioning frames are padded to 1, 2, 4, 8, ... with empty ones.
+    """
+    cond_count = padded_count(max(len(obj.cond) for obj in objects))
     blank = blank_output(objects)
     step = 1 if reverse else -1
     non_cond_frames = [frame + age * step for age in range(1, POINTERS + 1)]
@@ -76,6 +79,11 @@ def memory_bank(objects: list[ObjectState], frame: int, reverse: bool) -> Memory
         non_cond_memory=rows(non_cond, [non_cond_frames[: MEMORIES - 1]] * len(objects), "memory"),
         non_cond_pointer=rows(non_cond, [non_cond_frames] * len(objects), "pointer"),
     )
+
+
+def padded_count(count: int) -> int:
+    """The next power of two: counts in the shapes of compiled programs are padded to it, so that few are compiled."""
+    return 2 ** (count - 1).bit_length()
 
 
 def blank_output(objects: list[ObjectState]) -> FrameOutput:

@@ -1,4 +1,6 @@
-"""The compiled steps of the video predictor: one frame encoded, prompted, memorized or tracked.
+"""The compiled steps of the video predictor: one frame encoded, conditioned on memories, prompted, tracked, memorized.
+
+Each is a program of its own, so that another number of objects or points compiles nothing of the image encoder.
 
 Letters as in memory_bank.py: B objects, S the model's image side.
 """
@@ -30,15 +32,26 @@ def encode_frame(model: SAM2, params: dict, image: Array) -> list[Array]:
 
 
 @partial(jax.jit, static_argnames="model")
+def condition_frame(model: SAM2, params: dict, coarse: Array, bank: MemoryBank, info: FrameInfo) -> Array:
+    """The coarsest map [1, h, w, C] of a frame conditioned on the memories of B objects, [B, h, w, C]."""
+    return model.apply({"params": params}, coarse, bank, info, method=condition_on_memory)
+
+
+@partial(jax.jit, static_argnames="model")
 def track_frame(
-    model: SAM2, params: dict, image: Array, bank: MemoryBank, cond: FrameOutput, is_cond: Array, info: FrameInfo
+    model: SAM2,
+    params: dict,
+    features: list[Array],
+    conditioned: Array,
+    bank: MemoryBank,
+    cond: FrameOutput,
+    is_cond: Array,
 ) -> tuple[FrameOutput, MemoryBank]:
-    """The objects in one frame [1, S, S, 3] of a clip, and the bank for the next frame.
+    """The objects in one frame of a clip, from its maps and `condition_frame`, and the bank for the next frame.
 
     Where `is_cond` [B], this is a conditioning frame of the object: its output is `cond`, which the bank holds already.
     """
-    features = model.apply({"params": params}, image, method="encode_image")
-    tracked, _ = model.apply({"params": params}, features, bank, info, method=track_objects_in_frame)
+    tracked, _ = model.apply({"params": params}, features, conditioned, method=track_objects_in_frame)
     select = lambda given, own: jnp.where(is_cond.reshape(-1, *[1] * (own.ndim - 1)), given, own)
     output = jax.tree.map(select, cond, tracked)
     return output, update_memory_bank(bank, output, ~is_cond)
@@ -49,21 +62,16 @@ def prompt_frame(
     model: SAM2,
     params: dict,
     features: list[Array],
-    bank: MemoryBank | None,
-    info: FrameInfo,
-    points,
-    mask_input,
+    conditioned: Array | None,
+    points: tuple[Array, Array],
+    mask_input: Array | None,
     *,
     multimask: bool,
 ) -> FrameOutput:
-    """An object from points on a frame, conditioned on `bank` if given; mask_input: earlier logits to refine."""
+    """An object from points on a frame, with its `condition_frame` if given; mask_input: earlier logits to refine."""
 
     def run(sam: SAM2):
-        if bank is None:
-            maps = sam.add_no_memory_embed(features)
-        else:
-            *fine, coarse = features
-            maps = [*fine, condition_on_memory(sam, coarse, bank, info)]
+        maps = sam.add_no_memory_embed(features) if conditioned is None else [*features[:-1], conditioned]
         return sam.decode_object(maps, points, mask_input, multimask=multimask)
 
     return to_frame_output(model.apply({"params": params}, method=run))

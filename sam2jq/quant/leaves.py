@@ -49,6 +49,11 @@ def base_weight(leaf) -> object:
     return unwrap(leaf)[0]
 
 
+def is_bare(leaf) -> bool:
+    """Whether a weight leaf is a kernel or a QTensor without leaves around it: y = x @ materialize(leaf)."""
+    return not hasattr(leaf, "inner")
+
+
 @singledispatch
 def materialize(w) -> Array:
     """The float array [*reduce, out] that is equivalent to the weight leaf `w`: what a vanilla export writes."""

@@ -62,9 +62,14 @@ def test_a_setting_that_the_files_contradict_is_an_error(checkpoint, capsys, fla
     assert_match(message, failure(capsys, "segment", "scenes:0/0000", *checkpoint, "--points", "9,9", *flags))
 
 
+def test_everything_needs_the_package(checkpoint, capsys):
+    error = failure(capsys, "segment", "scenes:0/0000", *checkpoint, "--everything")
+    assert_match("holds ONNX files, which only segment .with prompts.", error)
+
+
 def test_other_commands_ask_for_the_package(checkpoint, capsys):
     error = failure(capsys, "quantize", *checkpoint, "--quant.calib.path", "scenes:0", "--quant.calib.num-samples", "1")
-    assert_match("holds ONNX files, which only segment, track and evaluate run: give the package", error)
+    assert_match("holds ONNX files, which only segment .*, track and evaluate run: give the package", error)
 
 
 def assert_match(pattern: str, text: str) -> None:

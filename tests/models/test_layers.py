@@ -4,31 +4,45 @@ import numpy as np
 import pytest
 import torch
 
-from sam2jq.models.attention import QUERY_CHUNK, attention
+from sam2jq.models.attention import KEY_BLOCK, QUERY_CHUNK, attention
 from sam2jq.models.capture import OUTPUTS
 from sam2jq.models.chunking import chunked_map
 from sam2jq.models.hiera import Hiera, from_windows, to_windows
 from sam2jq.models.layers import Dense, LayerNorm, resize
+from sam2jq.models.memory import RotaryAttention
 from sam2jq.models.sam2 import build, init_params
+from sam2jq.quant.algorithms.activations import ActQuantized
+from sam2jq.quant.spec import QuantSpec
 from sam2jq.tree import flatten
+from tests.conftest import relative
 
 
 def normal(*shape: int) -> np.ndarray:
     return np.random.default_rng(sum(shape)).standard_normal(shape).astype(np.float32)
 
 
-@pytest.mark.parametrize("queries", [7, QUERY_CHUNK, QUERY_CHUNK + 1, 2 * QUERY_CHUNK])
-def test_attention_in_chunks_equals_torchs(queries):
-    q, k, v = normal(2, queries, 3, 8), normal(2, 50, 3, 8), normal(2, 50, 3, 8)
+SHAPES = [(7, 50), (QUERY_CHUNK, KEY_BLOCK), (QUERY_CHUNK + 1, KEY_BLOCK), (2 * QUERY_CHUNK, 2 * KEY_BLOCK + 50)]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("queries", "keys"), SHAPES)
+def test_attention_in_parts_equals_torchs(queries, keys, masked):
+    """With a mask, all keys of a block are ignored, and some of another."""
+    q, k, v = normal(2, queries, 3, 8), normal(2, keys, 3, 8), normal(2, keys, 3, 5)
+    key_mask = np.ones((2, keys), bool)
+    if masked:
+        key_mask[0] = (np.arange(keys) % 3 > 0) & (np.arange(keys) >= keys // 2)
     heads_first = [torch.from_numpy(x).transpose(1, 2) for x in (q, k, v)]
-    expected = torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2)
-    np.testing.assert_allclose(attention(q, k, v), expected.numpy(), atol=3e-6)  # some roundings of values up to 3
+    mask = torch.from_numpy(key_mask)[:, None, None]
+    expected = torch.nn.functional.scaled_dot_product_attention(*heads_first, mask).transpose(1, 2)
+    got = attention(q, k, v, jnp.asarray(key_mask) if masked else None)
+    np.testing.assert_allclose(got, expected.numpy(), atol=3e-6)  # some roundings of values up to 3
 
 
-@pytest.mark.parametrize("queries", [QUERY_CHUNK + 1, 2 * QUERY_CHUNK])
-def test_attention_in_chunks_has_torchs_gradients(queries):
-    arrays = normal(1, queries, 2, 8), normal(1, 50, 2, 8), normal(1, 50, 2, 8)
-    aim, key_mask = normal(1, queries, 2, 8), np.arange(50)[None] % 3 > 0
+@pytest.mark.parametrize(("queries", "keys"), SHAPES[2:])
+def test_attention_in_parts_has_torchs_gradients(queries, keys):
+    arrays = normal(1, queries, 2, 8), normal(1, keys, 2, 8), normal(1, keys, 2, 8)
+    aim, key_mask = normal(1, queries, 2, 8), np.arange(keys)[None] % 3 > 0
     tensors = [torch.from_numpy(x).requires_grad_() for x in arrays]
     heads_first, mask = [x.transpose(1, 2) for x in tensors], torch.from_numpy(key_mask)[:, None, None]
     expected = torch.nn.functional.scaled_dot_product_attention(*heads_first, mask).transpose(1, 2)
@@ -36,6 +50,14 @@ def test_attention_in_chunks_has_torchs_gradients(queries):
     grads = jax.grad(lambda qkv: (attention(*qkv, jnp.asarray(key_mask)) * aim).sum())(arrays)
     for got, tensor in zip(grads, tensors):
         np.testing.assert_allclose(got, tensor.grad.numpy(), atol=1e-4)  # sums of a thousand terms near 1
+
+
+def test_a_block_of_masked_keys_is_not_computed():
+    """Values that are NaN there would show in a product with weights of 0."""
+    q, k, v = normal(1, 2 * QUERY_CHUNK, 1, 8), normal(1, 3 * KEY_BLOCK, 1, 8), normal(1, 3 * KEY_BLOCK, 1, 8)
+    key_mask = np.arange(3 * KEY_BLOCK)[None] // KEY_BLOCK != 1
+    v[~key_mask] = np.nan
+    assert np.isfinite(attention(q, k, v, jnp.asarray(key_mask))).all()
 
 
 def test_chunks_have_the_gradient_of_the_whole_without_keeping_the_hidden_layer_for_it():
@@ -125,3 +147,23 @@ def test_an_unknown_model_is_named_with_a_suggestion():
         build("tiny", "3.0")
     with pytest.raises(ValueError, match="multiple of 32 pixels, got 1000"):
         build("tiny", image_size=1000)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_memory_values_are_projected_after_the_softmax_only_if_the_layer_is_linear(dtype, monkeypatch):
+    layer, frame, memory = RotaryAttention(64), normal(1, 16, 64).astype(dtype), normal(1, 36, 16).astype(dtype)
+    settings = {"grid": (4, 4), "num_k_exclude_rope": 4}
+    shapes = jax.eval_shape(lambda: layer.init(jax.random.key(0), frame, memory, memory, **settings))["params"]
+    params = jax.tree.map(lambda leaf: normal(*leaf.shape), shapes)
+    run = lambda params: layer.apply({"params": params}, frame, memory, memory, **settings)
+    after = run(params)
+    monkeypatch.setattr(Dense, "is_linear", lambda self: False)
+    before = run(params)
+    assert not np.array_equal(after, before)  # the order of sums differs
+    assert relative(after, before) < (1e-6 if dtype == np.float32 else 2e-2)
+    monkeypatch.undo()
+    kernel = params["v_proj"]["kernel"]
+    params["v_proj"]["kernel"] = ActQuantized(kernel, None, None, QuantSpec(4))
+    quantized = run(params)
+    monkeypatch.setattr(Dense, "is_linear", lambda self: False)
+    np.testing.assert_array_equal(quantized, run(params))

@@ -61,6 +61,24 @@ def test_masks_equal_the_original_predictor(predictors):
     assert (got != expected).mean() < 1e-4  # pixels whose logit is zero but for rounding
 
 
+@pytest.mark.parametrize("areas", [(40, 0), (0, 40), (40, 40)])
+def test_masks_without_small_holes_and_regions_equal_the_original_predictor(predictors, sam2_operator, areas):
+    """The threshold is one at which the masks of random weights have holes and regions."""
+    original, ours = predictors
+    settings = {"mask_threshold": 0.0, "max_hole_area": areas[0], "max_sprinkle_area": areas[1]}
+    cleaning = ImagePredictor(ours.model, ours.params, **settings)
+    cleaning._features, cleaning._orig_hw = ours._features, ours._orig_hw
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setattr(original._transforms, name, value)
+        expected = original.predict(**POINT, return_logits=True)
+    got, unchanged = (predictor.predict(**POINT, return_logits=True) for predictor in (cleaning, ours))
+    for x, y in zip(got, expected, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-4)
+    assert np.abs(got[0] - unchanged[0]).max() > 1  # something was removed
+    np.testing.assert_array_equal(got[2], unchanged[2])
+
+
 def test_a_pil_image_has_the_embedding_of_its_array(predictors):
     _, ours = predictors
     image = draw_scene(1).image

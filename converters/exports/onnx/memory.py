@@ -9,7 +9,9 @@ from converters.exports.onnx.graph import Graph
 from converters.exports.onnx.layers import array, attention, conv, dense, layer_norm
 from sam2jq.models.layers import sine_position
 from sam2jq.models.memory import EPS
-from sam2jq.models.sam2 import MEMORIES, SAM2
+from sam2jq.models.sam2 import SAM2
+from sam2jq.models.variants import MEMORIES
+from sam2jq.quant.leaves import is_bare
 
 
 def memory_attention(model: SAM2, params: dict) -> tuple[Graph, dict[str, str]]:
@@ -65,14 +67,17 @@ def rotary_attention(g: Graph, p: dict, q: str, k: str, v: str, side: int, mappe
 
     mapped: int64 [1], the keys that get RoPE, maps of side x side; None: all.
     """
-    q, k, v = (dense(g, p[f"{name}_proj"], x) for name, x in (("q", q), ("k", k), ("v", v)))
     channels = len(p["q_proj"]["bias"])
+    # as in RotaryAttention: a linear v_proj may follow the softmax, on the C' channels of memories
+    late = mapped is not None and is_bare(p["v_proj"]["kernel"])
+    q, k, v = dense(g, p["q_proj"], q), dense(g, p["k_proj"], k), v if late else dense(g, p["v_proj"], v)
     if mapped is None:
         k = apply_rope(g, k, side, channels)
     else:
         maps, pointers = g.slice(k, 0, mapped, 1), g.slice(k, mapped, np.iinfo(np.int64).max, 1)
         k = g.Concat(apply_rope(g, maps, side, channels), pointers, axis=1)
-    return dense(g, p["out_proj"], attention(g, apply_rope(g, q, side, channels), k, v, 1))
+    y = attention(g, apply_rope(g, q, side, channels), k, v, 1)
+    return dense(g, p["out_proj"], dense(g, p["v_proj"], y) if late else y)
 
 
 def apply_rope(g: Graph, x: str, side: int, channels: int) -> str:
