@@ -10,7 +10,7 @@ ARGS ?=
 HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
 .PHONY: setup quantize distill sweep report segment track evaluate inspect export demo-model
-.PHONY: test test-default-xla lint typecheck bench docs docs-check pictures
+.PHONY: test test-default-xla lint typecheck bench compile-check docs docs-check pictures mask-pictures
 setup: $(READY)
 
 # sam2 is built from source against the installed torch. In an isolated build environment pip would download another
@@ -104,6 +104,24 @@ bench: setup
 	$(VENV)/bin/python experiments/bench/startup.py
 	$(HUGE_PAGES) $(VENV)/bin/python experiments/bench/distill.py
 
+# Compiles the programs for accelerators that are not here. Their compilers are kept apart, so that nothing else here
+# looks for a TPU or a GPU: make compile-check ARGS="--quick", or with CUDA=1 (625 MB) for H100 too.
+COMPILERS := .compilers
+LIBTPU := libtpu==0.0.42
+CUDA_COMPILER := jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2 nvidia-cuda-nvcc-cu12==12.9.86
+CUDA_COMPILER += nvidia-cuda-runtime-cu12==12.9.79 nvidia-cuda-cupti-cu12==12.9.79
+compile-check: setup $(COMPILERS)/tpu $(if $(CUDA),$(COMPILERS)/cuda)
+	PYTHONPATH=$(COMPILERS) $(VENV)/bin/python experiments/bench/compile.py --out experiments/bench/compile.md \
+	  --targets v5e v6e $(if $(CUDA),h100) $(ARGS)
+
+$(COMPILERS)/tpu: setup
+	$(PIP) --no-deps --target $(COMPILERS) $(LIBTPU)
+	touch $@
+
+$(COMPILERS)/cuda: setup
+	$(PIP) --no-deps --target $(COMPILERS) $(CUDA_COMPILER)
+	touch $@
+
 # the API reference, from the docstrings: build/docs/index.html
 docs: setup
 	$(VENV)/bin/python docs/reference.py build/docs
@@ -111,6 +129,13 @@ docs: setup
 # Runs every command and program of docs/ that needs no files but those of the project.
 docs-check: setup
 	PATH=$(CURDIR)/$(VENV)/bin:$$PATH $(VENV)/bin/python docs/check.py
+
+# The pictures of docs/segment.md.
+mask-pictures: setup
+	$(SAM2JQ) segment $(IMAGE) --model.checkpoint demo --everything --everything.points_per_side 16 \
+	  --everything.pred_iou_thresh 0.7 --everything.stability_score_thresh 0.7 --everything.min_mask_region_area 30 \
+	  --out docs/everything.jpg
+	$(SAM2JQ) track $(CLIP) --model.checkpoint demo --prompts docs/prompts.json --out docs/tracked.jpg
 
 # The pictures of README.md and docs/, from runs of the demo model. Needs Chromium and chromedriver.
 pictures: OVER := quant.wgts.dtype=sint8,sint6,sint5,sint4 quant.wgts.kernel_gptq=null,{}

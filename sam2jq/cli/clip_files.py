@@ -14,7 +14,6 @@ from sam2jq.errors import UserError
 from sam2jq.files import atomic_write, check_target
 from sam2jq.report import figures
 
-ENDINGS = (".mp4", ".gif", ".png")
 RATE = Fraction(24)  # frames a second, as SA-V, where the clip does not say it
 
 Pictures = Callable[[Image.Image], None]
@@ -23,8 +22,9 @@ Pictures = Callable[[Image.Image], None]
 def check_clip_file(path: str, *inputs: str | None) -> Path:
     """`path`. Raises UserError if it has an unknown ending, cannot be written, or would replace one of `inputs`."""
     out = check_target(path, *inputs)
-    if out.suffix.lower() not in ENDINGS:
-        raise UserError(f"--out {out}: give a name that ends in .mp4, .gif or, for a strip of frames, in .png")
+    if out.suffix.lower() not in (".mp4", ".gif", *figures.FORMATS):
+        raise UserError(f"--out {out}: give a name that ends in .mp4, .gif or, for a strip of frames, in one of "
+                        f"{' '.join(figures.FORMATS)}")  # fmt: skip
     if out.suffix.lower() == ".mp4":
         import_av(out)
     return out
@@ -62,7 +62,7 @@ def clip_file(path: Path, rate: Fraction) -> Iterator[Pictures]:
             animation = {"save_all": True, "append_images": pictures[1:], "duration": milliseconds, "loop": 0}
             pictures[0].save(temporary, format="GIF", **animation)
         else:
-            figures.strip(pictures).save(temporary, format="PNG")
+            figures.strip(pictures).save(temporary, format=figures.FORMATS[path.suffix.lower()])
 
 
 @contextmanager

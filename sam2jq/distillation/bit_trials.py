@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from sam2jq.config.distill import DistillLossConfig, StudentConfig
 from sam2jq.distillation.schedule import Decision, Schedule, candidates, confident_layers, reduce_bits
@@ -20,8 +21,8 @@ from sam2jq.tree import flatten, kernels, under
 Array = jax.Array
 
 
-def make_bits_evaluator(loss: Callable) -> Callable:
-    """A compiled (params, bits [n, L], batch [B, ...]) -> (losses [n], metrics), n being the number of devices.
+def bits_program(loss: Callable, mesh: Mesh | None = None) -> Callable:
+    """A jitted (params, bits [n, L], batch [B, ...]) -> (losses [n], metrics), n being the number of devices of `mesh`.
 
     Each device evaluates one bit assignment on the whole batch.
     """
@@ -29,8 +30,13 @@ def make_bits_evaluator(loss: Callable) -> Callable:
     def losses(params: dict, bits: Array, batch: DistillBatch) -> tuple[Array, dict]:
         return jax.vmap(lambda one: loss(with_bits(params, one), batch))(bits)
 
-    split, full = data_sharding(), replicated()
-    return aot_compile(jax.jit(losses, in_shardings=(full, split, full), out_shardings=full), "the validation loss")
+    split, full = data_sharding(mesh), replicated(mesh)
+    return jax.jit(losses, in_shardings=(full, split, full), out_shardings=full)
+
+
+def make_bits_evaluator(loss: Callable) -> Callable:
+    """`bits_program` on all devices, compiled at the first call."""
+    return aot_compile(bits_program(loss), "the validation loss")
 
 
 def evaluate_bits(

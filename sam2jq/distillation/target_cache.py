@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from sam2jq.config.distill import DistillLossConfig
 from sam2jq.data.loader import Item, prefetched, read_item
@@ -78,17 +79,17 @@ def make_target_batches(
     return lambda items: partial(batches, items)
 
 
-def target_program(teacher: Teacher, config: DistillLossConfig, seed: int) -> Callable:
-    """A jitted (params, frames [B, T, S, S, 3], item seeds uint32 [B]) -> targets, split over all devices."""
+def target_program(teacher: Teacher, config: DistillLossConfig, seed: int, mesh: Mesh | None = None) -> Callable:
+    """A jitted (params, frames [B, T, S, S, 3], item seeds uint32 [B]) -> targets, split over the devices of `mesh`."""
 
     def make_one(params: dict, frames: Array, item_seed: Array) -> DistillBatch:
         key = jax.random.fold_in(jax.random.key(seed), item_seed)
         counts = {"num_prompts": config.prompts, "num_objects": config.objects}
         return make_targets(teacher.model, params, frames, key, dtype=teacher.dtype, **counts)
 
-    split = data_sharding()
+    split = data_sharding(mesh)
     batched = jax.vmap(make_one, (None, 0, 0))
-    return jax.jit(batched, in_shardings=(replicated(), split, split), out_shardings=split)
+    return jax.jit(batched, in_shardings=(replicated(mesh), split, split), out_shardings=split)
 
 
 def example_shapes(size: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:

@@ -136,10 +136,7 @@ def distill(
     """
     train = config.train
     last_step = task.steps_per_epoch * train.epochs
-    trainable = trainable_mask(student, config.quant.learn_clipping)
-    optimizer = make_optimizer(train, last_step, trainable)
-    frozen = jax.tree.map(operator.not_, trainable)
-    loss = lambda params, *batch: task.loss(stop_gradient_where(params, frozen), *batch)
+    loss, optimizer = make_student_loss(student, task.loss, config, last_step)
     step = make_train_step(loss, optimizer, train.parallel)
     run = Run(task, config, make_bits_evaluator(task.loss), fake_quant_layers(student), layer_sizes(student))
     state = fit(
@@ -151,6 +148,16 @@ def distill(
         make_hooks(run, folder, log_fn),
     )
     return state.best
+
+
+def make_student_loss(
+    student: dict, loss: Callable, config: DistillConfig, last_step: int
+) -> tuple[Callable, optax.GradientTransformation]:
+    """`loss` without gradients of what stays fixed in `student`, and the optimizer of the rest."""
+    trainable = trainable_mask(student, config.quant.learn_clipping)
+    frozen = jax.tree.map(operator.not_, trainable)
+    trained_loss = lambda params, *batch: loss(stop_gradient_where(params, frozen), *batch)
+    return trained_loss, make_optimizer(config.train, last_step, trainable)
 
 
 def init_distill_state(student: dict, optimizer: optax.GradientTransformation, config: DistillConfig) -> DistillState:

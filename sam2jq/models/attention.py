@@ -3,12 +3,15 @@
 Letters: B batch, N queries, M keys, C channels of a head's queries and keys, Cv of its values.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
 from sam2jq.models.chunking import chunked_map, cpu_chunk_rows, largest_divisor
 
 Array = jax.Array
+product = partial(jnp.matmul, preferred_element_type=jnp.float32)  # of any dtype, summed and kept in float32
 MASKED = -1e9  # added to the score of a masked key
 QUERY_CHUNK = 1024  # rows of a score matrix
 KEY_BLOCK = 512  # columns of a score matrix
@@ -22,45 +25,58 @@ def attention(q: Array, k: Array, v: Array, key_mask: Array | None = None) -> Ar
     as a whole, nor stored for the gradient.
     """
     batch, length, heads, channels = q.shape
-    q, k, v = (x.swapaxes(1, 2) for x in (q * channels**-0.5, k, v))  # [B, heads, N or M, C] for batched products
+    scale = channels**-0.5
+    if q.dtype == jnp.float32:  # cheaper than scaling the scores, but in fewer bits it would round q once more
+        q, scale = q * scale, 1.0
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [B, heads, N or M, C] for batched products
     bias = None if key_mask is None else jnp.where(key_mask, 0.0, MASKED)
     if length * k.shape[2] <= QUERY_CHUNK * KEY_BLOCK:
-        return softmax_attention(q, k, v, None if bias is None else bias[:, None, None]).swapaxes(1, 2)
+        return softmax_attention(q, k, v, None if bias is None else bias[:, None, None], scale).swapaxes(1, 2)
     flat = tuple(x.reshape(batch * heads, *x.shape[2:]) for x in (q, k, v))
     flat += (None if bias is None else jnp.repeat(bias, heads, axis=0),)
-    # as many heads at a time as their scores fit in the caches; one without a batch axis, so that `lax.cond` can skip
+    one_head = lambda arrays: blocked_attention(*arrays, scale)
+    # on a CPU as many heads at a time as their scores fit in the caches
     together = min(batch * heads, cpu_chunk_rows(QUERY_CHUNK * min(k.shape[2], KEY_BLOCK)))
-    one_at_a_time = bias is not None or together == 1
-    y = jax.lax.map(lambda x: blocked_attention(*x), flat, batch_size=None if one_at_a_time else together)
+    one_at_a_time, all_at_once = partial(jax.lax.map, one_head), jax.vmap(one_head)
+    some_at_a_time = one_at_a_time if together == 1 else partial(jax.lax.map, one_head, batch_size=together)
+    if bias is not None:  # without a batch axis, so that `lax.cond` can skip
+        y = one_at_a_time(flat)
+    else:
+        y = jax.lax.platform_dependent(flat, cpu=some_at_a_time, default=all_at_once)
     return y.reshape(batch, heads, length, -1).swapaxes(1, 2)
 
 
-def softmax_attention(q: Array, k: Array, v: Array, bias: Array | None = None) -> Array:
-    """softmax(q kT + bias) v, [..., N, Cv].
+def scores_of(q: Array, k: Array, bias: Array | None, scale: float) -> Array:
+    """scale q kT + bias, float32 [..., N, M]."""
+    scores = product(q, k.swapaxes(-1, -2)) * scale
+    return scores if bias is None else scores + bias
+
+
+def softmax_attention(q: Array, k: Array, v: Array, bias: Array | None, scale: float) -> Array:
+    """softmax(scale q kT + bias) v, [..., N, Cv].
 
     Dividing the output [N, Cv] instead of the scores [N, M] saves one pass over the scores.
     """
-    scores = (q @ k.swapaxes(-1, -2)).astype(jnp.float32)
-    scores = scores if bias is None else scores + bias
+    scores = scores_of(q, k, bias, scale)
     top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))  # it cancels, so its gradient is zero
     scores = jnp.exp(scores - top)
     sums = scores.sum(-1, keepdims=True)
-    return (scores.astype(v.dtype) @ v / sums).astype(v.dtype)
+    return (product(scores.astype(v.dtype), v) / sums).astype(v.dtype)
 
 
-@jax.custom_vjp
-def blocked_attention(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
-    """softmax(q kT + bias) v of one head, [N, Cv], for q [N, C], k [M, C], v [M, Cv] and bias [M]."""
-    return _blocked_attention_forward(q, k, v, bias)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def blocked_attention(q: Array, k: Array, v: Array, bias: Array | None, scale: float) -> Array:
+    """softmax(scale q kT + bias) v of one head, [N, Cv], for q [N, C], k [M, C], v [M, Cv] and bias [M]."""
+    return _blocked_attention_forward(q, k, v, bias, scale)[0]
 
 
-def _blocked_attention_forward(q: Array, k: Array, v: Array, bias: Array | None):
-    y, log_sums = chunked_map(lambda rows: online_softmax(rows, k, v, bias), q, QUERY_CHUNK)
+def _blocked_attention_forward(q: Array, k: Array, v: Array, bias: Array | None, scale: float):
+    y, log_sums = chunked_map(lambda rows: online_softmax(rows, k, v, bias, scale), q, QUERY_CHUNK)
     return y, (q, k, v, bias, y, log_sums)
 
 
-def online_softmax(q: Array, k: Array, v: Array, bias: Array | None) -> tuple[Array, Array]:
-    """softmax(q kT + bias) v, [N, Cv], and the logarithm of the softmax denominators, float32 [N, 1].
+def online_softmax(q: Array, k: Array, v: Array, bias: Array | None, scale: float) -> tuple[Array, Array]:
+    """softmax(scale q kT + bias) v, [N, Cv], and the logarithm of the softmax denominators, float32 [N, 1].
 
     One pass over blocks of keys with the highest score so far (arXiv 1805.02867). A block is not computed if all of its
     keys are masked.
@@ -68,12 +84,14 @@ def online_softmax(q: Array, k: Array, v: Array, bias: Array | None) -> tuple[Ar
 
     def add(state: tuple[Array, Array, Array], k: Array, v: Array, bias: Array | None):
         top, sums, y = state
-        scores = (q @ k.T).astype(jnp.float32)
-        scores = scores if bias is None else scores + bias
+        scores = scores_of(q, k, bias, scale)
         new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
         weights, rescale = jnp.exp(scores - new_top), jnp.exp(top - new_top)
-        product = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        return new_top, sums * rescale + weights.sum(-1, keepdims=True), y * rescale + product
+        return (
+            new_top,
+            sums * rescale + weights.sum(-1, keepdims=True),
+            y * rescale + product(weights.astype(v.dtype), v),
+        )
 
     def step(state, block):
         if bias is None:
@@ -91,7 +109,7 @@ def online_softmax(q: Array, k: Array, v: Array, bias: Array | None) -> tuple[Ar
     return (y / sums).astype(v.dtype), top + jnp.log(sums)
 
 
-def _blocked_attention_backward(residuals, dy: Array):
+def _blocked_attention_backward(scale: float, residuals, dy: Array):
     """Computes the scores again, chunk by chunk (as in FlashAttention, arXiv 2205.14135)."""
     q, k, v, bias, y, log_sums = residuals
     rows = largest_divisor(len(q), QUERY_CHUNK)
@@ -99,15 +117,16 @@ def _blocked_attention_backward(residuals, dy: Array):
 
     def chunk(sums, part):
         (dk, dv), (q, y, log_sums, dy) = sums, part
-        scores = (q @ k.T).astype(jnp.float32)
-        scores = scores if bias is None else scores + bias
-        weights = jnp.exp(scores - log_sums).astype(v.dtype)
-        dscores = (dy @ v.T - (dy * y).sum(-1, keepdims=True)) * weights
-        return (dk + q.T @ dscores, dv + dy.T @ weights), dscores @ k
+        weights = jnp.exp(scores_of(q, k, bias, scale) - log_sums)
+        dscores = (product(dy, v.T) - (dy.astype(jnp.float32) * y).sum(-1, keepdims=True)) * weights
+        weights, dscores = weights.astype(v.dtype), (dscores * scale).astype(k.dtype)
+        return (dk + product(q.T, dscores), dv + product(dy.T, weights)), dscores @ k
 
-    zeros = jnp.zeros_like(k.T), jnp.zeros_like(v.T)  # accumulated transposed, to avoid transposing the scores
+    # accumulated transposed, to avoid transposing the scores
+    zeros = jnp.zeros(k.T.shape, jnp.float32), jnp.zeros(v.T.shape, jnp.float32)
     (dk, dv), dq = jax.lax.scan(chunk, zeros, tuple(map(chunked, (q, y, log_sums, dy))))
-    return dq.reshape(q.shape), dk.T, dv.T, None if bias is None else jnp.zeros_like(bias)
+    dk, dv = dk.T.astype(k.dtype), dv.T.astype(v.dtype)
+    return dq.reshape(q.shape), dk, dv, None if bias is None else jnp.zeros_like(bias)
 
 
 blocked_attention.defvjp(_blocked_attention_forward, _blocked_attention_backward)

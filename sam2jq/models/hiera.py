@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from sam2jq.models.attention import attention
 from sam2jq.models.capture import OUTPUTS, is_capturing_any
-from sam2jq.models.chunking import chunked_map, cpu_chunk_rows
+from sam2jq.models.chunking import cpu_chunked_map
 from sam2jq.models.layers import MLP, Conv, Dense, LayerNorm, declare, gelu, resize
 from sam2jq.models.remat import remat
 
@@ -62,7 +62,7 @@ class Attention(nn.Module):
 
         if is_capturing_any(self):
             return run(x, token_mask)
-        return chunked_map(run, x, cpu_chunk_rows(3 * self.features * x.shape[1] * x.shape[2]))
+        return cpu_chunked_map(run, x, 3 * self.features * x.shape[1] * x.shape[2])
 
 
 class Block(nn.Module):

@@ -4,7 +4,6 @@ Module names match torch's: a flax path is a torch key. Letters, channels last: 
 """
 
 import math
-import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from sam2jq.models.capture import is_capturing, is_capturing_any, sow_input_stats, sow_output_moments, sow_patch_stats
-from sam2jq.models.chunking import chunked_map, cpu_chunk_rows
+from sam2jq.models.chunking import cpu_chunked_map
 from sam2jq.quant import leaves
 from sam2jq.quant.stats import FOLDS
 
@@ -28,14 +27,6 @@ def gelu(x: Array) -> Array:
 def declare(module: nn.Module, name: str, *shape: int):
     """The parameter `name` of `module`, of the given shape; `init_params` draws the initial values."""
     return module.param(name, nn.initializers.zeros, shape)
-
-
-def patches(x: Array, size: int, stride: int, padding: int) -> Array:
-    """[B, H, W, C] -> [B, H', W', size * size * C]: the input patch of each output pixel, flattened like the kernel."""
-    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    rows, columns = ((length - size) // stride * stride + 1 for length in x.shape[1:3])
-    shifts = [(i, j) for i in range(size) for j in range(size)]
-    return jnp.concatenate([x[:, i : i + rows : stride, j : j + columns : stride] for i, j in shifts], -1)
 
 
 class Dense(nn.Module):
@@ -77,7 +68,7 @@ class Conv(nn.Module):
     def patch_rows(self, image: Array, inputs: int) -> Array:
         """Image [H, W, C] -> [N, inputs]: the patches that a kernel of `inputs` inputs is multiplied by, one group of
         channels after the other."""
-        rows = patches(image[None], self.size, self.stride, self.padding)
+        rows = leaves.patches(image[None], self.size, self.stride, self.padding)
         grouped = rows.reshape(*rows.shape[:-1], self.size**2, self.groups, -1)
         return grouped.swapaxes(-2, -3).reshape(-1, inputs)
 
@@ -145,8 +136,8 @@ class MLP(nn.Module):
                 x = layer(self.act(x))
             return x
 
-        chunk_rows = sys.maxsize if is_capturing_any(self) else cpu_chunk_rows(max(self.widths))
-        rows = chunked_map(run, x.reshape(-1, x.shape[-1]), chunk_rows)
+        rows = x.reshape(-1, x.shape[-1])
+        rows = run(rows) if is_capturing_any(self) else cpu_chunked_map(run, rows, max(self.widths))
         return rows.reshape(*x.shape[:-1], self.widths[-1])
 
 

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from sam2jq.models.layers import Conv, LayerNorm, declare, gelu
+from sam2jq.quant.exact import matmul
 
 Array = jax.Array
 LABELS = ("not_a_point_embed", *(f"point_embeddings.{i}" for i in range(4)))  # labels -1, 0, 1, 2, 3
@@ -57,5 +58,5 @@ class PromptEncoder(nn.Module):
 
 def fourier(xy: Array, gaussian: Array) -> Array:
     """Random Fourier features [..., C] of x, y [..., 2] in 0..1 at frequencies [2, C / 2] (arXiv 2006.10739)."""
-    angle = 2 * jnp.pi * ((2 * xy - 1) @ gaussian)
+    angle = 2 * jnp.pi * matmul(2 * xy - 1, gaussian)
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)

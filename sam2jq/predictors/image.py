@@ -8,11 +8,12 @@ import numpy as np
 
 from sam2jq.errors import UserError
 from sam2jq.models.decoder import Decoded
-from sam2jq.models.layers import resize
 from sam2jq.models.params import check_params
 from sam2jq.models.sam2 import SAM2
 from sam2jq.predictors.pretrained import FromPretrained
 from sam2jq.predictors.prompted_image import PromptedImage, PromptMasks
+from sam2jq.predictors.prompts import padded_prompts, prompt_count
+from sam2jq.predictors.upscale import canvas_of, upscale
 
 Array = jax.Array
 
@@ -24,18 +25,21 @@ def encode_images(model: SAM2, params: dict, images: Array) -> list[Array]:
     return model.apply({"params": params}, features, method="add_no_memory_embed")
 
 
-def decode(model: SAM2, params: dict, features: list[Array], points, masks=None, *, multimask: bool) -> Decoded:
+def decode(
+    model: SAM2, params: dict, features: list[Array], points, masks=None, point_mask=None, *, multimask: bool
+) -> Decoded:
     """Masks of P prompts on one image's features; see `SAM2.decode_masks`.
 
     The image encoder's params are not passed on, so that models which differ only there share one compiled program.
     """
     decoder_params = {name: part for name, part in params.items() if name != "image_encoder"}
-    return _decode(model, decoder_params, features, points, masks, multimask=multimask)
+    return _decode(model, decoder_params, features, points, masks, point_mask, multimask=multimask)
 
 
 @partial(jax.jit, static_argnames=("model", "multimask"))
-def _decode(model: SAM2, params: dict, features: list[Array], points, masks, *, multimask: bool) -> Decoded:
-    return model.apply({"params": params}, features, points, masks, multimask=multimask, method="decode_masks")
+def _decode(model: SAM2, params: dict, features, points, masks, point_mask, *, multimask: bool) -> Decoded:
+    settings = {"multimask": multimask, "method": "decode_masks"}
+    return model.apply({"params": params}, features, points, masks, point_mask, **settings)
 
 
 class ImagePredictor(PromptedImage, FromPretrained):
@@ -45,8 +49,8 @@ class ImagePredictor(PromptedImage, FromPretrained):
         predictor.set_image(image)
         masks, scores, low_res = predictor.predict(point_coords=[[x, y]], point_labels=[1])
 
-    The methods, their arguments and their results are those of SAM2ImagePredictor. XLA compiles once per number of
-    points, of prompts, and image size.
+    The methods, their arguments and their results are those of SAM2ImagePredictor. Numbers of points and of prompts
+    are padded to powers of two and image sizes to multiples of 256 pixels, so that XLA compiles a handful of programs.
     """
 
     def __init__(
@@ -77,12 +81,18 @@ class ImagePredictor(PromptedImage, FromPretrained):
         return encode_images(self.model, self.params, jnp.asarray(image, self.dtype))
 
     def decode(self, features: list[Array], points, masks, *, multimask: bool) -> PromptMasks:
-        out = decode(self.model, self.params, features, points, masks, multimask=multimask)
-        return PromptMasks(out.masks, out.ious)
+        """As in `PromptedImage`, in calls of the model for MOST_PROMPTS each."""
+        padded = padded_prompts(points, masks)
+        outs = [decode(self.model, self.params, features, *part, multimask=multimask) for part in padded]
+        count = prompt_count(points, masks)
+        join = lambda arrays: np.concatenate([np.asarray(x, np.float32) for x in arrays])[:count]
+        return PromptMasks(join(out.masks for out in outs), join(out.ious for out in outs))
 
-    def enlarge(self, masks: Array, size: tuple[int, int]) -> np.ndarray:
-        full = resize(jnp.moveaxis(masks.astype(jnp.float32), 1, -1), size)
-        return np.moveaxis(np.asarray(full), -1, 1)
+    def enlarge(self, masks: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        canvas, (height, width) = canvas_of(self.image_size // 4, size), size
+        scaled = [upscale(mask, canvas) for mask in masks.reshape(-1, 1, *masks.shape[2:])]
+        full = np.concatenate([np.asarray(mask)[:, :height, :width] for mask in scaled])
+        return full.reshape(*masks.shape[:2], height, width)
 
 
 def float_dtype(dtype) -> str:

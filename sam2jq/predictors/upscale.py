@@ -16,8 +16,8 @@ STEP = 256  # pixels
 class Canvas(NamedTuple):
     """Bilinear interpolation as two matrices, zero beyond the image: masks on a canvas are rows @ masks @ columns."""
 
-    rows: np.ndarray  # [H, h]
-    columns: np.ndarray  # [w, W]
+    rows: Array  # [H, h]
+    columns: Array  # [w, W]
     size: tuple[int, int]  # of the image, in pixels
 
 
@@ -31,7 +31,7 @@ class MaskStats(NamedTuple):
 def canvas_of(side: int, size: tuple[int, int]) -> Canvas:
     """The canvas of an image of `size` (H, W) for masks [side, side], as torch's `interpolate(align_corners=False)`."""
     rows, columns = (interpolation(side, length) for length in size)
-    return Canvas(rows, np.ascontiguousarray(columns.T), size)
+    return Canvas(jnp.asarray(rows), jnp.asarray(columns.T), size)
 
 
 def interpolation(side: int, length: int) -> np.ndarray:

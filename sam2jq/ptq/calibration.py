@@ -73,7 +73,7 @@ def collect(
         raise UserError("this is an image-only model, without the weights of the memory, which calibration runs too")
     mutable = tuple(sorted({"range", *needs}))
     chosen = None if layers is None else frozenset(layers)
-    step = partial(_fold, model, mutable, chosen)
+    step = partial(fold_clip, model, mutable, chosen)
     clip = next(iter(clips(0)), None)
     if clip is None:
         raise UserError("calibration got no clip or image")
@@ -90,7 +90,7 @@ def collect(
 
 
 @partial(jax.jit, static_argnames=("model", "mutable", "layers"), donate_argnames="folded")
-def _fold(
+def fold_clip(
     model: SAM2, mutable: tuple[str, ...], layers: frozenset | None, params: dict, folded: dict, clip: Array
 ) -> dict:
     """`folded` after one more clip. Statistics of other layers are not returned, so XLA does not compute them."""

@@ -3,17 +3,17 @@
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sam2jq.errors import UserError
+from sam2jq.quant.exact import einsum, matmul
 
 Array = jax.Array
 
 
 def output_error(difference: Array, gram: Array) -> Array:
     """[N]: the mean square error of each output when `difference` [K, N] is added to the weight."""
-    return jnp.einsum("kn,kn->n", difference, gram @ difference)
+    return einsum("kn,kn->n", difference, matmul(gram, difference))
 
 
 def relative_error(got, reference) -> float:

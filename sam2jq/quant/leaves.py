@@ -95,16 +95,42 @@ def matmul(w, x: Array) -> Array:
     return apply_kernel(w, x, dense)
 
 
+def patches(x: Array, size: int, stride: int, padding: int) -> Array:
+    """[B, H, W, C] -> [B, H', W', size * size * C]: the input patch of each output pixel, flattened like the kernel."""
+    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    rows, columns = ((length - size) // stride * stride + 1 for length in x.shape[1:3])
+    shifts = [(i, j) for i in range(size) for j in range(size)]
+    return jnp.concatenate([x[:, i : i + rows : stride, j : j + columns : stride] for i, j in shifts], -1)
+
+
+def blocks(x: Array, size: int) -> Array:
+    """`patches` that do not overlap, by a reordering: on a CPU ten times as fast as by slices, on a TPU a fifth."""
+    rows, columns = (length // size for length in x.shape[1:3])
+    x = x[:, : rows * size, : columns * size].reshape(len(x), rows, size, columns, size, -1)
+    return x.swapaxes(2, 3).reshape(len(x), rows, columns, -1)
+
+
 def conv(w, x: Array, *, stride: int, padding: int, groups: int) -> Array:
-    """[B, H, W, in] -> [B, H', W', out], for a kernel [kh, kw, in / groups, out]."""
+    """[B, H, W, in] -> [B, H', W', out], for a kernel [kh, kw, in / groups, out].
+
+    A kernel that is as large as its stride is a product: XLA aborts on the gradient of such a convolution for a TPU. On
+    a TPU any kernel with a stride is one, as XLA's gradient of it takes up to forty times as long there.
+    """
 
     def product(kernel: Array, x: Array) -> Array:
-        if kernel.shape[:2] == (1, 1) and stride == groups == 1:  # XLA's convolution is several times slower on a CPU
+        size, pad = kernel.shape[0], [(padding, padding)] * 2
+        if size == stride == groups == 1:  # XLA's convolution is several times slower on a CPU
             return dense(kernel[0, 0], x)
-        pad = [(padding, padding)] * 2
-        return lax.conv_general_dilated(
+        as_matrix = lambda kernel: kernel.reshape(-1, kernel.shape[-1])
+        by_patches = lambda kernel, x: dense(as_matrix(kernel), patches(x, size, stride, padding))
+        by_blocks = lambda kernel, x: dense(as_matrix(kernel), blocks(x, size))
+        by_xla = lambda kernel, x: lax.conv_general_dilated(
             x, kernel, (stride, stride), pad, dimension_numbers=NHWC, feature_group_count=groups
         )
+        if stride == 1 or groups > 1:
+            return by_xla(kernel, x)
+        other = by_blocks if size == stride and not padding else by_xla
+        return lax.platform_dependent(kernel, x, tpu=by_patches, default=other)
 
     return apply_kernel(w, x, product)
 

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sam2jq.quant.exact import matmul
+
 Array = jax.Array
 TokensAndMask = tuple[Array, Array | None]
 TOKENS = 512  # T, the size of the sample
@@ -78,7 +80,7 @@ def fold_range(state: Range | None, tokens_and_mask: TokensAndMask) -> Range:
 def fold_gram(state: Array | None, tokens_and_mask: TokensAndMask) -> Array:
     """[K, K]: the sum of x^T x over all calls."""
     x, _ = mask_tokens(tokens_and_mask)
-    return (0 if state is None else state) + x.T @ x
+    return (0 if state is None else state) + matmul(x.T, x)
 
 
 def fold_tokens(state: Sample | None, tokens_and_mask: TokensAndMask) -> Sample:

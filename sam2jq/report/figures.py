@@ -9,6 +9,8 @@ COLORS = np.array(
     [[0, 114, 178], [230, 159, 0], [0, 158, 115], [204, 121, 167]], np.float32
 )  # for colour-blind readers
 SHADES = ((0.9, 0.95), (0.45, 1.0), (0.85, 0.6))  # saturation and value of further colours
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}  # of PIL, by ending
+FORMATS |= dict.fromkeys((".tif", ".tiff"), "TIFF")
 SIDE = 320  # pixels, of the pictures on a sheet
 MARK = {1: (60, 220, 60), 0: (235, 50, 50)}  # a click: foreground green, background red
 CORNER = (255, 255, 255)  # a corner of a box that is given as points labelled 2 and 3

@@ -1,24 +1,27 @@
 """How arrays are placed on the devices of a data-parallel run."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
-def data_sharding() -> NamedSharding:
-    """The sharding of a batch: its first axis is split over all devices of all processes."""
-    return NamedSharding(make_mesh(), PartitionSpec("data"))
+def data_sharding(mesh: Mesh | None = None) -> NamedSharding:
+    """The sharding of a batch: its first axis is split over the devices of `mesh`, None for all of all processes."""
+    return NamedSharding(mesh or make_mesh(), PartitionSpec("data"))
 
 
-def replicated() -> NamedSharding:
-    """The sharding of params: a full copy on each device of each process."""
-    return NamedSharding(make_mesh(), PartitionSpec())
+def replicated(mesh: Mesh | None = None) -> NamedSharding:
+    """The sharding of params: a full copy on each device of `mesh`, None for all of all processes."""
+    return NamedSharding(mesh or make_mesh(), PartitionSpec())
 
 
-def make_mesh() -> jax.sharding.Mesh:
-    """One axis, "data", over all devices of all processes."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """One axis, "data", over `devices`, None for all of all processes; a program can be compiled for devices that this
+    machine lacks."""
+    count = jax.device_count() if devices is None else len(devices)
+    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def put_if_needed(tree: Any, sharding: NamedSharding) -> Any:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
+from jax.sharding import Mesh
 
 from sam2jq.training.sharding import data_sharding, put_if_needed, replicated
 from sam2jq.training.state import TrainState
@@ -22,12 +23,21 @@ Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]
 
 
 def make_train_step(loss: Loss, optimizer: optax.GradientTransformation, parallel: str = "jit") -> Step:
-    """A compiled (state, batch) -> (state, metrics); the metrics of `loss` plus "loss" and "gradient", its global norm.
+    """A compiled (state, batch) -> (state, metrics), as `train_step` makes it.
 
     batch: leaves [B, ...], the share of this process, which is split over its devices. Params are replicated. `loss`
     must be a mean over the batch, so that the mean of the devices' gradients is the gradient of the whole batch.
     parallel: "jit" lets the compiler insert the sums over devices; "pmap" writes them out, and folds the same key in on
     every device.
+    """
+    step = train_step(loss, optimizer)
+    return pmap_step(step) if parallel == "pmap" else jit_step(step)
+
+
+def train_step(loss: Loss, optimizer: optax.GradientTransformation) -> Callable:
+    """A function (state, batch) -> (state, metrics); the metrics of `loss` plus "loss" and "gradient", its global norm.
+
+    Its third argument sums over devices where the compiler does not.
     """
 
     def step(state: TrainState, batch, all_reduce: Callable = lambda x: x) -> tuple[TrainState, dict[str, Array]]:
@@ -40,14 +50,19 @@ def make_train_step(loss: Loss, optimizer: optax.GradientTransformation, paralle
         metrics = metrics | {"loss": value, "gradient": norm}
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
-    return pmap_step(step) if parallel == "pmap" else jit_step(step)
+    return step
+
+
+def sharded_step(step: Callable, mesh: Mesh | None = None) -> Callable:
+    """`step` under jit on the devices of `mesh`, None for all, with replicated state and a batch that is split."""
+    split, full = data_sharding(mesh), replicated(mesh)
+    return jax.jit(step, in_shardings=(full, split), out_shardings=full, donate_argnums=0)
 
 
 def jit_step(step: Callable) -> Step:
-    """`step` under jit, with replicated state and a batch that is split over all devices."""
+    """`sharded_step` on all devices of all processes, compiled at the first call."""
     split, full = data_sharding(), replicated()
-    jitted = jax.jit(step, in_shardings=(full, split), out_shardings=full, donate_argnums=0)
-    compiled = aot_compile(jitted, "the training step")
+    compiled = aot_compile(sharded_step(step), "the training step")
     put = lambda x: jax.device_put(x, split)  # copies nothing that is placed so already
     if jax.process_count() > 1:
         put = lambda x: jax.make_array_from_process_local_data(split, np.asarray(x))

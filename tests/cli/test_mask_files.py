@@ -173,7 +173,7 @@ def test_the_highest_score_is_in_front():
     assert labels_of([], scores[:0]).tolist() == [[0, 0, 0, 0]]
 
 
-@pytest.mark.parametrize("name", ["o.mp4", "o.gif", "o.png", "o.npz"])
+@pytest.mark.parametrize("name", ["o.mp4", "o.gif", "o.jpg", "o.npz"])
 def test_a_full_disk_leaves_no_file(tmp_path, name):
     """The block fails as a writer does whose disk is full."""
 

@@ -5,9 +5,8 @@ import pytest
 from PIL import Image
 
 from sam2jq.cli.main import main
-from sam2jq.cli.segment import FORMATS
 from sam2jq.data.images import is_turned
-from sam2jq.report.figures import draw_prompts
+from sam2jq.report.figures import FORMATS, draw_prompts
 
 from .conftest import failure
 

@@ -10,7 +10,7 @@ from sam2jq.data import draw_clip
 from .conftest import failure
 
 
-@pytest.mark.parametrize("name", ["tracked.gif", "strip.png"])
+@pytest.mark.parametrize("name", ["tracked.gif", "strip.JPG"])
 def test_track_writes_every_frame_or_a_strip(flags, tmp_path, name):
     clip = tmp_path / "clip"
     clip.mkdir()

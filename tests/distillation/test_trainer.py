@@ -25,6 +25,7 @@ from sam2jq.quant.leaves import base_weight
 from sam2jq.quant.spec import QuantSpec
 from sam2jq.report.curves import plot_history
 from sam2jq.training.distributed import initialize_distributed
+from sam2jq.training.step import make_train_step
 from tests.flags import override
 
 LAYERS = ("a", "b")
@@ -80,6 +81,20 @@ def test_layers_lose_a_bit_an_epoch_until_the_last_ones(tmp_path):
     assert [row["bits"] for row in rounds] == [dict.fromkeys(LAYERS, bits) for bits in (6, 5, 4, 3, 3)]
     np.testing.assert_array_equal(bits_of(best), [3, 3])
     assert [row["quant/updated_layers"] for row in rounds if "decisions" in row] == [2, 2, 2]
+
+
+def test_a_step_waits_for_no_transfer_between_host_and_device():
+    """Arrays are placed as asked for, such as a batch; anything else would be an error here."""
+    student, settings = make_student(), config()
+    loss_of, optimizer = cdpq.make_student_loss(student, loss, settings, 20)
+    step, state = make_train_step(loss_of, optimizer), cdpq.init_distill_state(student, optimizer, settings)
+    take = lambda state: cdpq.step_and_observe(step, state, array(4, 8, seed=100))[0]
+    state = take(state)
+    with jax.transfer_guard("disallow"):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+            state.train.step + np.ones(1)
+        state = take(take(state))
+    assert int(state.train.step) == 3
 
 
 def test_a_run_s_history_is_what_its_curves_and_its_page_are_drawn_from(tmp_path):
@@ -205,6 +220,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from sam2jq.training.distributed import initialize_distributed
+from sam2jq.training.step import make_train_step
 from tests.distillation import test_trainer as toy
 folder, *flags = sys.argv[1:]
 config = toy.config(*flags)

@@ -11,10 +11,11 @@ from sam2jq.models.hiera import Hiera, from_windows, to_windows
 from sam2jq.models.layers import Dense, LayerNorm, resize
 from sam2jq.models.memory import RotaryAttention
 from sam2jq.models.sam2 import build, init_params
+from sam2jq.quant import leaves
 from sam2jq.quant.algorithms.activations import ActQuantized
 from sam2jq.quant.spec import QuantSpec
 from sam2jq.tree import flatten
-from tests.conftest import relative
+from tests.conftest import nchw, nhwc, relative
 
 
 def normal(*shape: int) -> np.ndarray:
@@ -60,6 +61,21 @@ def test_a_block_of_masked_keys_is_not_computed():
     assert np.isfinite(attention(q, k, v, jnp.asarray(key_mask))).all()
 
 
+@pytest.mark.parametrize("queries", [16, QUERY_CHUNK])
+def test_attention_in_half_precision_is_as_exact_as_jax_s_own(queries):
+    """Scores and sums are in float32. The sum over many equal keys overflows in float16, and bfloat16 has 8 bits."""
+    many = jnp.ones((1, 28672, 1, 8), jnp.float16)
+    np.testing.assert_array_equal(attention(many[:, :4], many, 4 * many), 4)
+    arrays = [normal(1, queries, 2, 32), 4 * normal(1, 600, 2, 32), normal(1, 600, 2, 32)]
+    half = [jnp.asarray(x, jnp.bfloat16) for x in arrays]
+    exact = attention(*(x.astype(jnp.float32) for x in half))
+    ours, jax_s = (relative(fn(*half), exact) for fn in (attention, jax.nn.dot_product_attention))
+    assert ours < 1.1 * jax_s
+    gradient = lambda arrays: jax.grad(lambda arrays: jnp.square(attention(*arrays)).mean())(arrays)
+    for got, expected in zip(gradient(half), gradient([x.astype(jnp.float32) for x in half])):
+        assert relative(got, expected) < 0.02  # a few roundings of 2 ** -9
+
+
 def test_chunks_have_the_gradient_of_the_whole_without_keeping_the_hidden_layer_for_it():
     rows, hidden = 1024, 256
     x, w, v = normal(rows, 8), normal(8, hidden), normal(hidden, 8)
@@ -74,19 +90,40 @@ def test_chunks_have_the_gradient_of_the_whole_without_keeping_the_hidden_layer_
     assert memory < 4 * rows * hidden
 
 
+@pytest.mark.parametrize(("size", "stride", "padding"), [(7, 4, 3), (3, 2, 1), (4, 4, 0), (2, 2, 0)])
+def test_a_convolution_with_a_stride_is_the_product_of_its_patches(size, stride, padding):
+    """On a TPU it is compiled as that product: XLA's compiler aborts on the gradient of some of these convolutions."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 19, 23, 3), np.float32)
+    kernel = rng.standard_normal((size, size, 3, 5), np.float32)
+    layer = jax.jit(lambda kernel, x: leaves.conv(kernel, x, stride=stride, padding=padding, groups=1))
+    expected = torch.nn.functional.conv2d(
+        nchw(x), torch.from_numpy(kernel).permute(3, 2, 0, 1), stride=stride, padding=padding
+    )
+    by_patches = leaves.patches(x, size, stride, padding) @ kernel.reshape(-1, 5)
+    for got in (layer(kernel, x), by_patches):
+        assert relative(got, nhwc(expected)) < 1e-6
+    for_tpu = jax.grad(lambda kernel, x: layer(kernel, x).sum(), (0, 1))
+    assert "convolution" not in jax.jit(for_tpu).trace(kernel, x).lower(lowering_platforms=("tpu",)).as_text()
+
+
 def test_what_is_computed_once_more_has_the_same_gradient_in_less_memory():
-    """Captured layer outputs are the same too, and gradients flow through them."""
-    found, image = {}, normal(1, 128, 128, 3)
+    """Captured layer outputs are the same too, and gradients flow through them. A step of distillation maps its loss
+    over examples."""
+    found, images = {}, normal(2, 1, 128, 128, 3)
     for remat in (False, True):
         trunk = Hiera(8, 2, (4,), (), (4,), 7, remat)
-        shapes = jax.eval_shape(trunk.init, jax.random.key(0), image)["params"]
+        shapes = jax.eval_shape(trunk.init, jax.random.key(0), images[0])["params"]
         params = jax.tree.map(lambda leaf: 0.1 * normal(*leaf.shape), shapes)
 
-        def loss(params, trunk=trunk):
+        def loss_of(params, image, trunk=trunk):
             maps, captured = trunk.apply({"params": params}, image, mutable=[OUTPUTS])
             moments = {path: leaf for path, leaf in flatten(captured[OUTPUTS]).items() if path.endswith("moments")}
             squares = [jnp.square(leaf).sum() for leaf in jax.tree.leaves(moments)]
             return jnp.square(maps[0]).mean() + sum(squares), moments
+
+        def loss(params, loss_of=loss_of):
+            return jax.tree.map(lambda leaf: leaf.mean(0), jax.vmap(loss_of, (None, 0))(params, images))
 
         run = jax.jit(jax.grad(loss, has_aux=True)).lower(params).compile()
         found[remat] = (*run(params), run.memory_analysis().temp_size_in_bytes)

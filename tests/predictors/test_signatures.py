@@ -24,6 +24,7 @@ OWN = {each.__name__: each for each in (AutomaticMaskGenerator, ImagePredictor, 
 OURS = {"model", "params"}  # in place of `sam_model`, or of the base class of the original
 METHODS = [
     *[("ImagePredictor", name) for name in ("__init__", "from_pretrained", "set_image", "predict")],
+    *[("ImagePredictor", name) for name in ("set_image_batch", "predict_batch")],
     *[("ImagePredictor", name) for name in ("get_image_embedding", "reset_predictor")],
     *[("AutomaticMaskGenerator", name) for name in ("__init__", "from_pretrained", "generate")],
     *[("VideoPredictor", name) for name in ("__init__", "from_pretrained", "init_state", "add_new_points_or_box")],

@@ -10,7 +10,7 @@ from sam2jq import build
 from sam2jq.models.hiera import Block
 from sam2jq.models.layers import MLP, Conv, ConvTranspose, Dense
 from sam2jq.models.sam2 import abstract_params
-from sam2jq.ptq.calibration import _fold, to_stats
+from sam2jq.ptq.calibration import fold_clip, to_stats
 from sam2jq.quant.stats import FOLDS, TOKENS
 from sam2jq.tree import flatten, layer_name
 
@@ -103,7 +103,7 @@ def test_collecting_changes_no_output():
 def test_calibration_reaches_every_layer_of_the_model(version):
     model = build("nano", version)
     params, clip = abstract_params(model), jax.ShapeDtypeStruct((1, 256, 256, 3), jnp.float32)
-    folded = flatten(jax.eval_shape(partial(_fold, model, ("range",), None), params, {}, clip))
+    folded = flatten(jax.eval_shape(partial(fold_clip, model, ("range",), None), params, {}, clip))
     expected = {f"range/{path.removesuffix('kernel')}input" for path in flatten(params) if path.endswith("/kernel")}
     assert expected == folded.keys()
 
@@ -111,7 +111,7 @@ def test_calibration_reaches_every_layer_of_the_model(version):
 def test_statistics_are_collected_of_the_given_layers_only():
     model, layers = build("nano"), frozenset({"image_encoder.trunk.blocks.0.attn.qkv", "memory_encoder.out_proj"})
     clip = jax.ShapeDtypeStruct((1, 256, 256, 3), jnp.float32)
-    fold = partial(_fold, model, ("gram", "range"), layers)
+    fold = partial(fold_clip, model, ("gram", "range"), layers)
     folded = jax.eval_shape(fold, abstract_params(model), {}, clip)
     assert {layer_name(path.partition("/")[2]) for path in flatten(folded)} == layers
     assert jax.tree.all(

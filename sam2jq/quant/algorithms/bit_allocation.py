@@ -9,6 +9,7 @@ import numpy as np
 
 from sam2jq.errors import UserError
 from sam2jq.quant.error import output_error
+from sam2jq.quant.exact import matmul
 from sam2jq.quant.padding import pad_axes, pad_kernel
 from sam2jq.quant.qtensor import dequantize, join_bits, quantize, split_bits
 from sam2jq.quant.spec import QuantSpec
@@ -39,7 +40,7 @@ def _error_by_width(w: Array, gram: Array, spec: QuantSpec) -> Array:
 
 @partial(jax.jit, static_argnames="spec")
 def _input_error_by_width(w: Array, tokens: Array, spec: QuantSpec) -> Array:
-    return by_width(tokens.T, spec, lambda columns: jnp.square(columns.T @ w).sum())
+    return by_width(tokens.T, spec, lambda columns: jnp.square(matmul(columns.T, w)).sum())
 
 
 def by_width(x: Array, spec: QuantSpec, energy: Callable[[Array], Array]) -> Array:

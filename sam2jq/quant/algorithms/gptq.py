@@ -26,6 +26,7 @@ from jax import lax
 
 from sam2jq.errors import ConfigError, UserError
 from sam2jq.quant.error import output_error
+from sam2jq.quant.exact import matmul
 from sam2jq.quant.field_types import check_types
 from sam2jq.quant.padding import pad_axes, pad_kernel, unpad_qtensor
 from sam2jq.quant.qtensor import (
@@ -45,7 +46,6 @@ from sam2jq.quant.transform import Transform, check_unrounded, each_layer
 
 Array = jax.Array
 RATIOS = tuple(1 - i / 100 for i in range(61))  # tried shares of a group's range; at 2 bits the best are about 0.5
-matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)  # accelerators would use fewer bits
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from functools import cache, reduce
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from sam2jq.errors import UserError
+from sam2jq.quant.exact import einsum, matmul
 
 Array = jax.Array
 TWO = np.array([[1, 1], [1, -1]], np.int8)
@@ -33,8 +33,7 @@ def fast_hadamard(x: Array) -> Array:
     """x h / sqrt(n) for x [..., n] and h = a (x) b, n (a + b) multiplications per row, not n^2; its own inverse."""
     a, b = (factor.astype(np.float32) for factor in factors(x.shape[-1]))
     y = x.astype(jnp.float32).reshape(*x.shape[:-1], len(a), len(b)) / math.sqrt(x.shape[-1])
-    y = jnp.matmul(y, b, precision=lax.Precision.HIGHEST)  # accelerators would use fewer bits
-    y = jnp.einsum("...ij,ik->...kj", y, a, precision=lax.Precision.HIGHEST)
+    y = einsum("...ij,ik->...kj", matmul(y, b), a)
     return y.reshape(x.shape).astype(x.dtype)
 
 

@@ -18,6 +18,7 @@ from jax import lax
 
 from sam2jq.errors import ConfigError, UserError, one_of
 from sam2jq.quant.algorithms.activations import fake_quantize
+from sam2jq.quant.exact import einsum
 from sam2jq.quant.field_types import check_types
 from sam2jq.quant.leaves import apply_kernel, materialize, weight_leaf
 from sam2jq.quant.padding import pad_axes, pad_kernel, padded_size
@@ -167,10 +168,8 @@ def smooth_kernel(
         rows = padded_size(len(w)) - len(w)  # zeros, which any scale but 0 keeps
         padded = np.pad(scales, ((0, 0), (0, rows)), constant_values=1)
         specs, bits = zip(*((None, None) if spec is None else split_bits(spec) for spec in (weights, inputs)))
-        with jax.default_matmul_precision("highest"):  # accelerators would use fewer bits for float32
-            found = search_scale(
-                pad_kernel(w, len(w)), pad_axes(stats.tokens, 1), padded, specs, bits, config.granularity
-            )
+        tokens = pad_axes(stats.tokens, 1)
+        found = search_scale(pad_kernel(w, len(w)), tokens, padded, specs, bits, config.granularity)
         scale = np.asarray(found)[: len(w)]
     return Smoothed(jax.device_put(w * scale[:, None]), jax.device_put(scale))
 
@@ -236,7 +235,7 @@ def errors(
     Each of `scales` [C, K] smooths, then weights and inputs are rounded; a group is `size` consecutive inputs.
     """
     grouped = lambda a: jnp.pad(a, ((0, 0), (0, -a.shape[1] % size))).reshape(len(a), -1, size)
-    outputs = lambda x, w: jnp.einsum("tgs,ngs->gtn", grouped(x), grouped(w.T))
+    outputs = lambda x, w: einsum("tgs,ngs->gtn", grouped(x), grouped(w.T))
     expected = outputs(x, w)
 
     def error(scale: Array) -> Array:
