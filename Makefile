@@ -10,7 +10,7 @@ ARGS ?=
 HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
 .PHONY: setup quantize distill sweep report segment track evaluate inspect export demo-model
-.PHONY: test test-default-xla lint typecheck bench compile-check docs docs-check pictures
+.PHONY: test test-default-xla lint typecheck bench compile-check docs docs-check pictures mask-pictures
 setup: $(READY)
 
 # sam2 is built from source against the installed torch. In an isolated build environment pip would download another
@@ -99,6 +99,7 @@ typecheck: setup
 
 bench: setup
 	$(VENV)/bin/python experiments/bench/encoder.py
+	$(VENV)/bin/python experiments/bench/video.py
 	$(VENV)/bin/python experiments/bench/ptq.py
 	$(VENV)/bin/python experiments/bench/startup.py
 	$(HUGE_PAGES) $(VENV)/bin/python experiments/bench/distill.py
@@ -128,6 +129,13 @@ docs: setup
 # Runs every command and program of docs/ that needs no files but those of the project.
 docs-check: setup
 	PATH=$(CURDIR)/$(VENV)/bin:$$PATH $(VENV)/bin/python docs/check.py
+
+# The pictures of docs/segment.md.
+mask-pictures: setup
+	$(SAM2JQ) segment $(IMAGE) --model.checkpoint demo --everything --everything.points_per_side 16 \
+	  --everything.pred_iou_thresh 0.7 --everything.stability_score_thresh 0.7 --everything.min_mask_region_area 30 \
+	  --out docs/everything.jpg
+	$(SAM2JQ) track $(CLIP) --model.checkpoint demo --prompts docs/prompts.json --out docs/tracked.jpg
 
 # The pictures of README.md and docs/, from runs of the demo model. Needs Chromium and chromedriver.
 pictures: OVER := quant.wgts.dtype=sint8,sint6,sint5,sint4 quant.wgts.kernel_gptq=null,{}

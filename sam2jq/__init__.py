@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from sam2jq.config.quant import CalibConfig, QuantConfig, WeightsConfig
     from sam2jq.errors import UserError
     from sam2jq.models.sam2 import SAM2, VARIANTS, abstract_params, build, init_params
+    from sam2jq.predictors.automatic_masks import AutomaticMaskGenerator
     from sam2jq.predictors.image import ImagePredictor
     from sam2jq.predictors.video import VideoPredictor
     from sam2jq.ptq.recipe import layers, weight_specs
@@ -31,6 +32,7 @@ _MODULES = {
     "config.quant": ("CalibConfig", "QuantConfig", "WeightsConfig"),
     "errors": ("UserError",),
     "models.sam2": ("SAM2", "VARIANTS", "abstract_params", "build", "init_params"),
+    "predictors.automatic_masks": ("AutomaticMaskGenerator",),
     "predictors.image": ("ImagePredictor",),
     "predictors.video": ("VideoPredictor",),
     "ptq.recipe": ("layers", "weight_specs"),
@@ -51,6 +53,7 @@ _NAMES = {name: f"sam2jq.{module}" for module, names in _MODULES.items() for nam
 __all__ = [
     "SAM2",
     "VARIANTS",
+    "AutomaticMaskGenerator",
     "CalibConfig",
     "GptqConfig",
     "ImagePredictor",

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -34,6 +35,32 @@ def atomic_write(path: str | Path, failures: tuple[type[Exception], ...] = ()) -
         raise OSError(f"cannot write {path}; is the disk full? ({reason})") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary folder beside `path`, renamed to it at the end, or removed if the block raises.
+
+    Raises UserError before the block runs if there is something at `path`, unless it is an empty folder.
+    """
+    path = check_folder_target(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_folder_target(path: str | Path) -> Path:
+    """`path`. Raises UserError if no new folder can be made there: it holds files, is a file, or lies below one."""
+    path = Path(path)
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError(f"cannot write to {str(path)!r}: the folder holds files; give another name")
+    if path.is_file():
+        raise UserError(f"cannot write to {str(path)!r}: it is a file; give the name of a new folder")
+    return path if path.is_dir() else check_target(path)
 
 
 def check_target(path: str | Path, *inputs: str | Path | None) -> Path:

@@ -17,7 +17,7 @@ from sam2jq.cli.main import command_parser
 from sam2jq.config import loader
 from sam2jq.config.distill import DistillConfig
 from sam2jq.config.flags import sweep_combinations
-from sam2jq.config.run import Config, EvaluateConfig, SegmentConfig
+from sam2jq.config.run import Config, EvaluateConfig, SegmentConfig, TrackConfig
 
 ROOT = Path(__file__).parents[1]
 GUIDE = re.findall(r"^\d\. \[.*?\]\((\w+\.md)\)", (ROOT / "docs/README.md").read_text(), re.MULTILINE)
@@ -32,7 +32,7 @@ SCHEMAS = {
     "distill": DistillConfig,
     "evaluate": EvaluateConfig,
     "segment": SegmentConfig,
-    "track": SegmentConfig,
+    "track": TrackConfig,
 }
 
 

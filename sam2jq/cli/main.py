@@ -20,8 +20,8 @@ from sam2jq.files import home
 COMMANDS = {
     "quantize": "quantize a checkpoint and measure the loss of accuracy",
     "distill": "train a quantized student to match a teacher while its bits are lowered",
-    "segment": "segment an image from clicks or a box",
-    "track": "track an object through a video",
+    "segment": "segment an image from clicks or boxes, or everything in it",
+    "track": "track objects through a video",
     "evaluate": "measure mIoU on images or J&F on videos",
     "export": "convert a package to another format",
     "report": "write the report page of a finished run, or one that compares several runs",

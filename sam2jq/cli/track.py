@@ -1,27 +1,28 @@
-"""`sam2jq track`: one object through a video, from clicks, a box or a mask on one frame."""
+"""`sam2jq track`: objects through a video, from clicks, boxes or masks on some of its frames."""
 
 import argparse
 import logging
-from pathlib import Path
+from collections.abc import Iterator
 
-from PIL import Image
+import numpy as np
 
-from sam2jq.cli.arguments import add_prompts, check_inside, prompt_labels
+from sam2jq.cli.clip_files import check_clip_file, clip_file, frame_rate
 from sam2jq.cli.loading import load_model
+from sam2jq.cli.mask_files import FrameMasks, add_mask_files, check_mask_files, clip_masks, labels_of
+from sam2jq.cli.prompts import Prompt, add_prompts, check_inside, prompts_of
 from sam2jq.cli.run_folder import stage
 from sam2jq.config import loader
-from sam2jq.config.run import SegmentConfig
+from sam2jq.config.run import TrackConfig
 from sam2jq.data.sav import read_mask
 from sam2jq.data.sources import scene_video
-from sam2jq.data.video import open_video
+from sam2jq.data.video import Video, open_video
 from sam2jq.errors import UserError
-from sam2jq.files import atomic_write, check_target
 from sam2jq.predictors.video import VideoPredictor
+from sam2jq.predictors.video_state import VideoState
 from sam2jq.quant.algorithms.activations import materialize_weights
 from sam2jq.report import figures
 
-SCHEMA = SegmentConfig
-GIF_FRAME_MS = 42  # milliseconds: 24 frames a second, as SA-V
+SCHEMA = TrackConfig
 log = logging.getLogger("sam2jq")
 
 
@@ -30,45 +31,70 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_prompts(parser)
     parser.add_argument("--mask", metavar="FILE", help="a PNG in place of clicks and box, not 0 where the object is")
     parser.add_argument("--frame", type=int, default=0, help="index of the frame with the prompt (0)")
-    parser.add_argument("--out", default="tracked.gif", help=".gif, or .png for a strip of frames (tracked.gif)")
+    parser.add_argument("--reverse", action="store_true", help="track from the last prompt back to frame 0")
+    parser.add_argument("--out", default="tracked.gif", help=".mp4, .gif, or .png for a strip of frames (tracked.gif)")
+    add_mask_files(parser, palette="DIR")
 
 
 def run(args: argparse.Namespace, flags: list[str]) -> None:
-    """Writes the frames from the prompt on, with the object's mask on each, as a GIF or a strip to `args.out`."""
-    if args.mask is not None and (args.points or args.labels or args.box):
-        raise UserError("--mask: a mask is the whole prompt: leave --points, --labels and --box out")
-    labels, out = [] if args.mask is not None else prompt_labels(args), check_target(args.out, args.clip, args.mask)
-    if out.suffix.lower() not in (".gif", ".png"):
-        raise UserError(f"--out {out}: give a name that ends in .gif or, for a strip of frames, in .png")
+    """Writes the tracked frames, with the objects' masks on each, to `args.out`, and the masks to the named files."""
+    prompts = prompts_of(args, args.frame, args.mask)
+    inputs = [args.clip, args.prompts, *(prompt.mask for prompt in prompts)]
+    out = check_clip_file(args.out, *inputs)
+    check_mask_files(args, True, *inputs)
     video = scene_video(args.clip) if args.clip.startswith("scenes:") else open_video(args.clip)
-    mask = read_mask(args.mask, video.size) if args.mask is not None else None
-    check_inside(args, video.size)
-    config = loader.load(None, flags, SegmentConfig)
+    check_inside(prompts, video.size, len(video))
+    if args.reverse and max(prompt.frame for prompt in prompts) == 0:
+        raise UserError("--reverse: the last prompt is on frame 0, before which there is no frame")
+    masks = [read_mask(prompt.mask, video.size) if prompt.mask else None for prompt in prompts]
+    config = loader.load(None, flags, TrackConfig)
     model, checkpoint = load_model(config.model, config.cache)
     predictor = VideoPredictor(model, materialize_weights(checkpoint.params), dtype=config.model.dtype)
     state = predictor.init_state(video)
-    if mask is not None:
-        predictor.add_new_mask(state, args.frame, 1, mask)
-    else:
-        points = {"points": args.points, "labels": labels} if args.points else {}
-        predictor.add_new_points_or_box(state, args.frame, 1, **points, box=args.box)
-    pictures = []
-    with stage("track", f"{len(video)} frames of {args.clip}"):
-        for frame, _, logits in predictor.propagate_in_video(state):
-            pictures.append(figures.overlay(video[frame], logits[:, 0] > 0))
-            if frame == args.frame:
-                figures.draw_prompts(pictures[-1], args.points, labels, args.box)
+    for prompt, mask in zip(prompts, masks):
+        add_prompt(predictor, state, prompt, mask)
+    with (
+        stage("track", f"{len(video)} frames of {args.clip}"),
+        clip_file(out, frame_rate(args.clip)) as add_picture,
+        clip_masks(args, args.clip, video.names, state.obj_ids) as add_masks,
+    ):
+        for frame, tracked in track(predictor, state, args.reverse, max(prompt.frame for prompt in prompts)):
+            picture = figures.overlay(video[frame], tracked.masks)
+            draw_frame_prompts(picture, [prompt for prompt in prompts if prompt.frame == frame])
             if checkpoint.random:
-                figures.write(pictures[-1], "random weights")
-    save_pictures(pictures, out)
+                figures.write(picture, "random weights")
+            add_picture(picture)
+            add_masks(tracked)
     log.info("written     %s", args.out)
 
 
-def save_pictures(pictures: list[Image.Image], out: Path) -> None:
-    """Writes an animated GIF or, to a name that ends in .png, a strip of some of the pictures."""
-    with atomic_write(out) as temporary:
-        if out.suffix.lower() == ".gif":
-            animation = {"save_all": True, "append_images": pictures[1:], "duration": GIF_FRAME_MS, "loop": 0}
-            pictures[0].save(temporary, format="GIF", **animation)
-        else:
-            figures.strip(pictures).save(temporary, format="PNG")
+def add_prompt(predictor: VideoPredictor, state: VideoState, prompt: Prompt, mask: np.ndarray | None) -> None:
+    """Prompts an object in the clip; mask: of the prompt's file, if it has one."""
+    if mask is not None:
+        predictor.add_new_mask(state, prompt.frame, prompt.object, mask)
+    else:
+        predictor.add_new_points_or_box(state, prompt.frame, prompt.object, **prompt.clicks(), box=prompt.box)
+
+
+def draw_frame_prompts(picture, prompts: list[Prompt]) -> None:
+    """Draws the prompts of one frame onto its picture."""
+    for prompt in prompts:
+        figures.draw_prompts(picture, prompt.points, prompt.labels, prompt.box)
+
+
+def track(predictor: VideoPredictor, state: VideoState, reverse: bool, last: int) -> Iterator[tuple[int, FrameMasks]]:
+    """Yields the number and the masks of each tracked frame, in the order of the clip.
+
+    Forward from the first prompted frame on; in reverse from the `last` one, with all masks in memory.
+    """
+    start = last if reverse else None
+    found = (
+        (frame, frame_masks(state.video, frame, objects, logits[:, 0]))
+        for frame, objects, logits in predictor.propagate_in_video(state, start, reverse=reverse)
+    )
+    return reversed(list(found)) if reverse else found
+
+
+def frame_masks(video: Video, frame: int, objects: list[int], logits: np.ndarray) -> FrameMasks:
+    """The masks of logits [M, H, W] in a frame; each pixel is labeled with the object of the highest logit."""
+    return FrameMasks(video.names[frame], logits > 0, labels_of(objects, logits).astype(np.int16))

@@ -137,14 +137,56 @@ class Config:
 
 
 @dataclass(frozen=True)
-class SegmentConfig:
-    """The settings of `segment` and `track`, beside the file and its prompts."""
+class TrackConfig:
+    """The settings of `track`, beside the file and its prompts."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
 
     def __post_init__(self):
         check_types(self)
+
+
+@dataclass(frozen=True)
+class EverythingConfig:
+    """The settings of `segment --everything`, those of AutomaticMaskGenerator: the section `everything`."""
+
+    # clicks in a row and in a column
+    points_per_side: int = 32
+    # clicks in one call of the model
+    points_per_batch: int = 64
+    # masks with a lower estimated IoU are left out
+    pred_iou_thresh: float = 0.8
+    # masks with a lower stability are left out: the IoU of the masks at logits of + and - stability_score_offset
+    stability_score_thresh: float = 0.95
+    # logits around the threshold of masks
+    stability_score_offset: float = 1.0
+    # of masks whose boxes have a higher IoU, one remains
+    box_nms_thresh: float = 0.7
+    # layers of crops that are searched, too: 4 crops in the first one, 16 in the second
+    crop_n_layers: int = 0
+    # box_nms_thresh between crops
+    crop_nms_thresh: float = 0.7
+    # overlap of the first layer's crops, relative to the image's shorter side
+    crop_overlap_ratio: float = 512 / 1500
+    # points_per_side is divided by it in each further layer
+    crop_n_points_downscale_factor: int = 1
+    # holes and regions up to this many pixels of a mask in low resolution are removed
+    min_mask_region_area: int = 0
+    # each mask is refined once
+    use_m2m: bool = False
+    # three masks per click, or one
+    multimask_output: bool = True
+
+    def __post_init__(self):
+        check_types(self)
+
+
+@dataclass(frozen=True)
+class SegmentConfig(TrackConfig):
+    """The settings of `segment`, beside the file and its prompts."""
+
+    everything: EverythingConfig = field(default_factory=EverythingConfig)
 
 
 @dataclass(frozen=True)

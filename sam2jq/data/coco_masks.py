@@ -100,3 +100,30 @@ def run_lengths(text: str) -> list[int]:
             runs.append(value + (runs[-2] if len(runs) > 2 else 0))
             value = shift = 0
     return runs
+
+
+def encode_runs(mask: np.ndarray) -> list[int]:
+    """The run lengths of a mask, bool [H, W], which `decode_runs` reads."""
+    pixels = mask.T.ravel()
+    changes = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
+    runs = np.diff([0, *changes.tolist(), pixels.size]).tolist()
+    return [0, *runs] if pixels[0] else runs
+
+
+def run_text(runs: list[int]) -> str:
+    """COCO's string of run lengths, which `run_lengths` reads."""
+    text = []
+    for i, run in enumerate(runs):
+        value = run - runs[i - 2] if i > 2 else run
+        while True:
+            low, value = value & 31, value >> 5
+            last = value == (-1 if low & 16 else 0)
+            text.append(chr(48 + low + (0 if last else 32)))
+            if last:
+                break
+    return "".join(text)
+
+
+def encode_mask(mask: np.ndarray) -> dict:
+    """A mask, bool [H, W], as COCO's run lengths in a string; pycocotools reads it, too."""
+    return {"size": list(mask.shape), "counts": run_text(encode_runs(mask))}

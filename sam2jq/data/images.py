@@ -97,15 +97,20 @@ def open_image(name: str) -> Iterator[Image.Image]:
         raise UserError(f"{name}: not a readable image ({error}); remove it or convert it to jpg or png") from error
 
 
+def check_image(image) -> None:
+    """Raises UserError unless `image` is an array uint8 [H, W, 3] with a pixel at least."""
+    shape, dtype = getattr(image, "shape", ()), getattr(image, "dtype", type(image).__name__)
+    if dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
+        raise UserError(f"an image must be uint8 [H, W, 3], got {dtype} {list(shape)}; read_image returns one")
+
+
 def preprocess(image: np.ndarray, size: int) -> np.ndarray:
     """float32 [size, size, 3] of a uint8 [H, W, 3] image, as SAM2Transforms computes it, channels last.
 
     The image is resized as floats in 0..1, not as bytes (PIL's resize of mode F equals torch's antialiased bilinear
     one), then normalized. Raises UserError for any other shape or dtype.
     """
-    shape, dtype = getattr(image, "shape", ()), getattr(image, "dtype", type(image).__name__)
-    if dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
-        raise UserError(f"an image must be uint8 [H, W, 3], got {dtype} {list(shape)}; read_image returns one")
+    check_image(image)
     channels = np.moveaxis(image.astype(np.float32) / 255, -1, 0)
     resized = [Image.fromarray(c).resize((size, size), Image.Resampling.BILINEAR) for c in channels]
     return normalize(np.stack([np.asarray(c) for c in resized], axis=-1))

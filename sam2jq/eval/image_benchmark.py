@@ -101,10 +101,17 @@ def corners(mask: np.ndarray) -> np.ndarray:
 
 
 def interior_point(region: np.ndarray) -> tuple[tuple[int, int], float]:
-    """The pixel x, y of a region [H, W] farthest from its edge, and that distance; the image border is an edge."""
-    distance = scipy.ndimage.distance_transform_edt(np.pad(region, 1))[1:-1, 1:-1]
-    y, x = np.unravel_index(distance.argmax(), region.shape)
-    return (x, y), distance[y, x]
+    """The pixel x, y of a region [H, W] farthest from its edge, and that distance; the image border is an edge.
+
+    (0, 0) and 0 for an empty region.
+    """
+    if not region.any():
+        return (0, 0), 0.0
+    (left, top), (right, bottom) = corners(region).astype(int)  # outside of its box the distance is 0
+    box = region[top : bottom + 1, left : right + 1]
+    distance = scipy.ndimage.distance_transform_edt(np.pad(box, 1))[1:-1, 1:-1]
+    y, x = np.unravel_index(distance.argmax(), box.shape)
+    return (left + x, top + y), distance[y, x]
 
 
 def correction_click(predicted: np.ndarray, target: np.ndarray) -> tuple[tuple[int, int], int]:

@@ -24,16 +24,19 @@ class Decoded(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Multi-head attention, q [B, N, C] and k, v [B, M, C'] -> [B, N, C], with `features` channels inside."""
+    """Multi-head attention, q [B, N, C] and k, v [B, M, C'] -> [B, N, C], with `features` channels inside.
+
+    key_mask: bool [B, M], False where a key is ignored.
+    """
 
     features: int
     heads: int
 
     @nn.compact
-    def __call__(self, q: Array, k: Array, v: Array) -> Array:
+    def __call__(self, q: Array, k: Array, v: Array, key_mask: Array | None = None) -> Array:
         heads = lambda x: x.reshape(*x.shape[:-1], self.heads, self.features // self.heads)
         projected = (Dense(self.features, name=f"{n}_proj")(x) for n, x in (("q", q), ("k", k), ("v", v)))
-        out = attention(*map(heads, projected))
+        out = attention(*map(heads, projected), key_mask)
         return Dense(q.shape[-1], name="out_proj")(out.reshape(*out.shape[:2], self.features))
 
 
@@ -41,18 +44,19 @@ class TwoWayBlock(nn.Module):
     """Self-attention of tokens [P, N, C], token-to-image attention, MLP, then image-to-token attention.
 
     Returns both, the image as [P, H * W, C]. first: the tokens' self-attention runs without position encoding.
+    token_mask: bool [P, N], False where nothing attends to a token.
     """
 
     first: bool
 
     @nn.compact
-    def __call__(self, tokens: Array, image: Array, token_position: Array, image_position: Array):
+    def __call__(self, tokens: Array, image: Array, token_position: Array, image_position: Array, token_mask):
         width = tokens.shape[-1]
         if self.first:  # the tokens equal their position encoding here, and there is no residual connection
-            tokens = Attention(width, 8, name="self_attn")(tokens, tokens, tokens)
+            tokens = Attention(width, 8, name="self_attn")(tokens, tokens, tokens, token_mask)
         else:
             q = tokens + token_position
-            tokens = tokens + Attention(width, 8, name="self_attn")(q, q, tokens)
+            tokens = tokens + Attention(width, 8, name="self_attn")(q, q, tokens, token_mask)
         tokens = LayerNorm(name="norm1")(tokens)
 
         q, k = tokens + token_position, image + image_position
@@ -61,7 +65,7 @@ class TwoWayBlock(nn.Module):
         tokens = LayerNorm(name="norm3")(tokens + MLP((2048, width), name="mlp")(tokens))
 
         q, k = tokens + token_position, image + image_position
-        image = image + Attention(width // 2, 8, name="cross_attn_image_to_token")(k, q, tokens)
+        image = image + Attention(width // 2, 8, name="cross_attn_image_to_token")(k, q, tokens, token_mask)
         return tokens, LayerNorm(name="norm4")(image)
 
 
@@ -69,11 +73,11 @@ class TwoWayTransformer(nn.Module):
     """Tokens [P, N, C], image [P, H * W, C] and its position encoding [H * W, C] -> updated tokens and image."""
 
     @nn.compact
-    def __call__(self, tokens: Array, image: Array, image_position: Array) -> tuple[Array, Array]:
+    def __call__(self, tokens: Array, image: Array, image_position: Array, token_mask) -> tuple[Array, Array]:
         token_position = tokens
         for i in range(2):
             block = TwoWayBlock(first=i == 0, name=f"layers.{i}")
-            tokens, image = block(tokens, image, token_position, image_position)
+            tokens, image = block(tokens, image, token_position, image_position, token_mask)
         attention = Attention(tokens.shape[-1] // 2, 8, name="final_attn_token_to_image")
         tokens = tokens + attention(tokens + token_position, image + image_position, image)
         return LayerNorm(name="norm_final_attn")(tokens), image
@@ -89,19 +93,24 @@ class MaskDecoder(nn.Module):
         """Maps at strides 4 and 8, [B, H, W, C], projected to C / 8 and C / 4 channels, once per image."""
         return Conv(self.features // 8, name="conv_s0")(fine), Conv(self.features // 4, name="conv_s1")(middle)
 
-    def __call__(self, features, sparse: Array, dense: Array, position: Array, multimask: bool) -> Decoded:
+    def __call__(
+        self, features, sparse: Array, dense: Array, position: Array, multimask: bool, sparse_mask=None
+    ) -> Decoded:
         """Masks 1..3 with `multimask`, else the one of `stable_or_best`; arguments as in `decode`."""
-        masks, ious, tokens, scores = self.decode(features, sparse, dense, position)
+        masks, ious, tokens, scores = self.decode(features, sparse, dense, position, sparse_mask)
         if multimask:
             return Decoded(masks[:, 1:], ious[:, 1:], tokens[:, 1:], scores)
         return Decoded(*stable_or_best(masks, ious), tokens[:, :1], scores)
 
     @nn.compact
-    def decode(self, features, sparse: Array, dense: Array, position: Array) -> Decoded:
+    def decode(
+        self, features, sparse: Array, dense: Array, position: Array, sparse_mask: Array | None = None
+    ) -> Decoded:
         """All four masks of P prompts.
 
         features: maps [1 or P, H, W, C] at strides 4, 8, 16, the finer two from `high_res_features`; sparse:
-        [P, N, C]; dense: [1 or P, h, w, C]; position: [h, w, C], from the prompt encoder.
+        [P, N, C]; dense: [1 or P, h, w, C]; position: [h, w, C], from the prompt encoder. sparse_mask: bool [P, N],
+        False where a prompt's embedding is ignored; None uses all.
         """
         fine, middle, coarse = features
         prompts = len(sparse)
@@ -109,11 +118,17 @@ class MaskDecoder(nn.Module):
         output = jnp.concatenate([declare(self, f"{name}.weight", rows, self.features) for name, rows in names])
         output = jnp.broadcast_to(output, (prompts, *output.shape))
         tokens = jnp.concatenate([output, sparse], axis=1).astype(coarse.dtype)
+        token_mask = None
+        if sparse_mask is not None:
+            token_mask = jnp.concatenate([jnp.ones(output.shape[:2], bool), sparse_mask], axis=1)
 
         grid = coarse.shape[1:3]
         image = jnp.broadcast_to(coarse + dense.astype(coarse.dtype), (prompts, *grid, self.features))
         tokens, image = TwoWayTransformer(name="transformer")(
-            tokens, image.reshape(prompts, -1, self.features), position.reshape(-1, self.features).astype(coarse.dtype)
+            tokens,
+            image.reshape(prompts, -1, self.features),
+            position.reshape(-1, self.features).astype(coarse.dtype),
+            token_mask,
         )
         scores = MLP((self.features, self.features, 1), name="pred_obj_score_head")(tokens[:, 0])
         ious = jax.nn.sigmoid(MLP((256, 256, MASKS), name="iou_prediction_head")(tokens[:, 1]))

@@ -93,16 +93,25 @@ class SAM2(nn.Module):
         return [*features[:-1], features[-1] + self.no_mem_embed.astype(features[-1].dtype)]
 
     def decode_masks(
-        self, features: list[Array], points: tuple[Array, Array] | None, masks: Array | None = None, *, multimask: bool
+        self,
+        features: list[Array],
+        points: tuple[Array, Array] | None,
+        masks: Array | None = None,
+        point_mask: Array | None = None,
+        *,
+        multimask: bool,
     ) -> Decoded:
         """Masks of P prompts.
 
         features: maps of one image, or one per prompt; the coarsest from `add_no_memory_embed` or `attend_memory`.
         points: (float [P, N, 2] x and y in pixels of the S x S image, int [P, N] labels). masks: logits
-        [P, S/4, S/4, 1]. multimask: three masks per prompt instead of one.
+        [P, S/4, S/4, 1]. point_mask: bool [P, N], False where a point is ignored, as if it were not there. multimask:
+        three masks per prompt instead of one.
         """
         sparse, dense, position = self.sam_prompt_encoder(points, masks)
-        return self.sam_mask_decoder(features, sparse, dense, position, multimask)
+        if point_mask is not None:
+            point_mask = jnp.pad(point_mask, ((0, 0), (0, 1)), constant_values=True)  # the encoder's padding point
+        return self.sam_mask_decoder(features, sparse, dense, position, multimask, point_mask)
 
     def decode_all_masks(
         self, features: list[Array], points: tuple[Array, Array] | None, masks: Array | None = None

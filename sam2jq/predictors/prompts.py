@@ -1,10 +1,13 @@
 """Prompts as users give them, checked: clicks, boxes, masks and low-resolution logits as numpy arrays."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from sam2jq.errors import UserError
 
 LOGIT_LIMIT = 32.0  # low-resolution logits are handed out within +- this
+MOST_PROMPTS = 64  # in one call of the model, which bounds its memory
 LABELS = (-1, 0, 1, 2, 3)  # padding, background, foreground, and the two corners of a box
 
 
@@ -28,6 +31,46 @@ def point_prompts(coords, labels, box, size: tuple[int, int], image_size: int) -
         raise UserError("box and point_coords must hold the same number of prompts")
     coords, labels = (np.concatenate(part, axis=1) for part in zip(*prompts))
     return coords / np.array(size[::-1], np.float32) * image_size, labels
+
+
+def padded_prompts(points, masks) -> Iterator[tuple]:
+    """Yields (points, masks, point_mask) of at most MOST_PROMPTS prompts, for `SAM2.decode_masks`.
+
+    points: coords [P, N, 2] and labels [P, N], or None; masks: logits [1 or P, h, w, 1], or None. P and N are rounded
+    up to powers of two, N to 2 at least. Added points are ignored by `point_mask`; added prompts are copies.
+    """
+    prompts, point_mask, count = (None, None), None, prompt_count(points, masks)
+    if points is not None:
+        *prompts, point_mask = padded_points(*points)
+    for start in range(0, count, MOST_PROMPTS):
+        size = power_of_two(min(count - start, MOST_PROMPTS))
+        rows = np.minimum(np.arange(start, start + size), count - 1)
+        parts = [x if x is None or len(x) == 1 < count else x[rows] for x in (*prompts, masks, point_mask)]
+        yield None if points is None else tuple(parts[:2]), parts[2], parts[3]
+
+
+def prompt_count(points, masks) -> int:
+    """How many prompts P there are in the arguments of `padded_prompts`; without any it is 1, the image alone."""
+    given = masks if points is None else points[0]
+    return 1 if given is None else len(given)
+
+
+def padded_points(coords: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """coords [P, N, 2] and labels [P, N] with copies of the last point, zeros if there is none, and bool [P, N].
+
+    N becomes a power of two, 2 at least; the third array is False at copies.
+    """
+    count = labels.shape[1]
+    if count == 0:
+        coords, labels = np.zeros((len(coords), 1, 2), np.float32), np.zeros((len(labels), 1), np.int32)
+    columns = np.arange(power_of_two(max(count, 2)))
+    copied = np.minimum(columns, labels.shape[1] - 1)
+    return coords[:, copied], labels[:, copied], np.broadcast_to(columns < count, (len(labels), len(columns)))
+
+
+def power_of_two(count: int) -> int:
+    """The smallest power of two that is not below `count`, a positive number."""
+    return 1 << (count - 1).bit_length()
 
 
 def box_corners(box) -> tuple[np.ndarray, np.ndarray]:

@@ -13,10 +13,11 @@ from sam2jq.errors import UserError
 from sam2jq.models.layers import resize
 from sam2jq.models.params import check_params
 from sam2jq.models.sam2 import NO_OBJECT, SAM2, is_image_only
-from sam2jq.predictors.image import check_default, float_dtype
+from sam2jq.predictors.image import float_dtype
 from sam2jq.predictors.memory_bank import FrameOutput
 from sam2jq.predictors.pretrained import FromPretrained
 from sam2jq.predictors.prompts import LOGIT_LIMIT, object_mask, point_prompts
+from sam2jq.predictors.regions import fill_holes
 from sam2jq.predictors.video_state import (
     ObjectState,
     VideoState,
@@ -53,10 +54,10 @@ class VideoPredictor(FromPretrained):
         for frame_idx, obj_ids, masks in predictor.propagate_in_video(state):
             masks > 0  # [objects, 1, H, W]
 
-    The methods, their arguments and their results are those of SAM2VideoPredictor, without its hole filling. XLA
-    compiles once per clip, and once per new number of objects (padded to 1, 2, 4, 8, ...), of conditioning frames or
-    of points. As in the original, a prompt on a frame that was tracked before corrects that frame, and tracking again
-    overwrites it unless `add_all_frames_to_correct_as_cond`.
+    The methods, their arguments and their results are those of SAM2VideoPredictor. XLA compiles once per clip, and
+    once per new number of objects (padded to 1, 2, 4, 8, ...), of conditioning frames or of points. As in the original,
+    a prompt on a frame that was tracked before corrects that frame, and tracking again overwrites it unless
+    `add_all_frames_to_correct_as_cond`.
     """
 
     def __init__(
@@ -72,13 +73,14 @@ class VideoPredictor(FromPretrained):
     ):
         """A predictor of `model` with `params`; dtype: of the activations.
 
-        Raises UserError for fill_hole_area, non_overlap_masks or clear_non_cond_mem_around_input other than the
-        default: these options of the original are not implemented. Raises it for params without the memory, or of
-        another model, too.
+        fill_hole_area: holes of masks up to this many pixels, of a low-resolution mask [S / 4, S / 4], are filled; 8 in
+        sam2's `build_sam2_video_predictor`. non_overlap_masks: a pixel of the results belongs to one object at most,
+        the one with the highest logit.
+        Raises UserError for clear_non_cond_mem_around_input, which is not implemented, and for params without the
+        memory, or of another model.
         """
-        check_default("fill_hole_area", fill_hole_area, 0)
-        check_default("non_overlap_masks", non_overlap_masks, False)
-        check_default("clear_non_cond_mem_around_input", clear_non_cond_mem_around_input, False)
+        if clear_non_cond_mem_around_input:
+            raise UserError("clear_non_cond_mem_around_input=True is not supported; only its default False is")
         check_params(type(self).__name__, model, params)
         if is_image_only(params):
             raise UserError(
@@ -86,6 +88,7 @@ class VideoPredictor(FromPretrained):
                 "checkpoint of the video model, or use ImagePredictor"
             )
         self.model, self.params, self.dtype = model, params, float_dtype(dtype)
+        self.fill_hole_area, self.non_overlap_masks = fill_hole_area, non_overlap_masks
         self.add_all_frames_to_correct_as_cond = add_all_frames_to_correct_as_cond
 
     def init_state(
@@ -201,11 +204,12 @@ class VideoPredictor(FromPretrained):
                 self.model, self.params, features[-1], bank, frame_info(state, frame, reverse)
             )
             output, bank = track_frame(self.model, self.params, features, conditioned, bank, cond, is_cond)
+            output = self._filled(output)
             for i, obj in enumerate(objects):
                 obj.reverse[frame] = reverse
                 if not is_cond[i]:
                     obj.non_cond[frame] = jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i : i + 1]), output)
-            yield frame, state.obj_ids, np.asarray(resize_masks(output.mask[: len(objects)], state.video.size))
+            yield frame, state.obj_ids, self._resized(output.mask[: len(objects)], state)
 
     def clear_all_prompts_in_frame(
         self, inference_state: VideoState, frame_idx: int, obj_id: int, need_output: bool = True
@@ -268,7 +272,7 @@ class VideoPredictor(FromPretrained):
     def _add_output(self, state: VideoState, obj: ObjectState, frame: int, output: FrameOutput) -> FrameMasks:
         """Stores the output of a prompted frame, whose memory is encoded before tracking; returns the frame's masks."""
         is_cond = self._is_cond(obj, frame)
-        obj.pending[frame] = jax.tree.map(np.asarray, output), is_cond
+        obj.pending[frame] = jax.tree.map(np.asarray, self._filled(output)), is_cond
         return frame, state.obj_ids, self._masks(state, frame, is_cond)
 
     def _is_cond(self, obj: ObjectState, frame: int) -> bool:
@@ -294,4 +298,14 @@ class VideoPredictor(FromPretrained):
         outputs = [obj.latest(frame, is_cond) for obj in state.objects.values()]
         absent = np.full((self.model.variant.image_size // 4,) * 2, NO_OBJECT, np.float32)
         masks = np.stack([absent if output is None else output.mask[0] for output in outputs])
-        return np.asarray(resize_masks(masks, state.video.size))
+        return self._resized(masks, state)
+
+    def _filled(self, output: FrameOutput) -> FrameOutput:
+        """`output` with small holes of its masks filled; its memory stays as it is."""
+        if not self.fill_hole_area > 0:
+            return output
+        return output._replace(mask=fill_holes(np.asarray(output.mask), self.fill_hole_area))
+
+    def _resized(self, masks: Array, state: VideoState) -> np.ndarray:
+        """Mask logits [objects, h, w] as [objects, 1, H, W] at the size of the clip."""
+        return np.asarray(resize_masks(masks, state.video.size, non_overlap=self.non_overlap_masks))

@@ -1,23 +1,39 @@
 """Pictures of masks on their images."""
 
+import colorsys
+
 import numpy as np
 from PIL import Image, ImageDraw
 
 COLORS = np.array(
     [[0, 114, 178], [230, 159, 0], [0, 158, 115], [204, 121, 167]], np.float32
 )  # for colour-blind readers
+SHADES = ((0.9, 0.95), (0.45, 1.0), (0.85, 0.6))  # saturation and value of further colours
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}  # of PIL, by ending
+FORMATS |= dict.fromkeys((".tif", ".tiff"), "TIFF")
 SIDE = 320  # pixels, of the pictures on a sheet
 MARK = {1: (60, 220, 60), 0: (235, 50, 50)}  # a click: foreground green, background red
 CORNER = (255, 255, 255)  # a corner of a box that is given as points labelled 2 and 3
 
 
+def object_color(index: int) -> np.ndarray:
+    """RGB float32 [3], 0..255: one of COLORS, then hues a golden ratio apart, alternately full, pale and dark."""
+    if index < len(COLORS):
+        return COLORS[index]
+    hue, (saturation, value) = index * 0.618034 % 1, SHADES[index % len(SHADES)]
+    return np.array(colorsys.hsv_to_rgb(hue, saturation, value), np.float32) * 255
+
+
 def overlay(image: np.ndarray, masks: np.ndarray) -> Image.Image:
-    """`image` uint8 [H, W, 3] with each of `masks` bool [M, H, W] tinted and outlined in its own colour."""
+    """`image` uint8 [H, W, 3] with each of `masks` bool [M, H, W] tinted and outlined in its own colour.
+
+    Large masks lie below small ones.
+    """
     canvas = image.astype(np.float32)
-    for i, mask in enumerate(masks):
-        color = COLORS[i % len(COLORS)]
-        canvas = np.where(mask[..., None], 0.5 * canvas + 0.5 * color, canvas)
-        canvas = np.where(edge(mask)[..., None], color, canvas)
+    for i in sorted(range(len(masks)), key=lambda i: -masks[i].sum()):
+        color, outline = object_color(i), edge(masks[i])
+        canvas[masks[i]] = 0.5 * canvas[masks[i]] + 0.5 * color
+        canvas[outline] = color
     return Image.fromarray(canvas.round().astype(np.uint8))
 
 

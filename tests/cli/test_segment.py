@@ -5,9 +5,8 @@ import pytest
 from PIL import Image
 
 from sam2jq.cli.main import main
-from sam2jq.cli.segment import FORMATS
 from sam2jq.data.images import is_turned
-from sam2jq.report.figures import draw_prompts
+from sam2jq.report.figures import FORMATS, draw_prompts
 
 from .conftest import failure
 
@@ -52,15 +51,15 @@ def test_every_allowed_label_can_be_drawn():
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
-    [("o.mp4", "ends in one of .png"), ("o", "ends in one of .png"), ("file/o.png", "is not a folder"),
-     (".", "not the name of a file")],
+    ("command", "name", "message"),
+    [("segment", "o.mp4", "ends in one of .png"), ("segment", "o", "ends in one of .png"),
+     ("track", "o.avi", "ends in .mp4, .gif or"), ("track", "o", "ends in .mp4, .gif or"),
+     *[(command, "file/o.png", "is not a folder") for command in ("segment", "track")],
+     *[(command, ".", "not the name of a file") for command in ("segment", "track")]],
 )  # fmt: skip
-def test_a_result_that_cannot_be_written_is_an_error_before_anything_is_read(tmp_path, capsys, name, message):
+def test_a_result_that_cannot_be_written_is_an_error_before_anything_is_read(tmp_path, capsys, command, name, message):
     (tmp_path / "file").write_text("")
-    for command in ("segment", "track"):
-        said = failure(capsys, command, "nothing", "--points", "5,10", "--out", str(tmp_path / name))
-        assert (message if command == "segment" or "ends in" not in message else "ends in .gif") in said
+    assert message in failure(capsys, command, "nothing", "--points", "5,10", "--out", str(tmp_path / name))
 
 
 def test_the_ending_says_the_format(tmp_path):

@@ -8,6 +8,7 @@ from PIL import Image
 
 from sam2jq.data import find_images
 from sam2jq.data.coco import coco_images, read_instances
+from sam2jq.data.coco_masks import encode_mask, encode_runs, run_lengths, run_text
 from sam2jq.errors import UserError
 
 SIZE = (20, 30)
@@ -154,6 +155,17 @@ def test_real_instances_have_the_area_and_box_that_coco_states(shared):
             boxes.append(np.abs(instance.box - [x, y, x + width, y + height]).max())
     assert np.median(areas) < 0.01
     assert np.median(boxes) < 1
+
+
+@pytest.mark.parametrize("mask", [random_mask(), np.zeros(SIZE, bool), np.ones(SIZE, bool), np.eye(*SIZE, dtype=bool)])
+def test_masks_are_encoded_as_by_pycocotools(mask):
+    assert encode_mask(mask) == rle(mask, compressed=True)
+    assert encode_runs(mask) == runs_of(mask)
+
+
+def test_long_runs_are_encoded_as_text_that_is_read_back():
+    runs = [0, 3, 70_000, 1, 2, 33_000_000, 16, 15, 31, 32, 0]
+    assert run_lengths(run_text(runs)) == runs
 
 
 def test_real_run_lengths_decode_as_in_pycocotools(shared):

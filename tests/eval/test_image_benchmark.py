@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import scipy.ndimage
 
 from sam2jq.data.synthetic.scenes import draw_scene
 from sam2jq.eval.image_benchmark import (
@@ -27,6 +28,12 @@ def test_the_first_click_is_the_pixel_farthest_from_the_edge():
     assert (y, distance) == (15, 6)
     assert 25 <= x <= 45
     assert interior_point(np.ones((5, 9), bool))[0][1] == 2  # the image's edge counts
+    assert interior_point(np.zeros((5, 9), bool)) == ((0, 0), 0)
+    region = np.random.default_rng(0).random((40, 60)) < 0.8  # many pixels share the largest distance
+    region[:7], region[:, 50:] = False, False
+    whole = scipy.ndimage.distance_transform_edt(np.pad(region, 1))[1:-1, 1:-1]
+    y, x = np.unravel_index(whole.argmax(), region.shape)
+    assert interior_point(region) == ((x, y), whole[y, x])
 
 
 def test_a_correction_click_lies_in_the_largest_wrong_region():

@@ -3,10 +3,9 @@ import pytest
 from PIL import Image
 
 from converters.exports.vanilla import define_torchvision_operators
-from sam2jq import ImagePredictor, VideoPredictor, build
+from sam2jq import ImagePredictor
 from sam2jq.data import draw_scene
 from sam2jq.errors import UserError
-from sam2jq.models.sam2 import abstract_params
 from tests.conftest import relative, twin
 
 
@@ -39,6 +38,7 @@ PROMPTS["points and mask"] = POINT | PROMPTS["mask"]
 
 
 PROMPTS["no points"] = {"point_coords": np.zeros((0, 2)), "point_labels": np.zeros(0, int)}
+PROMPTS["nothing"] = {}
 PROMPTS["no points beside a box"] = PROMPTS["no points"] | PROMPTS["box"]
 PROMPTS["a box as points"] = {"point_coords": np.array([[20, 30], [200, 250]]), "point_labels": [2, 3]}
 
@@ -59,6 +59,24 @@ def test_masks_equal_the_original_predictor(predictors):
     assert set(np.unique(got)) == {0, 1}
     assert got.dtype == expected.dtype
     assert (got != expected).mean() < 1e-4  # pixels whose logit is zero but for rounding
+
+
+@pytest.mark.parametrize("areas", [(40, 0), (0, 40), (40, 40)])
+def test_masks_without_small_holes_and_regions_equal_the_original_predictor(predictors, sam2_operator, areas):
+    """The threshold is one at which the masks of random weights have holes and regions."""
+    original, ours = predictors
+    settings = {"mask_threshold": 0.0, "max_hole_area": areas[0], "max_sprinkle_area": areas[1]}
+    cleaning = ImagePredictor(ours.model, ours.params, **settings)
+    cleaning._images = ours._images
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setattr(original._transforms, name, value)
+        expected = original.predict(**POINT, return_logits=True)
+    got, unchanged = (predictor.predict(**POINT, return_logits=True) for predictor in (cleaning, ours))
+    for x, y in zip(got, expected, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-4)
+    assert np.abs(got[0] - unchanged[0]).max() > 1  # something was removed
+    np.testing.assert_array_equal(got[2], unchanged[2])
 
 
 def test_a_pil_image_has_the_embedding_of_its_array(predictors):
@@ -172,15 +190,3 @@ def test_the_device_of_sam2_is_refused_by_name():
 def test_predicting_without_an_image_is_an_error(predictors):
     with pytest.raises(RuntimeError, match="call set_image before predict"):
         ImagePredictor(predictors[1].model, predictors[1].params).predict(**POINT)
-
-
-@pytest.mark.parametrize("predictor", [ImagePredictor, VideoPredictor])
-def test_params_of_another_model_are_an_error(predictor):
-    model, params = build("nano", image_size=64), abstract_params(build("tiny"))
-    for arguments, message in (
-        ((model, params), f"{predictor.__name__}: the params are not those of the model: .* do not fit"),
-        ((params, model), "the model must be the one that sam2jq.load returns, got dict"),
-        ((model, model), "params must be the tree that sam2jq.load returns, got SAM2"),
-    ):
-        with pytest.raises(UserError, match=message):
-            predictor(*arguments)

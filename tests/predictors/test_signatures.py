@@ -8,31 +8,45 @@ import numpy as np
 import pytest
 
 from converters.exports.vanilla import define_torchvision_operators
-from sam2jq import ImagePredictor, VideoPredictor
+from sam2jq import AutomaticMaskGenerator, ImagePredictor, VideoPredictor
 from sam2jq.errors import UserError
+from sam2jq.models.sam2 import abstract_params, build
 
 # parameters of the original that have no counterpart, and why
 NOT_APPLICABLE = {
     ("ImagePredictor", "__init__", "sam_model"): "here `model` and `params`",
+    ("AutomaticMaskGenerator", "__init__", "model"): "here `model` and `params`",
     ("ImagePredictor", "__init__", "kwargs"): "the original ignores them; here unknown arguments are refused by name",
+    ("AutomaticMaskGenerator", "__init__", "kwargs"): "as above",
     ("VideoPredictor", "__init__", "kwargs"): "the modules of a SAM2Base, here part of `model`",
 }
+OWN = {each.__name__: each for each in (AutomaticMaskGenerator, ImagePredictor, VideoPredictor)}
 OURS = {"model", "params"}  # in place of `sam_model`, or of the base class of the original
 METHODS = [
     *[("ImagePredictor", name) for name in ("__init__", "from_pretrained", "set_image", "predict")],
+    *[("ImagePredictor", name) for name in ("set_image_batch", "predict_batch")],
     *[("ImagePredictor", name) for name in ("get_image_embedding", "reset_predictor")],
+    *[("AutomaticMaskGenerator", name) for name in ("__init__", "from_pretrained", "generate")],
     *[("VideoPredictor", name) for name in ("__init__", "from_pretrained", "init_state", "add_new_points_or_box")],
     *[("VideoPredictor", name) for name in ("add_new_points", "add_new_mask", "propagate_in_video")],
     *[("VideoPredictor", name) for name in ("clear_all_prompts_in_frame", "remove_object", "reset_state")],
 ]
 
 
+NANO = build("nano")
+
+
 def original(name: str) -> type:
     define_torchvision_operators()
+    from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
     from sam2.sam2_image_predictor import SAM2ImagePredictor
     from sam2.sam2_video_predictor import SAM2VideoPredictor
 
-    return {"ImagePredictor": SAM2ImagePredictor, "VideoPredictor": SAM2VideoPredictor}[name]
+    return {
+        "AutomaticMaskGenerator": SAM2AutomaticMaskGenerator,
+        "ImagePredictor": SAM2ImagePredictor,
+        "VideoPredictor": SAM2VideoPredictor,
+    }[name]
 
 
 def parameters(owner: type, method: str) -> list[tuple]:
@@ -45,7 +59,7 @@ def parameters(owner: type, method: str) -> list[tuple]:
 def test_arguments_are_those_of_sam2(name, method):
     theirs = parameters(original(name), method)
     expected = [row for row in theirs if (name, method, row[0]) not in NOT_APPLICABLE]
-    got = parameters({"ImagePredictor": ImagePredictor, "VideoPredictor": VideoPredictor}[name], method)
+    got = parameters(OWN[name], method)
     if method == "__init__":
         assert {row[0] for row in got[:2]} == OURS
         got = got[2:]
@@ -53,45 +67,35 @@ def test_arguments_are_those_of_sam2(name, method):
     assert [row for row in got if row not in extra] == expected
 
 
-@pytest.mark.parametrize(
-    ("predictor", "option"),
-    [
-        (VideoPredictor, {"fill_hole_area": 8}),
-        (VideoPredictor, {"non_overlap_masks": True}),
-        (VideoPredictor, {"clear_non_cond_mem_around_input": True}),
-        (ImagePredictor, {"max_hole_area": 1.0}),
-        (ImagePredictor, {"max_sprinkle_area": 1.0}),
-    ],
-)
-def test_an_option_that_is_missing_here_is_refused_by_name(predictor, option):
-    with pytest.raises(UserError, match=f"{next(iter(option))}=.* is not supported; only its default"):
-        predictor(None, {}, **option)
+def test_an_option_that_is_missing_here_is_refused_by_name():
+    with pytest.raises(UserError, match="clear_non_cond_mem_around_input=True is not supported; only its default"):
+        VideoPredictor(NANO, abstract_params(NANO), clear_non_cond_mem_around_input=True)
 
 
-@pytest.mark.parametrize("predictor", [ImagePredictor, VideoPredictor])
+@pytest.mark.parametrize("predictor", OWN.values())
 @pytest.mark.parametrize("dtype", ["int8", "float8", "half a float"])
 def test_an_unknown_dtype_is_refused(predictor, dtype):
     with pytest.raises(UserError, match="allowed: float32, bfloat16, float16"):
-        predictor(None, {}, dtype=dtype)
+        predictor(NANO, abstract_params(NANO), dtype=dtype)
 
 
-@pytest.mark.parametrize("predictor", [ImagePredictor, VideoPredictor])
+@pytest.mark.parametrize("predictor", OWN.values())
 def test_from_pretrained_loads_the_model_and_passes_options_on(predictor, monkeypatch):
     calls = []
 
     def load(source, *, name=None, version=None, image_size=None):
         calls.append((source, name, version, image_size))
-        return "model", {"a": 1}
+        return NANO, abstract_params(NANO)
 
     monkeypatch.setitem(sys.modules, "sam2jq.api", SimpleNamespace(load=load))
     made = predictor.from_pretrained("tiny.pt", name="tiny", image_size=512, dtype="bfloat16")
     assert calls == [("tiny.pt", "tiny", None, 512)]
-    assert (made.model, made.params, made.dtype) == ("model", {"a": 1}, "bfloat16")
+    assert (made.model, made.params, made.dtype) == (NANO, abstract_params(NANO), "bfloat16")
     assert isinstance(made, predictor)
 
 
 @pytest.mark.parametrize("value", [False, True])
 def test_options_of_memory_and_speed_are_accepted(value):
     frames = np.zeros((2, 40, 60, 3), np.uint8)
-    state = VideoPredictor(None, {}).init_state(frames, value, value, value)
+    state = VideoPredictor(NANO, abstract_params(NANO)).init_state(frames, value, value, value)
     assert state.num_frames == 2

@@ -1,0 +1,206 @@
+"""Masks and pictures that `segment` and `track` write."""
+
+import json
+from dataclasses import asdict
+from fractions import Fraction
+from inspect import signature
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sam2jq import AutomaticMaskGenerator
+from sam2jq.cli.clip_files import clip_file, frame_rate
+from sam2jq.cli.main import main
+from sam2jq.cli.mask_files import FrameMasks, check_palette, labels_of, numpy_file
+from sam2jq.config.run import EverythingConfig
+from sam2jq.data import draw_clip
+from sam2jq.data.coco_masks import decode_mask
+from sam2jq.data.masks import read_labels
+from sam2jq.data.sa1b import sa1b_image
+from sam2jq.data.sav import annotated_mask
+from sam2jq.data.video import open_video
+from sam2jq.errors import UserError
+from sam2jq.report.figures import object_color
+
+from .conftest import failure
+
+MODEL = ["--model.checkpoint", "demo", "--model.image_size", "64"]
+
+
+def outputs(folder, palette: str) -> list[str]:
+    names = {"masks": "masks", "palette": palette, "json": "sa_1.json", "npz": "masks.npz"}
+    return [part for flag, name in names.items() for part in (f"--{flag}", str(folder / name))]
+
+
+@pytest.fixture
+def photo(tmp_path) -> str:
+    Image.fromarray(draw_clip(0, 1, 64).frames[0][:60]).save(tmp_path / "sa_1.png")
+    return str(tmp_path / "sa_1.png")
+
+
+def test_every_file_of_an_image_holds_the_same_masks(photo, tmp_path):
+    prompts = [{"object": 3, "points": [[30, 30]]}, {"object": 7, "box": [5, 5, 40, 40]}]
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
+    command = ["segment", photo, *MODEL, "--prompts", str(tmp_path / "prompts.json"), "--out", str(tmp_path / "o.png")]
+    assert main([*command, *outputs(tmp_path, "labels.png")]) == 0
+    check_image_files(tmp_path, [3, 7])
+    assert not list(tmp_path.glob(".*"))
+
+
+def check_image_files(folder, objects: list[int]) -> np.ndarray:
+    """The masks in the npz, after a comparison with the other files."""
+    arrays = np.load(folder / "masks.npz")
+    masks = arrays["masks"]
+    assert (arrays["objects"].tolist(), masks.shape, masks.dtype) == (objects, (len(objects), 60, 64), bool)
+    annotations = sa1b_image(folder / "sa_1.png").annotations
+    assert [annotation["id"] for annotation in annotations] == objects
+    for number, mask, annotation in zip(objects, masks, annotations):
+        np.testing.assert_array_equal(decode_mask(annotation["segmentation"], (60, 64)), mask)
+        np.testing.assert_array_equal(annotated_mask(str(folder / f"masks/{number:03d}.png")), mask)
+        assert annotation["area"] == mask.sum()
+    labels = read_labels(str(folder / "labels.png"))
+    np.testing.assert_array_equal(labels > 0, masks.any(0))
+    assert all(masks[objects.index(label)][labels == label].all() for label in np.unique(labels) if label)
+    return masks
+
+
+def test_everything_writes_the_records_of_the_generator(photo, tmp_path, capsys):
+    command = ["segment", photo, *MODEL, "--out", str(tmp_path / "everything.png"), *outputs(tmp_path, "labels.png")]
+    command += ["--everything", "--everything.points_per_side", "3"]
+    thresholds = ["--everything.pred_iou_thresh", "0.2", "--everything.stability_score_thresh", "0.3"]
+    assert main([*command, *thresholds]) == 0
+    record = json.loads((tmp_path / "sa_1.json").read_text())["annotations"][0]
+    assert list(record)[2:] == ["area", "bbox", "predicted_iou", "point_coords", "stability_score", "crop_box"]
+    count = len(list((tmp_path / "masks").iterdir()))
+    assert f"masks       {count}\n" in capsys.readouterr().out
+    check_image_files(tmp_path, list(range(1, count + 1)))
+    assert "the folder holds files; give another name" in failure(capsys, *command)
+    for file in (tmp_path / "masks").iterdir():
+        file.unlink()
+    assert main([*command, "--everything.pred_iou_thresh", "0.999"]) == 0
+    assert "masks       none: lower --everything.pred_iou_thresh" in capsys.readouterr().out
+    check_image_files(tmp_path, [])
+
+
+def test_the_settings_of_everything_are_those_of_the_generator():
+    parameters = signature(AutomaticMaskGenerator.__init__).parameters
+    assert {name: parameters[name].default for name in asdict(EverythingConfig())} == asdict(EverythingConfig())
+    left_out = {"self", "model", "params", "mask_threshold", "point_grids", "output_mode", "dtype"}
+    assert set(parameters) - set(asdict(EverythingConfig())) == left_out
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """A folder of four frames whose sides are odd, and a file with prompts of two objects."""
+    (tmp_path / "clip").mkdir()
+    for i, frame in enumerate(draw_clip(0, 4, 64).frames):
+        Image.fromarray(frame[:63, :61]).save(tmp_path / "clip" / f"{i:02d}.png")
+    prompts = [{"object": 2, "frame": 1, "points": [[30, 30]]}, {"object": 1, "frame": 2, "box": [5, 5, 40, 40]},
+               {"object": 2, "frame": 3, "points": [[20, 20]], "labels": [0]}]  # fmt: skip
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
+    return str(tmp_path / "clip")
+
+
+def test_every_file_of_a_clip_holds_the_same_masks(clip, tmp_path):
+    command = ["track", clip, *MODEL, "--prompts", str(tmp_path / "prompts.json"), "--out", str(tmp_path / "o.mp4")]
+    assert main([*command, *outputs(tmp_path, "labels")]) == 0
+    arrays = np.load(tmp_path / "masks.npz")
+    assert arrays.files == ["objects", "masks/01", "masks/02", "masks/03"]
+    objects, content = arrays["objects"].tolist(), json.loads((tmp_path / "sa_1.json").read_text())
+    assert objects == [2, 1] == [annotation["id"] for annotation in content["annotations"]]
+    assert content["videos"] == [{"id": 1, "file_names": ["00", "01", "02", "03"], "length": 4, "name": "clip",
+                                  "height": 63, "width": 61}]  # fmt: skip
+    for annotation in content["annotations"]:
+        assert [each is None for each in annotation["segmentations"]] == [True, False, False, False]
+    for frame in range(1, 4):
+        masks = arrays[f"masks/{frame:02d}"]
+        assert masks.shape == (2, 63, 61)
+        for number, mask, annotation in zip(objects, masks, content["annotations"]):
+            np.testing.assert_array_equal(decode_mask(annotation["segmentations"][frame], (63, 61)), mask)
+            np.testing.assert_array_equal(annotated_mask(str(tmp_path / f"masks/{number:03d}/{frame:02d}.png")), mask)
+        labels = read_labels(str(tmp_path / f"labels/{frame:02d}.png"))
+        np.testing.assert_array_equal(labels > 0, masks.any(0))
+    video = open_video(str(tmp_path / "o.mp4"))
+    assert (len(video), video.size) == (3, (64, 62))
+
+
+def test_reverse_tracks_from_the_last_prompt_to_frame_0(clip, tmp_path, capsys):
+    command = ["track", clip, *MODEL, "--points", "30,30", "--reverse", "--out", str(tmp_path / "o.gif")]
+    assert main([*command, "--frame", "2", "--npz", str(tmp_path / "m.npz")]) == 0
+    assert np.load(tmp_path / "m.npz").files == ["objects", "masks/00", "masks/01", "masks/02"]
+    with Image.open(tmp_path / "o.gif") as picture:
+        assert picture.n_frames == 3
+    assert "the last prompt is on frame 0" in failure(capsys, *command)
+
+
+@pytest.mark.parametrize("command", ["segment", "track"])
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--json", "m.txt"], "--json m.txt: give a name that ends in .json"),
+        (["--npz", "m.json"], "--npz m.json: give a name that ends in .npz"),
+        (["--masks", "file"], "'file': it is a file; give the name of a new folder"),
+        (["--masks", "file/m"], "file is not a folder"),
+        (["--masks", "folder"], "'folder': the folder holds files; give another name"),
+    ],
+)
+def test_masks_that_cannot_be_written_are_an_error_before_anything_is_read(
+    tmp_path, capsys, monkeypatch, command, more, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    for name in ("file", "folder/file"):
+        (tmp_path / name).write_text("")
+    assert message in failure(capsys, command, "nothing", "--points", "5,5", *more)
+
+
+def test_label_images_are_a_file_of_an_image_and_a_folder_of_a_clip(capsys):
+    prompt = ["nothing", "--points", "5,5", "--palette"]
+    assert "--palette p.gif: give a name that ends in .png" in failure(capsys, "segment", *prompt, "p.gif")
+    assert "nothing: no such file" in failure(capsys, "track", *prompt, "p.gif")
+
+
+def test_a_palette_holds_255_objects():
+    check_palette("p.png", range(1, 256))
+    with pytest.raises(UserError, match="--palette p.png: object 256, but a palette has 255 at most; use --json"):
+        check_palette("p.png", range(1, 257))
+
+
+def test_the_highest_score_is_in_front():
+    scores = np.array([[[1.0, 2, 0, -1]], [[2.0, 1, -1, -2]]])
+    assert labels_of([5, 300], scores).tolist() == [[300, 5, 0, 0]]
+    assert labels_of([], scores[:0]).tolist() == [[0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("name", ["o.mp4", "o.gif", "o.jpg", "o.npz"])
+def test_a_full_disk_leaves_no_file(tmp_path, name):
+    """The block fails as a writer does whose disk is full."""
+
+    def write():
+        if name == "o.npz":
+            with numpy_file(str(tmp_path / name), "clip", ["0"], [1]) as add:
+                add(FrameMasks("0", np.ones((1, 8, 8), bool), np.ones((8, 8), int)))
+                raise OSError(28, "No space left on device")
+        with clip_file(tmp_path / name, Fraction(24)) as add:
+            add(Image.new("RGB", (64, 48)))
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_frame_rate_of_a_video_is_kept(tmp_path):
+    with clip_file(tmp_path / "o.mp4", Fraction(30000, 1001)) as add:
+        for shade in range(0, 250, 50):
+            add(Image.new("RGB", (64, 48), (shade, 0, 0)))
+    assert frame_rate(str(tmp_path / "o.mp4")) == Fraction(30000, 1001)
+    assert frame_rate("scenes:0/0000") == 24
+    assert [frame[20, 20, 0] // 45 for frame in open_video(str(tmp_path / "o.mp4"))] == [0, 1, 2, 3, 4]
+
+
+def test_colors_of_objects_stay_apart():
+    colors = np.array([object_color(i) for i in range(24)])
+    distances = np.linalg.norm(colors[:, None] - colors, axis=-1)
+    assert distances[np.triu_indices(24, 1)].min() > 25

@@ -1,0 +1,29 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from converters.exports.vanilla import define_torchvision_operators
+
+
+def connected_components(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels and areas [N, 1, H, W]: each pixel takes the largest number among its 8 neighbours until none changes."""
+    masks = masks.bool()
+    labels = torch.where(masks, torch.arange(1.0, masks[0].numel() + 1).reshape(masks[:1].shape), 0.0)
+    while True:
+        spread = torch.where(masks, torch.nn.functional.max_pool2d(labels, 3, 1, 1), 0.0)
+        if torch.equal(spread, labels):
+            break
+        labels = spread
+    areas = torch.stack([torch.bincount(x.flatten().int())[x.int()] for x in labels])
+    return labels.int(), torch.where(masks, areas, 0)
+
+
+@pytest.fixture
+def sam2_operator(monkeypatch):
+    """Gives sam2 the operator that it lacks on a CPU."""
+    define_torchvision_operators()
+    import sam2
+
+    operator = SimpleNamespace(get_connected_componnets=connected_components)
+    monkeypatch.setattr(sam2, "_C", operator, raising=False)
