@@ -206,12 +206,12 @@ def test_a_session_of_mixed_prompts_compiles_a_handful_of_programs(predictors, m
         count, masks_each = len(masks if points is None else points[0]), 3 if multimask else 1
         return Decoded(np.zeros((count, masks_each, 64, 64)), np.zeros((count, masks_each)), None, None)
 
-    def threshold(masks, canvas, limit):
+    def upscale(masks, canvas):
         compiled.add(str(shapes(masks, canvas.rows, canvas.columns)))
         return np.zeros((1, len(canvas.rows), canvas.columns.shape[1]))
 
     monkeypatch.setattr(image_module, "decode", decode)
-    monkeypatch.setattr(image_module, "threshold", threshold)
+    monkeypatch.setattr(image_module, "upscale", upscale)
     monkeypatch.setattr(image_module, "encode_images", lambda *args: None)
     ours, calls = ImagePredictor(predictors[1].model, predictors[1].params), 0
     for size in ((32, 24), (30, 25), (25, 10), (40, 20), (51, 1), (48, 24), (27, 9), (256, 22)):
