@@ -12,27 +12,28 @@ from pathlib import Path
 from sam2jq.errors import UserError
 
 
+class WriteError(OSError):
+    """A file that cannot be written; the message names it."""
+
+
 @contextmanager
 def atomic_write(path: str | Path, failures: tuple[type[Exception], ...] = ()) -> Iterator[Path]:
     """Yields a temporary path in the same folder, renamed to `path` at the end, or removed if the block raises.
 
     failures: what the block's writer raises, beside OSError, if it cannot write.
-    Raises OSError that names `path` if the disk is full, or the file cannot be written for another reason, and
+    Raises WriteError that names `path` if the disk is full, or the file cannot be written for another reason, and
     UserError before the block runs as `check_target` does.
     """
     path = check_target(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+        with write_errors(path, temporary):
+            yield temporary
+            os.replace(temporary, path)
     except failures as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise OSError(f"cannot write {path}; is the disk full? ({reason})") from error
+        raise WriteError(f"cannot write {path}; is the disk full? ({reason})") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -47,10 +48,23 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     temporary.mkdir(parents=True)
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with write_errors(path, temporary):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def write_errors(path: Path, temporary: Path) -> Iterator[None]:
+    """A block that writes `temporary`. Its OSErrors become WriteErrors of `path`, except those of other files."""
+    try:
+        yield
+    except OSError as error:
+        other = error.filename is not None and not str(error.filename).startswith(str(temporary))
+        if other or isinstance(error, WriteError):
+            raise
+        raise WriteError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def check_folder_target(path: str | Path) -> Path:

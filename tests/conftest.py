@@ -1,5 +1,7 @@
 import os
+import resource
 import tempfile
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -130,3 +132,14 @@ def nchw(x) -> torch.Tensor:
 
 def nhwc(x: torch.Tensor) -> np.ndarray:
     return np.moveaxis(x.detach().numpy(), 1, -1)
+
+
+@contextmanager
+def file_limit(size: int):
+    """Writing beyond `size` bytes of a file fails, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.bench import compile as check
+from experiments.bench.compile_programs import PROGRAMS
 from experiments.bench.cost_model import arithmetic, estimated_cycles
+from sam2jq.training.sharding import make_mesh
 
 HLO = """HloModule jit_f, is_scheduled=true
 
@@ -65,6 +67,17 @@ def test_rows_that_were_not_compiled_again_are_kept(tmp_path):
 def test_an_abort_is_told_by_its_first_line_that_says_what_failed():
     stderr = "warning: x\nF1128 12:00:00.0 7 space_to_batch_converter.cc:2007] Check failed: a | b\n@ 0x7f\n"
     assert "space_to_batch_converter.cc:2007] Check failed: a / b" in check.failure(-6, stderr)
+
+
+QUICK = [name for name, program in PROGRAMS.items() if program.quick]
+MODELS = [pytest.param(name, marks=pytest.mark.slow) for name in QUICK if not name.startswith("4096")]
+
+
+@pytest.mark.parametrize("name", [*(name for name in QUICK if name.startswith("4096")), *MODELS])
+def test_a_program_is_lowered_for_a_tpu_on_a_machine_without_one(name):
+    traced = PROGRAMS[name].trace(make_mesh(jax.devices()[:1]))
+    assert "stablehlo" in traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert arithmetic(traced.jaxpr, "tpu")[0] > 0
 
 
 @pytest.mark.parametrize(("target", "name"), [("v5e", "libtpu"), ("h100", "CUDA plugin")])

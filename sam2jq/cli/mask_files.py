@@ -92,13 +92,19 @@ def write_image_masks(args: argparse.Namespace, image: str, records: list[dict],
         if args.palette is not None:
             write_labels(temporary(args.palette), labels.astype(np.uint8))
         if args.json is not None:
-            annotations = [record | {"segmentation": encode_mask(record["segmentation"])} for record in records]
+            annotations = [json_record(record) for record in records]
             about = {"image_id": 0, "width": width, "height": height, "file_name": Path(image).name}
             temporary(args.json).write_text(json.dumps({"image": about, "annotations": annotations}))
         if args.npz is not None:
             with temporary(args.npz).open("wb") as file:
                 stacked = np.stack(masks) if masks else np.zeros((0, height, width), bool)
                 np.savez_compressed(file, masks=stacked, objects=np.array(ids, int))
+
+
+def json_record(record: dict) -> dict:
+    """A record with its mask as COCO's run lengths, and None for the stability of an empty mask, which is NaN."""
+    facts = {key: None if value != value else value for key, value in record.items() if key != "segmentation"}
+    return {"id": facts.pop("id"), "segmentation": encode_mask(record["segmentation"])} | facts
 
 
 @contextmanager

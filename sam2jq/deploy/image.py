@@ -59,8 +59,8 @@ class OnnxImagePredictor(PromptedImage):
         chosen = slice(1, None) if multimask else slice(0, 1)
         return PromptMasks(out["masks"][:, chosen], out["ious"][:, chosen])
 
-    def enlarge(self, masks: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        return resize_maps(masks, size)
+    def enlarge(self, mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        return resize_maps(mask, size)
 
 
 def decoder_inputs(features: list[np.ndarray], points, masks: np.ndarray | None) -> dict[str, np.ndarray]:

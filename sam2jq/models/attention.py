@@ -15,6 +15,7 @@ product = partial(jnp.matmul, preferred_element_type=jnp.float32)  # of any dtyp
 MASKED = -1e9  # added to the score of a masked key
 QUERY_CHUNK = 1024  # rows of a score matrix
 KEY_BLOCK = 512  # columns of a score matrix
+WIDE_KEY_BLOCK = 4096  # the same on an accelerator where no key is masked: fewer passes over what was summed so far
 
 
 def attention(q: Array, k: Array, v: Array, key_mask: Array | None = None) -> Array:
@@ -34,11 +35,12 @@ def attention(q: Array, k: Array, v: Array, key_mask: Array | None = None) -> Ar
         return softmax_attention(q, k, v, None if bias is None else bias[:, None, None], scale).swapaxes(1, 2)
     flat = tuple(x.reshape(batch * heads, *x.shape[2:]) for x in (q, k, v))
     flat += (None if bias is None else jnp.repeat(bias, heads, axis=0),)
-    one_head = lambda arrays: blocked_attention(*arrays, scale)
+    one_head = lambda arrays: blocked_attention(*arrays, scale, KEY_BLOCK)
     # on a CPU as many heads at a time as their scores fit in the caches
     together = min(batch * heads, cpu_chunk_rows(QUERY_CHUNK * min(k.shape[2], KEY_BLOCK)))
-    one_at_a_time, all_at_once = partial(jax.lax.map, one_head), jax.vmap(one_head)
+    one_at_a_time = partial(jax.lax.map, one_head)
     some_at_a_time = one_at_a_time if together == 1 else partial(jax.lax.map, one_head, batch_size=together)
+    all_at_once = jax.vmap(lambda arrays: blocked_attention(*arrays, scale, WIDE_KEY_BLOCK))
     if bias is not None:  # without a batch axis, so that `lax.cond` can skip
         y = one_at_a_time(flat)
     else:
@@ -64,18 +66,20 @@ def softmax_attention(q: Array, k: Array, v: Array, bias: Array | None, scale: f
     return (product(scores.astype(v.dtype), v) / sums).astype(v.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def blocked_attention(q: Array, k: Array, v: Array, bias: Array | None, scale: float) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def blocked_attention(q: Array, k: Array, v: Array, bias: Array | None, scale: float, key_block: int) -> Array:
     """softmax(scale q kT + bias) v of one head, [N, Cv], for q [N, C], k [M, C], v [M, Cv] and bias [M]."""
-    return _blocked_attention_forward(q, k, v, bias, scale)[0]
+    return _blocked_attention_forward(q, k, v, bias, scale, key_block)[0]
 
 
-def _blocked_attention_forward(q: Array, k: Array, v: Array, bias: Array | None, scale: float):
-    y, log_sums = chunked_map(lambda rows: online_softmax(rows, k, v, bias, scale), q, QUERY_CHUNK)
+def _blocked_attention_forward(q: Array, k: Array, v: Array, bias: Array | None, scale: float, key_block: int):
+    y, log_sums = chunked_map(lambda rows: online_softmax(rows, k, v, bias, scale, key_block), q, QUERY_CHUNK)
     return y, (q, k, v, bias, y, log_sums)
 
 
-def online_softmax(q: Array, k: Array, v: Array, bias: Array | None, scale: float) -> tuple[Array, Array]:
+def online_softmax(
+    q: Array, k: Array, v: Array, bias: Array | None, scale: float, key_block: int
+) -> tuple[Array, Array]:
     """softmax(scale q kT + bias) v, [N, Cv], and the logarithm of the softmax denominators, float32 [N, 1].
 
     One pass over blocks of keys with the highest score so far (arXiv 1805.02867). A block is not computed if all of its
@@ -87,11 +91,8 @@ def online_softmax(q: Array, k: Array, v: Array, bias: Array | None, scale: floa
         scores = scores_of(q, k, bias, scale)
         new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
         weights, rescale = jnp.exp(scores - new_top), jnp.exp(top - new_top)
-        return (
-            new_top,
-            sums * rescale + weights.sum(-1, keepdims=True),
-            y * rescale + product(weights.astype(v.dtype), v),
-        )
+        y = y * rescale + product(weights.astype(v.dtype), v)
+        return new_top, sums * rescale + weights.sum(-1, keepdims=True), y
 
     def step(state, block):
         if bias is None:
@@ -99,17 +100,17 @@ def online_softmax(q: Array, k: Array, v: Array, bias: Array | None, scale: floa
         return jax.lax.cond((block[2] > MASKED).any(), lambda: add(state, *block), lambda: state), None
 
     arrays = (k, v) if bias is None else (k, v, bias)
-    whole = len(k) // KEY_BLOCK * KEY_BLOCK
+    whole = len(k) // key_block * key_block
     column = jnp.full((len(q), 1), 2 * MASKED, jnp.float32)  # below the score of a masked key
     state = column, jnp.zeros_like(column), jnp.zeros((len(q), v.shape[-1]), jnp.float32)
-    state, _ = jax.lax.scan(step, state, tuple(x[:whole].reshape(-1, KEY_BLOCK, *x.shape[1:]) for x in arrays))
+    state, _ = jax.lax.scan(step, state, tuple(x[:whole].reshape(-1, key_block, *x.shape[1:]) for x in arrays))
     if whole < len(k):
         state, _ = step(state, tuple(x[whole:] for x in arrays))
     top, sums, y = state
     return (y / sums).astype(v.dtype), top + jnp.log(sums)
 
 
-def _blocked_attention_backward(scale: float, residuals, dy: Array):
+def _blocked_attention_backward(scale: float, key_block: int, residuals, dy: Array):
     """Computes the scores again, chunk by chunk (as in FlashAttention, arXiv 2205.14135)."""
     q, k, v, bias, y, log_sums = residuals
     rows = largest_divisor(len(q), QUERY_CHUNK)

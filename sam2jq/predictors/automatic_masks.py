@@ -12,11 +12,12 @@ from sam2jq.data import preprocess
 from sam2jq.data.coco_masks import encode_runs, run_text
 from sam2jq.data.images import check_image, rgb_pixels
 from sam2jq.errors import UserError
+from sam2jq.models.params import check_params
 from sam2jq.models.sam2 import SAM2
-from sam2jq.predictors.crops import crop_boxes, near_crop_edge, non_maximum_suppression, point_grid, width_height
+from sam2jq.predictors.crops import crop_boxes, layer_grids, near_crop_edge, non_maximum_suppression, width_height
 from sam2jq.predictors.image import decode, encode_images, float_dtype
 from sam2jq.predictors.pretrained import FromPretrained
-from sam2jq.predictors.prompts import LOGIT_LIMIT, as_array
+from sam2jq.predictors.prompts import LOGIT_LIMIT
 from sam2jq.predictors.regions import remove_small_regions
 from sam2jq.predictors.upscale import Canvas, canvas_of, measure, threshold
 
@@ -83,13 +84,14 @@ class AutomaticMaskGenerator(FromPretrained):
         output_mode: "binary_mask", "uncompressed_rle" or "coco_rle". use_m2m: each mask is refined once, with itself
         as the prompt. multimask_output: three masks per click.
 
-        Raises UserError for a wrong mode, and for no points.
+        Raises UserError for a wrong mode, for no points, and for params of another model.
         """
         if output_mode not in OUTPUT_MODES:
             raise UserError(f"output_mode {output_mode!r}: allowed are {', '.join(OUTPUT_MODES)}")
         if points_per_batch < 1:
             raise UserError(f"points_per_batch {points_per_batch}: it must be at least 1")
         self.point_grids = layer_grids(points_per_side, crop_n_layers, crop_n_points_downscale_factor, point_grids)
+        check_params(type(self).__name__, model, params)
         self.model, self.params, self.dtype = model, params, float_dtype(dtype)
         self.points_per_batch = points_per_batch
         self.pred_iou_thresh = pred_iou_thresh
@@ -224,34 +226,6 @@ class AutomaticMaskGenerator(FromPretrained):
             "stability_score": found.stability[i].item(),
             "crop_box": width_height(crop),
         }
-
-
-def layer_grids(points_per_side: int | None, layers: int, factor: int, grids: list | None) -> list[np.ndarray]:
-    """The grid of points [N, 2] in 0..1 of the image and of each layer of crops; arguments of the constructor.
-
-    Raises UserError unless one of points_per_side and grids is given, and there is a point a side, or a grid, each.
-    """
-    if (points_per_side is None) == (grids is None):
-        raise UserError("give points_per_side or point_grids, and None for the other")
-    if grids is not None:
-        if len(grids) <= layers:
-            raise UserError(
-                f"point_grids: {len(grids)} grids for the image and {layers} layers of crops; give one each"
-            )
-        return [check_grid(f"point_grids[{i}]", grid) for i, grid in enumerate(grids)]
-    sides = [int(points_per_side / factor**layer) for layer in range(layers + 1)]
-    if min(sides) < 1:
-        raise UserError(f"points_per_side {points_per_side}: no point is left in layer {sides.index(min(sides))}; give "
-                        "at least crop_n_points_downscale_factor ** crop_n_layers")  # fmt: skip
-    return list(map(point_grid, sides))
-
-
-def check_grid(name: str, grid) -> np.ndarray:
-    """A grid [N, 2] as an array. Raises UserError, which calls it `name`, unless it holds x and y in 0..1."""
-    points = as_array(name, grid, np.float64)
-    if points.ndim != 2 or points.shape[1] != 2 or not ((points >= 0) & (points <= 1)).all():
-        raise UserError(f"{name} {list(points.shape)} must be [N, 2], x and y in 0..1 of the image's width and height")
-    return points
 
 
 def select(found: Candidates, keep) -> Candidates:

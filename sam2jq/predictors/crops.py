@@ -8,6 +8,9 @@ import math
 
 import numpy as np
 
+from sam2jq.errors import UserError
+from sam2jq.predictors.prompts import as_array
+
 EDGE = 20  # pixels: a mask that ends so near to a crop's edge may be cut off there
 
 
@@ -15,6 +18,34 @@ def point_grid(points_per_side: int) -> np.ndarray:
     """The points [points_per_side ** 2, 2] of a regular grid, x and y in 0..1, row by row."""
     line = (np.arange(points_per_side) + 0.5) / points_per_side
     return np.stack(np.meshgrid(line, line), axis=-1).reshape(-1, 2)
+
+
+def layer_grids(points_per_side: int | None, layers: int, factor: int, grids: list | None) -> list[np.ndarray]:
+    """The grid of points [N, 2] in 0..1 of the image and of each layer of crops; arguments of the generator.
+
+    Raises UserError unless one of points_per_side and grids is given, and there is a point a side, or a grid, each.
+    """
+    if (points_per_side is None) == (grids is None):
+        raise UserError("give points_per_side or point_grids, and None for the other")
+    if grids is not None:
+        if len(grids) <= layers:
+            raise UserError(
+                f"point_grids: {len(grids)} grids for the image and {layers} layers of crops; give one each"
+            )
+        return [check_grid(f"point_grids[{i}]", grid) for i, grid in enumerate(grids)]
+    sides = [int(points_per_side / factor**layer) for layer in range(layers + 1)]
+    if min(sides) < 1:
+        raise UserError(f"points_per_side {points_per_side}: no point is left in layer {sides.index(min(sides))}; give "
+                        "at least crop_n_points_downscale_factor ** crop_n_layers")  # fmt: skip
+    return list(map(point_grid, sides))
+
+
+def check_grid(name: str, grid) -> np.ndarray:
+    """A grid [N, 2] as an array. Raises UserError, which calls it `name`, unless it holds x and y in 0..1."""
+    points = as_array(name, grid, np.float64)
+    if points.ndim != 2 or points.shape[1] != 2 or not ((points >= 0) & (points <= 1)).all():
+        raise UserError(f"{name} {list(points.shape)} must be [N, 2], x and y in 0..1 of the image's width and height")
+    return points
 
 
 def crop_boxes(size: tuple[int, int], layers: int, overlap_ratio: float) -> list[tuple[int, list[int]]]:

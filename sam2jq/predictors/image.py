@@ -88,11 +88,9 @@ class ImagePredictor(PromptedImage, FromPretrained):
         join = lambda arrays: np.concatenate([np.asarray(x, np.float32) for x in arrays])[:count]
         return PromptMasks(join(out.masks for out in outs), join(out.ious for out in outs))
 
-    def enlarge(self, masks: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        canvas, (height, width) = canvas_of(self.image_size // 4, size), size
-        scaled = [upscale(mask, canvas) for mask in masks.reshape(-1, 1, *masks.shape[2:])]
-        full = np.concatenate([np.asarray(mask)[:, :height, :width] for mask in scaled])
-        return full.reshape(*masks.shape[:2], height, width)
+    def enlarge(self, mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        height, width = size
+        return np.asarray(upscale(mask[None], canvas_of(len(mask), size)))[0, :height, :width]
 
 
 def float_dtype(dtype) -> str:

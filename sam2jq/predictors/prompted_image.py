@@ -51,8 +51,8 @@ class PromptedImage:
         """
         raise NotImplementedError
 
-    def enlarge(self, masks: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        """Logits [P, M, h, w] -> float32 [P, M, *size], bilinear."""
+    def enlarge(self, mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """Logits [h, w] -> float32 [*size], bilinear."""
         raise NotImplementedError
 
     def reset_predictor(self) -> None:
@@ -157,9 +157,10 @@ class PromptedImage:
         if points is not None and len(points[0]) == 0:
             return self._no_results(3 if multimask else 1, size)
         low_res, ious = self.decode(image.features, points, masks, multimask=multimask)
-        full = self.enlarge(self._cleaned(low_res), size)
-        if not logits:
-            full = (full > self.mask_threshold).astype(np.float32)
+        full = np.empty((*low_res.shape[:2], *size), np.float32)
+        for index, mask in zip(np.ndindex(low_res.shape[:2]), self._cleaned(low_res).reshape(-1, *low_res.shape[2:])):
+            scaled = self.enlarge(mask, size)
+            full[index] = scaled if logits else scaled > self.mask_threshold
         results = full, ious, np.clip(low_res, -LOGIT_LIMIT, LOGIT_LIMIT)
         return tuple(x[0] for x in results) if len(full) == 1 else results
 

@@ -3,6 +3,7 @@
 Letters: N masks, [h, w] their low resolution, [H, W] a canvas: the image's size rounded up to multiples of STEP.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import jax
@@ -28,6 +29,7 @@ class MaskStats(NamedTuple):
     stability: Array
 
 
+@lru_cache(maxsize=4)  # the masks of an image are enlarged one by one
 def canvas_of(side: int, size: tuple[int, int]) -> Canvas:
     """The canvas of an image of `size` (H, W) for masks [side, side], as torch's `interpolate(align_corners=False)`."""
     rows, columns = (interpolation(side, length) for length in size)

@@ -1,4 +1,4 @@
-"""`python -m sam2jq distill` on the demo model at 64 pixels, from its flags to its package."""
+"""`python -m sam2jq distill` on a model of one block a stage at 64 pixels, from its flags to its package."""
 
 import json
 
@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from converters.checkpoint import load_checkpoint
+from converters.checkpoint import load_checkpoint, save_checkpoint
 from converters.exports.package import load_package
-from sam2jq import build
+from converters.hydra_config import CONFIGS
+from sam2jq import VARIANTS, build, init_params
 from sam2jq.cli.main import main
 from sam2jq.distillation.history import history
+from sam2jq.models.variants import Variant
 from sam2jq.quant.leaves import materialize_params
 from sam2jq.tree import flatten
 
@@ -24,8 +26,12 @@ SKIPS = [
     "obj_ptr_tpos_proj",
 ]
 SKIPS += ["mask_downsample", "sam_mask_decoder.output_hypernetworks_mlps"]  # each layer takes half a second to compile
+SMALL = Variant(
+    16, 1, (1, 1, 1, 1), (2,), (4, 4, 4, 2), features=32, memory_features=16, memory_layers=1, memory_hidden=32,
+    image_size=64,
+)  # fmt: skip
 FLAGS = {
-    "teacher.name": "nano", "student.name": "nano", "data.image_size": 64,
+    "teacher.name": "small-test", "student.name": "small-test", "data.image_size": 64,
     "data.train": "scenes:11", "data.val": "scenes:21", "data.train_samples": 4, "data.val_samples": 2,
     "quant.initial_bits": 5, "quant.wgts.skips": f"[{', '.join(SKIPS)}]",
     "quant.target_roots": "[sam_mask_decoder]",
@@ -38,15 +44,24 @@ FILES = {"config.yaml", "metrics.jsonl", "metrics.json", "package.pt", "vanilla.
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """The folder of a finished run."""
+    """The folder of a finished run; the model's size is known as long as the tests of this file run."""
     root, programs = tmp_path_factory.mktemp("distill"), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(VARIANTS, "small-test", SMALL)
+        patch.setitem(CONFIGS, "small-test", "t")
+        run(root, programs)
+        yield root / "out" / "distill"
+
+
+def run(root, programs):
+    save_checkpoint(root / "model.pt", init_params(build("small-test"), 0))
     flags = FLAGS | {"output.root": root / "out", "cache.root": root / "cache"}
+    flags |= dict.fromkeys(("teacher.checkpoint", "student.checkpoint"), root / "model.pt")
     count = lambda name, **_: programs.append(name) if name.endswith("compile_requests_use_cache") else None
     jax.monitoring.register_event_listener(count)
     assert main(["distill", *(part for key, value in flags.items() for part in (f"--{key}", str(value)))]) == 0
     jax.monitoring.unregister_event_listener(count)
     (root / "programs").write_text(str(len(programs)))
-    return root / "out" / "distill"
 
 
 def rows_of(job):
@@ -80,7 +95,7 @@ def test_layers_lose_bits_and_the_package_holds_the_bits_of_the_log(job):
 
 
 def test_the_package_loads_as_the_weights_of_the_vanilla_checkpoint(job):
-    params = materialize_params(load_checkpoint(str(job / "package.pt"), build("nano", image_size=64)).params)
+    params = materialize_params(load_checkpoint(str(job / "package.pt"), build("small-test")).params)
     vanilla = torch.load(job / "vanilla.pt", weights_only=True)["model"]
     name = "sam_mask_decoder.transformer.layers.0.mlp.layers.0"
     kernel = flatten(params)["sam_mask_decoder/transformer/layers.0/mlp/layers.0/kernel"]

@@ -1,6 +1,7 @@
 """Masks and pictures that `segment` and `track` write."""
 
 import json
+from argparse import Namespace
 from dataclasses import asdict
 from fractions import Fraction
 from inspect import signature
@@ -12,7 +13,7 @@ from PIL import Image
 from sam2jq import AutomaticMaskGenerator
 from sam2jq.cli.clip_files import clip_file, frame_rate
 from sam2jq.cli.main import main
-from sam2jq.cli.mask_files import FrameMasks, check_palette, labels_of, numpy_file
+from sam2jq.cli.mask_files import FrameMasks, check_palette, clip_masks, json_record, labels_of
 from sam2jq.config.run import EverythingConfig
 from sam2jq.data import draw_clip
 from sam2jq.data.coco_masks import decode_mask
@@ -21,7 +22,9 @@ from sam2jq.data.sa1b import sa1b_image
 from sam2jq.data.sav import annotated_mask
 from sam2jq.data.video import open_video
 from sam2jq.errors import UserError
+from sam2jq.files import WriteError, atomic_write
 from sam2jq.report.figures import object_color
+from tests.conftest import file_limit
 
 from .conftest import failure
 
@@ -167,26 +170,45 @@ def test_a_palette_holds_255_objects():
         check_palette("p.png", range(1, 257))
 
 
+def test_a_stability_that_is_not_defined_is_null():
+    record = {"id": 1, "segmentation": np.zeros((2, 2), bool), "bbox": [0.0] * 4, "stability_score": float("nan")}
+    text = json.dumps(json_record(record), allow_nan=False)
+    assert list(json.loads(text).items())[2:] == [("bbox", [0.0] * 4), ("stability_score", None)]
+
+
 def test_the_highest_score_is_in_front():
     scores = np.array([[[1.0, 2, 0, -1]], [[2.0, 1, -1, -2]]])
     assert labels_of([5, 300], scores).tolist() == [[300, 5, 0, 0]]
     assert labels_of([], scores[:0]).tolist() == [[0, 0, 0, 0]]
 
 
-@pytest.mark.parametrize("name", ["o.mp4", "o.gif", "o.jpg", "o.npz"])
-def test_a_full_disk_leaves_no_file(tmp_path, name):
-    """The block fails as a writer does whose disk is full."""
+NOISE = np.random.default_rng(0).random((4, 2, 96, 128)) < 0.5  # masks of two objects in four frames
+FRAMES = [FrameMasks(str(i), masks, masks[0] * 1) for i, masks in enumerate(NOISE)]
+
+
+@pytest.mark.parametrize("name", ["o.mp4", "o.gif", "o.jpg"])
+def test_a_full_disk_is_one_line_and_leaves_no_clip(tmp_path, name):
+    def write():
+        with clip_file(tmp_path / name, Fraction(24)) as add:
+            for frame in FRAMES:
+                add(Image.fromarray(frame.labels.astype(np.uint8) * 255).convert("RGB"))
+
+    with pytest.raises(WriteError, match=r"^cannot write [^:]*: [^:]*$"), file_limit(1000):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flag", ["masks", "palette", "json", "npz"])
+def test_a_full_disk_is_one_line_and_leaves_no_masks(tmp_path, flag):
+    """Nor another file that is written in the same block."""
+    args = Namespace(**dict.fromkeys(("masks", "palette", "json", "npz")) | {flag: str(tmp_path / flag)})
 
     def write():
-        if name == "o.npz":
-            with numpy_file(str(tmp_path / name), "clip", ["0"], [1]) as add:
-                add(FrameMasks("0", np.ones((1, 8, 8), bool), np.ones((8, 8), int)))
-                raise OSError(28, "No space left on device")
-        with clip_file(tmp_path / name, Fraction(24)) as add:
-            add(Image.new("RGB", (64, 48)))
-            raise OSError(28, "No space left on device")
+        with atomic_write(tmp_path / "other"), clip_masks(args, "clip", list("0123"), [1, 2]) as add:
+            for frame in FRAMES:
+                add(frame)
 
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(WriteError, match=rf"^cannot write [^:]*{flag}: [^:]*$"), file_limit(1000):
         write()
     assert list(tmp_path.iterdir()) == []
 

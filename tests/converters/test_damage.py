@@ -1,8 +1,6 @@
 """Damaged files end in one line, at loading; a full disk leaves nothing half-written."""
 
-import resource
 import shutil
-from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -16,6 +14,7 @@ from converters.torch_files import load_torch, save_torch
 from sam2jq import UserError
 from sam2jq.api import describe_model, open_package
 from sam2jq.files import atomic_write
+from tests.conftest import file_limit
 
 
 @pytest.fixture(scope="module")
@@ -93,17 +92,6 @@ def test_files_without_a_hash_still_load(written, tmp_path):
     torch.save(load_torch(written / "vanilla.pt"), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     for name in ("v.pt", "old.pt"):
         assert digest(sam2jq.load(tmp_path / name)[1]) == digest(sam2jq.load(written / "vanilla.pt")[1])
-
-
-@contextmanager
-def file_limit(size: int):
-    """Writing beyond `size` bytes of a file fails, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("name", ["p.pt", "p.safetensors", "c.pt", "c.safetensors"])

@@ -1,12 +1,16 @@
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from converters.exports.vanilla import define_torchvision_operators
-from sam2jq import ImagePredictor
+from sam2jq import AutomaticMaskGenerator, ImagePredictor, VideoPredictor, build
 from sam2jq.data import draw_scene
 from sam2jq.errors import UserError
-from tests.conftest import relative, twin
+from sam2jq.models.decoder import Decoded
+from sam2jq.models.sam2 import abstract_params
+from sam2jq.predictors import image as image_module
+from tests.conftest import nhwc, relative, twin
 
 
 @pytest.fixture(scope="module")
@@ -190,3 +194,95 @@ def test_the_device_of_sam2_is_refused_by_name():
 def test_predicting_without_an_image_is_an_error(predictors):
     with pytest.raises(RuntimeError, match="call set_image before predict"):
         ImagePredictor(predictors[1].model, predictors[1].params).predict(**POINT)
+
+
+def test_a_session_of_mixed_prompts_compiles_a_handful_of_programs(predictors, monkeypatch):
+    """1 to 8 points, 1 to 100 boxes, with and without logits, on images of eight sizes: what jax compiles by."""
+    compiled = set()
+    shapes = lambda *args: jax.tree.map(lambda x: (x.shape, x.dtype), args)
+
+    def decode(model, params, features, points, masks, point_mask, *, multimask):
+        compiled.add(str((shapes(points, masks, point_mask), multimask)))
+        count, masks_each = len(masks if points is None else points[0]), 3 if multimask else 1
+        return Decoded(np.zeros((count, masks_each, 64, 64)), np.zeros((count, masks_each)), None, None)
+
+    def upscale(masks, canvas):
+        compiled.add(str(shapes(masks, canvas.rows, canvas.columns)))
+        return np.zeros((1, len(canvas.rows), canvas.columns.shape[1]))
+
+    monkeypatch.setattr(image_module, "decode", decode)
+    monkeypatch.setattr(image_module, "upscale", upscale)
+    monkeypatch.setattr(image_module, "encode_images", lambda *args: None)
+    ours, calls = ImagePredictor(predictors[1].model, predictors[1].params), 0
+    for size in ((32, 24), (30, 25), (25, 10), (40, 20), (51, 1), (48, 24), (27, 9), (256, 22)):
+        ours.set_image(np.zeros((*size, 3), np.uint8))
+        for count in range(1, 9):
+            ours.predict(np.ones((count, 2)), np.ones(count), multimask_output=False)
+            ours.predict(np.ones((count, 2)), np.ones(count), mask_input=PROMPTS["mask"]["mask_input"])
+            calls += 2
+        for count in (5, 6, 8, 33, 64, 100):
+            assert ours.predict(box=np.ones((count, 4)))[0].shape == (count, 3, *size)
+            calls += 1
+    assert calls == 176
+    assert len(compiled) == 9  # 2, 4 and 8 points, these with logits, 8 and 64 boxes, and one for all sizes
+
+
+def test_ignored_points_change_nothing(predictors):
+    """8 points of which 2 count, and those alone, without a mask."""
+    _, ours = predictors
+    coords, labels = np.array([[[30.0, 40.0], [90.0, 200.0]]], np.float32), np.array([[1, 0]])
+    more = np.concatenate([coords, np.full((1, 6, 2), 7, np.float32)], 1), np.concatenate([labels, np.ones((1, 6))], 1)
+    counted, features = np.arange(8)[None] < 2, ours._images[0].features
+    decode = lambda *prompt: image_module.decode(ours.model, ours.params, features, *prompt, multimask=True).masks
+    alone, ignored = decode((coords, labels.astype(int))), decode((more[0], more[1].astype(int)), None, counted)
+    assert relative(ignored, alone) <= 1e-5
+    assert relative(decode((more[0], more[1].astype(int)), None, counted | True), alone) > 0.01
+
+
+def test_batches_equal_the_original_predictor(predictors):
+    original, ours = predictors
+    images = [draw_scene(1, 160).image[:120], draw_scene(2, 96).image]
+    prompts = {
+        "point_coords_batch": [np.array([[100.0, 60.0]]), np.arange(12.0).reshape(3, 2, 2) * 7],
+        "point_labels_batch": [np.array([1]), np.ones((3, 2), int)],
+        "box_batch": [np.array([20, 30, 100, 110]), np.arange(12.0).reshape(3, 4) * 5],
+        "mask_input_batch": [PROMPTS["mask"]["mask_input"], None],
+    }
+    batches = [type(original)(original.model), ImagePredictor(ours.model, ours.params)]
+    batches[0]._bb_feat_sizes = original._bb_feat_sizes
+    results = []
+    for predictor in batches:
+        predictor.set_image_batch(images)
+        results.append(predictor.predict_batch(**prompts, return_logits=True))
+    for expected, got in zip(*results, strict=True):
+        assert [x.shape for x in got] == [x.shape for x in expected]
+        for x, y in zip(got, expected):
+            np.testing.assert_allclose(x, y, atol=1e-4)
+    embeddings = [predictor.get_image_embedding() for predictor in batches]
+    assert relative(embeddings[1], nhwc(embeddings[0])) <= 1e-4
+
+
+def test_batches_that_do_not_fit_are_an_error(predictors):
+    ours = ImagePredictor(predictors[1].model, predictors[1].params)
+    with pytest.raises(RuntimeError, match="call set_image_batch before predict_batch"):
+        ours.predict_batch()
+    for images in ([], np.zeros((2, 9, 9, 3), np.uint8)):
+        with pytest.raises(UserError, match="image_list must be a list of one image at least"):
+            ours.set_image_batch(images)
+    ours.set_image_batch([np.zeros((20, 30, 3), np.uint8)] * 2)
+    with pytest.raises(UserError, match="box_batch has 1 entries for 2 images: give one each"):
+        ours.predict_batch(box_batch=[np.array([0, 0, 5, 5])])
+    with pytest.raises(RuntimeError, match="a batch of images is set: call predict_batch, or call set_image"):
+        ours.predict(**POINT)
+
+
+@pytest.mark.parametrize("predictor", [AutomaticMaskGenerator, ImagePredictor, VideoPredictor])
+def test_params_of_another_model_are_an_error(predictor):
+    model, params = build("nano", image_size=64), abstract_params(build("tiny"))
+    for arguments, message in (
+        ((model, params), f"{predictor.__name__}: the params are not those of the model: .* do not fit"),
+        ((params, model), "the model must be the one that sam2jq.load returns, got dict"),
+        ((model, model), "params must be the tree that sam2jq.load returns, got SAM2"),
+    ):
+        with pytest.raises(UserError, match=message):
+            predictor(*arguments)

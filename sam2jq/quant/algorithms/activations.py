@@ -153,9 +153,11 @@ def quantize_tokens(x: Array, spec: QuantSpec, scale: Array | None = None, zero_
     grouped = x.reshape(*x.shape[:-1], -1, size)
     if scale is None:
         axes, constant = None if spec.per_tensor else -1, jax.lax.stop_gradient(grouped)
-        scale, zero_point = compute_scale_zero_point(
-            constant.min(axes, keepdims=True), constant.max(axes, keepdims=True), spec
-        )
+        if spec.symmetric:  # one pass in place of two
+            low = high = jnp.abs(constant).max(axes, keepdims=True)
+        else:
+            low, high = constant.min(axes, keepdims=True), constant.max(axes, keepdims=True)
+        scale, zero_point = compute_scale_zero_point(low, high, spec)
     return round_to_grid(grouped, scale, zero_point, spec), scale, zero_point
 
 
@@ -232,40 +234,33 @@ def materialize_weights(params: dict) -> dict:
 def integer_matmul(w: ActQuantized, x: Array) -> Array:
     """float32 [..., N]: x @ w by products of int8 codes, summed in int32 over each block with one pair of scales.
 
-    For codes c and zero points z the sum over a block is c_x . c_w - z_x sum(c_w) - z_w sum(c_x) + size z_x z_w.
+    For codes c and zero points z the sum over a block is c_x . c_w - z_x sum(c_w) - z_w sum(c_x) + size z_x z_w. Each
+    block is one product of two matrices, which accelerators compute fastest; terms with a zero point that is always 0
+    are left out.
     """
     weight, spec = w.inner, w.inner.spec
     width, outputs = weight.qvalue.shape
-    codes, scale, zero_point = quantize_tokens(x, w.spec, w.scale, w.zero_point)
+    rows = x.reshape(-1, width)
+    codes, scale, zero_point = quantize_tokens(rows, w.spec, w.scale, w.zero_point)
+    offset, weight_offset = (0 if of.symmetric else 2 ** (of.bits - 1) for of in (w.spec, spec))  # 0..255 into int8
+    codes = (codes.reshape(len(rows), -1)[:, :width] - offset).astype(jnp.int8)
+    kernel = (weight.qvalue.astype(jnp.int32) - weight_offset).astype(jnp.int8)
     size = math.gcd(w.spec.group_size or width, spec.group_size or width)
-    blocks = -(-width // size)
 
-    reach = lambda of: blocks if of.group_size is None else of.group_size // size  # number of blocks that share a scale
+    def block(first: int) -> Array:
+        a, b = codes[:, first : first + size], kernel[first : first + size]
+        of_inputs, of_weight = first // (w.spec.group_size or width), first // (spec.group_size or width)
+        at_inputs = lambda of: of[:, min(of_inputs, of.shape[1] - 1)] if jnp.ndim(of) else of  # [T or 1, 1] or []
+        at_weight = lambda of: of[min(of_weight, len(of) - 1)]  # [N or 1]
+        sums = jnp.matmul(a, b, preferred_element_type=jnp.int32)
+        if not w.spec.symmetric:
+            zero = (at_inputs(zero_point) - offset).astype(jnp.int32)
+            sums -= zero * b.sum(0, dtype=jnp.int32)
+        if not spec.symmetric:
+            weight_zero = at_weight(weight.zero_point).astype(jnp.int32) - weight_offset
+            sums -= weight_zero * a.sum(1, keepdims=True, dtype=jnp.int32)
+            if not w.spec.symmetric:
+                sums += a.shape[1] * zero * weight_zero
+        return sums.astype(jnp.float32) * at_inputs(scale) * at_weight(weight.scale)
 
-    def per_block(qvalue: Array) -> Array:  # [..., G, 1] -> [..., blocks, 1]
-        qvalue = jnp.broadcast_to(qvalue, (*x.shape[:-1], codes.shape[-2], 1))
-        return qvalue.repeat(reach(w.spec), axis=-2)[..., :blocks, :]
-
-    scale, zero_point = per_block(scale), per_block(zero_point)
-    offset = 0 if w.spec.symmetric else 2 ** (w.spec.bits - 1)  # shifts 0..255 into int8
-    codes = codes.reshape(*x.shape[:-1], -1)[..., : blocks * size] - offset
-    codes = jnp.pad(codes, [(0, 0)] * (x.ndim - 1) + [(0, blocks * size - codes.shape[-1])])
-    codes, zero_point = (
-        codes.reshape(*x.shape[:-1], blocks, size).astype(jnp.int8),
-        (zero_point - offset).astype(jnp.int32),
-    )
-
-    rows = lambda of: jnp.broadcast_to(of, (len(of), outputs)).repeat(reach(spec), axis=0)[:blocks]
-    weight_scale = rows(weight.scale)
-    weight_offset = 0 if spec.symmetric else 2 ** (spec.bits - 1)
-    kernel = weight.qvalue.astype(jnp.int32) - weight_offset
-    weight_zero = -weight_offset if weight.zero_point is None else weight.zero_point.astype(jnp.int32) - weight_offset
-    weight_zero = rows(jnp.broadcast_to(weight_zero, (len(weight.scale), 1 if spec.per_tensor else outputs)))
-    is_channel = jnp.pad(jnp.ones(width, jnp.int8), (0, blocks * size - width)).reshape(blocks, size)
-    kernel = jnp.pad(kernel, ((0, blocks * size - width), (0, 0))).reshape(blocks, size, outputs).astype(jnp.int8)
-
-    int_sum = lambda text, *parts: jnp.einsum(text, *parts, preferred_element_type=jnp.int32)
-    sums = int_sum("...gk,gkn->...gn", codes, kernel) - zero_point * int_sum("gkn->gn", kernel.astype(jnp.int32))
-    sums -= weight_zero * int_sum("...gk,gk->...g", codes, is_channel)[..., None]
-    sums += zero_point * weight_zero * is_channel.astype(jnp.int32).sum(-1)[:, None]
-    return jnp.einsum("...gn,...gn->...n", sums.astype(jnp.float32), scale * weight_scale)
+    return sum(map(block, range(0, width, size))).reshape(*x.shape[:-1], outputs)
