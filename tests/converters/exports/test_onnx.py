@@ -101,6 +101,16 @@ def test_each_prompt_gets_the_masks_of_the_original(folder, original_image_predi
     assert predictor.predict(box=np.zeros((0, 4)))[0].shape == (0, 3, 90, 90)
 
 
+def test_many_prompts_are_decoded_in_parts(folder, engine, monkeypatch):
+    predictor = OnnxImagePredictor(folder, engine, dtype="float32")
+    predictor.set_image(SCENE.image)
+    boxes = {"box": np.random.default_rng(0).uniform(0, 80, (5, 4)), "mask_input": LOGITS[0]}
+    whole = predictor.predict(**boxes, return_logits=True)
+    monkeypatch.setattr("sam2jq.deploy.image.MOST_PROMPTS", 2)
+    for got, expected in zip(predictor.predict(**boxes, return_logits=True), whole):
+        np.testing.assert_allclose(got, expected, atol=LIMIT)
+
+
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     """A folder of jpg files, since the original reads nothing else."""
