@@ -101,6 +101,7 @@ bench: setup
 	$(VENV)/bin/python experiments/bench/encoder.py
 	$(VENV)/bin/python experiments/bench/images.py
 	$(VENV)/bin/python experiments/bench/video.py
+	$(VENV)/bin/python -m experiments.bench.deploy
 	$(VENV)/bin/python experiments/bench/ptq.py
 	$(VENV)/bin/python experiments/bench/startup.py
 	$(HUGE_PAGES) $(VENV)/bin/python experiments/bench/distill.py

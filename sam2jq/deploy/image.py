@@ -7,6 +7,7 @@ import numpy as np
 from sam2jq.deploy.engines import choose_engine, open_graph
 from sam2jq.deploy.folder import find_graph, read_description
 from sam2jq.predictors.prompted_image import PromptedImage, PromptMasks
+from sam2jq.predictors.prompts import MOST_PROMPTS, prompt_count
 from sam2jq.predictors.resizing import resize_maps
 
 FEATURES = ("high_res_0", "high_res_1", "image_embed")
@@ -55,9 +56,14 @@ class OnnxImagePredictor(PromptedImage):
         return [outputs[name] for name in FEATURES]
 
     def decode(self, features: list[np.ndarray], points, masks, *, multimask: bool) -> PromptMasks:
-        out = self._decoder(decoder_inputs(features, points, masks))
+        """As in `PromptedImage`, in calls of the engine for MOST_PROMPTS each."""
         chosen = slice(1, None) if multimask else slice(0, 1)
-        return PromptMasks(out["masks"][:, chosen], out["ious"][:, chosen])
+        cut = lambda x, start: x if x is None or len(x) == 1 else x[start : start + MOST_PROMPTS]
+        outs = []
+        for start in range(0, prompt_count(points, masks), MOST_PROMPTS):
+            part = None if points is None else tuple(cut(x, start) for x in points)
+            outs.append(self._decoder(decoder_inputs(features, part, cut(masks, start))))
+        return PromptMasks(*(np.concatenate([out[name][:, chosen] for out in outs]) for name in ("masks", "ious")))
 
     def enlarge(self, mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         return resize_maps(mask, size)
@@ -69,7 +75,7 @@ def decoder_inputs(features: list[np.ndarray], points, masks: np.ndarray | None)
     Points get the padding point that SAM 2 appends where no box is given separately; a prompt of a mask alone has none.
     """
     if points is None:
-        prompts = 1 if masks is None else len(masks)
+        prompts = prompt_count(points, masks)
         coords, labels = np.zeros((prompts, 0, 2)), np.zeros((prompts, 0))
     else:
         coords, labels = points

@@ -40,6 +40,13 @@ def test_segment_runs_onnx_files(checkpoint, tmp_path, capsys):
     assert "estimated IoU" in out
 
 
+def test_what_openvino_compiled_is_cached(checkpoint, tmp_path):
+    pytest.importorskip("openvino")
+    settings = ["--engine", "openvino", "--cache.root", str(tmp_path / "cache"), "--out", str(tmp_path / "m.png")]
+    assert main(["segment", "scenes:0/0000", *checkpoint, "--points", "100,100", *settings]) == 0
+    assert list((tmp_path / "cache" / "openvino").glob("*.blob"))
+
+
 def test_evaluate_scores_onnx_files_on_images(checkpoint, tmp_path):
     settings = ["--data", "scenes:1001", "--num-samples", "1", "--output.root", str(tmp_path), "--output.job", "scores"]
     assert main(["evaluate", *checkpoint, *ENGINE, *settings]) == 0

@@ -32,7 +32,7 @@ def memory_attention(model: SAM2, params: dict) -> tuple[Graph, dict[str, str]]:
         }
     )
     when = g.Gather(array(params["maskmem_tpos_enc"])[:, 0], g.Sub(np.int64(MEMORIES - 1), "times"))  # [T, 1, Cm]
-    where = array(sine_position(side, side, channels)).reshape(1, -1, channels)
+    where = sine_position_on(g, side, channels)
     maps = lambda x: g.reshape(x, 1, -1, channels)
     pointers = g.Unsqueeze("pointers", np.array([0]))
     memory = g.Concat(maps("memories"), pointers, axis=1)
@@ -41,8 +41,7 @@ def memory_attention(model: SAM2, params: dict) -> tuple[Graph, dict[str, str]]:
     mapped = g.Mul(g.size("memories", 0), np.array([side**2]))  # tokens of maps, which get RoPE
 
     p = params["memory_attention"]
-    x = g.Add("frame_embed", 0.1 * array(sine_position(side, side, width)))
-    x = g.reshape(x, 1, side**2, width)
+    x = g.Add(g.reshape("frame_embed", 1, side**2, width), g.Mul(sine_position_on(g, side, width), 0.1))
     for i in range(v.memory_layers):
         layer = p[f"layers.{i}"]
         own = layer_norm(g, layer["norm1"], x)
@@ -52,6 +51,23 @@ def memory_attention(model: SAM2, params: dict) -> tuple[Graph, dict[str, str]]:
         hidden = g.Relu(dense(g, layer["linear1"], layer_norm(g, layer["norm3"], x)))
         x = g.Add(x, dense(g, layer["linear2"], hidden))
     return g, {"image_embed": g.reshape(layer_norm(g, p["norm"], x), 1, side, side, width)}
+
+
+def on_grid(g: Graph, table: np.ndarray, *, rows_first: bool) -> str:
+    """[side * side, 2 C] of a table [side, C]: of each pixel the entries of its row and of its column.
+
+    Engines compute it when they load the file, which it would make several times as large.
+    """
+    side, channels = table.shape
+    shape = np.array([side, side, channels])
+    by_row, by_column = g.Expand(array(table[:, None]), shape), g.Expand(array(table[None]), shape)
+    both = (by_row, by_column) if rows_first else (by_column, by_row)
+    return g.reshape(g.Concat(*both, axis=-1), side**2, 2 * channels)
+
+
+def sine_position_on(g: Graph, side: int, channels: int) -> str:
+    """[side * side, channels]: `sine_position` of a square map."""
+    return on_grid(g, array(sine_position(side, 1, channels))[:, 0, : channels // 2], rows_first=True)
 
 
 def pointer_position(g: Graph, model: SAM2, params: dict) -> str:
@@ -86,12 +102,14 @@ def apply_rope(g: Graph, x: str, side: int, channels: int) -> str:
     A pair (a, b) of channels becomes (a cos - b sin, b cos + a sin).
     """
     frequency = 10000.0 ** -(np.arange(0, channels, 4) / channels)
-    row, column = np.divmod(np.arange(side**2), side)
-    angle = np.concatenate([column[:, None] * frequency, row[:, None] * frequency], -1)[..., None]  # [h * w, C / 2, 1]
-    cos, sin = np.cos(angle), np.sin(angle) * np.array([-1, 1])
+    angle = np.arange(side)[:, None] * frequency
+    cos, sin = (
+        g.Unsqueeze(on_grid(g, table, rows_first=False), np.array([2])) for table in (np.cos(angle), np.sin(angle))
+    )
+    sin = g.Mul(sin, np.array([-1, 1], np.float32))  # [h * w, C / 2, 2]
     pairs = g.reshape(x, -1, side**2, channels // 2, 2)
     swapped = g.Gather(pairs, np.array([1, 0]), axis=-1)
-    rotated = g.Add(g.Mul(pairs, array(cos)), g.Mul(swapped, array(sin)))
+    rotated = g.Add(g.Mul(pairs, cos), g.Mul(swapped, sin))
     return g.reshape(rotated, 1, -1, channels)
 
 

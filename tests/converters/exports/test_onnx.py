@@ -25,7 +25,7 @@ from sam2jq.models.sam2 import image_params
 from sam2jq.quant.algorithms.activations import quantize_activations
 from sam2jq.quant.leaves import materialize_params
 from sam2jq.tree import flatten, unflatten
-from tests.conftest import twin
+from tests.conftest import relative, twin
 
 pytest.importorskip("onnx")
 SIZE, LIMIT = 64, 1e-3  # pixels; of the logits, as for our predictors
@@ -99,6 +99,16 @@ def test_each_prompt_gets_the_masks_of_the_original(folder, original_image_predi
                 assert got.shape == expected.shape, name
                 assert np.abs(got - expected).max() <= LIMIT, name
     assert predictor.predict(box=np.zeros((0, 4)))[0].shape == (0, 3, 90, 90)
+
+
+def test_many_prompts_are_decoded_in_parts(folder, engine, monkeypatch):
+    predictor = OnnxImagePredictor(folder, engine, dtype="float32")
+    predictor.set_image(SCENE.image)
+    boxes = {"box": np.random.default_rng(0).uniform(0, 80, (5, 4)), "mask_input": LOGITS[0]}
+    whole = predictor.predict(**boxes, return_logits=True)
+    monkeypatch.setattr("sam2jq.deploy.image.MOST_PROMPTS", 2)
+    for got, expected in zip(predictor.predict(**boxes, return_logits=True), whole):
+        np.testing.assert_allclose(got, expected, atol=LIMIT)
 
 
 @pytest.fixture(scope="module")
@@ -252,3 +262,18 @@ assert predictor.predict(point_coords=[[20, 20]], point_labels=[1])[0].shape == 
     command = [sys.executable, "-c", program, str(folder), engine]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tiny", "base-plus"])
+def test_a_released_size_is_encoded_as_by_ours(name, tmp_path, engine):
+    weights = twin(name)
+    rounded = sam2jq.round_weights(weights.params, dict.fromkeys(sam2jq.layers(weights.params), W4))
+    predictor = OnnxImagePredictor(export(weights.model, rounded, tmp_path), engine, dtype="float32")
+    image = draw_scene(0, 300).image
+    ours = sam2jq.ImagePredictor(weights.model, materialize_params(rounded))
+    for each in (predictor, ours):
+        each.set_image(image)
+    assert relative(predictor.get_image_embedding(), ours.get_image_embedding()) < 1e-5
+    for got, expected in zip(*(each.predict(**POINT, return_logits=True) for each in (predictor, ours))):
+        assert relative(got, expected) < 1e-4
