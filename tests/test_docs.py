@@ -20,7 +20,7 @@ from sam2jq.config.flags import sweep_combinations
 from sam2jq.config.run import Config, EvaluateConfig, SegmentConfig, TrackConfig
 
 ROOT = Path(__file__).parents[1]
-GUIDE = re.findall(r"^\d\. \[.*?\]\((\w+\.md)\)", (ROOT / "docs/README.md").read_text(), re.MULTILINE)
+GUIDE = re.findall(r"^\d+\. \[.*?\]\((\w+\.md)\)", (ROOT / "docs/README.md").read_text(), re.MULTILINE)
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
     *sorted((ROOT / "docs").glob("*.md")),
