@@ -6,6 +6,7 @@ from pathlib import Path
 
 import sam2jq
 from converters import hf_config
+from sam2jq.deploy.folder import is_onnx_folder
 from sam2jq.errors import UserError, few, suggest
 from sam2jq.files import home
 
@@ -45,6 +46,10 @@ def find_in(folder: Path) -> Path:
     """The first of CONTENTS that is in a folder. Raises FileNotFoundError, which names what else is there."""
     if found := next(filter(Path.is_file, (folder / name for name in CONTENTS)), None):
         return found
+    if is_onnx_folder(folder):
+        raise UserError(
+            f"{folder} holds ONNX files, which only segment (with prompts), track and evaluate run: give the package"
+        )
     others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", *FILES[:3]))
     way_out = f"give a file in it by its path: {few(others)}" if others else "give a file"
     raise FileNotFoundError(f"no checkpoint in {folder}, where {', '.join(CONTENTS)} are looked for; {way_out}")

@@ -14,6 +14,7 @@ from sam2jq.data.sources import LabeledImage, find_clips, find_samples
 from sam2jq.eval.image_benchmark import evaluate_images
 from sam2jq.eval.vos_benchmark import evaluate_clips
 from sam2jq.models.sam2 import SAM2
+from sam2jq.predictors.image import ImagePredictor
 from sam2jq.predictors.video import VideoPredictor
 from sam2jq.quant.algorithms.activations import materialize_weights
 from sam2jq.tree import flatten, kernels, layer_name
@@ -30,7 +31,7 @@ def cached_samples(data: str, count: int) -> list[LabeledImage]:
 
 def measure(model: SAM2, params: dict, images: Data, clips: Data | None = None) -> dict[str, float]:
     """{prompt: mIoU in percent, "bits": bits per weight in a package, "J&F": in percent, if there are `clips`}."""
-    scores = evaluate_images(model, materialize_weights(params), cached_samples(*images))["miou"]
+    scores = evaluate_images(ImagePredictor(model, materialize_weights(params)), cached_samples(*images))["miou"]
     results = {prompt: 100 * value for prompt, value in scores.items()} | {"bits": effective_bits(params)}
     if clips:
         data, count = clips

@@ -11,6 +11,7 @@ from sam2jq.data.synthetic.scenes import draw_scene
 from sam2jq.eval.image_benchmark import evaluate_images, interior_point, segment_objects
 from sam2jq.eval.metrics import iou
 from sam2jq.eval.vos_benchmark import evaluate_clips
+from sam2jq.predictors.image import ImagePredictor
 from sam2jq.predictors.video import VideoPredictor
 from sam2jq.quant.algorithms.rtn import round_weights
 from sam2jq.quant.leaves import materialize_params
@@ -30,7 +31,7 @@ def test_different_clicks_give_different_masks_that_contain_the_click(demo):
     hits, overlaps = [], []
     for index in range(6):
         scene = draw_scene(scene_seed(f"scenes:1001/{index:04d}"))
-        masks = segment_objects(*demo, scene.image, scene.masks)["1 click"]
+        masks = segment_objects(ImagePredictor(*demo), scene.image, scene.masks)["1 click"]
         hits += [mask[interior_point(truth)[0][::-1]] for mask, truth in zip(masks, scene.masks)]
         overlaps += [iou(a, b) for i, a in enumerate(masks) for b in masks[:i]]
     assert np.mean(hits) >= 0.9
@@ -39,7 +40,7 @@ def test_different_clicks_give_different_masks_that_contain_the_click(demo):
 
 def test_images_score_as_measured(demo):
     """Within half a point: the same images and weights, so only pixels at mask edges may flip by rounding."""
-    miou = evaluate_images(*demo, IMAGES)["miou"]
+    miou = evaluate_images(ImagePredictor(*demo), IMAGES)["miou"]
     for name, expected in MIOU.items():
         assert miou[name] == pytest.approx(expected, abs=0.005)
 
@@ -56,9 +57,8 @@ def test_eight_bits_keep_the_miou_and_two_bits_lower_it(demo):
     scores = {}
     for bits in (8, 2):
         specs = dict.fromkeys(layers(params), QuantSpec(bits))
-        scores[bits] = evaluate_images(model, materialize_params(round_weights(params, specs)), IMAGES[:8])["miou"][
-            "box"
-        ]
-    full = evaluate_images(model, params, IMAGES[:8])["miou"]["box"]
+        rounded = ImagePredictor(model, materialize_params(round_weights(params, specs)))
+        scores[bits] = evaluate_images(rounded, IMAGES[:8])["miou"]["box"]
+    full = evaluate_images(ImagePredictor(model, params), IMAGES[:8])["miou"]["box"]
     assert abs(full - scores[8]) < 0.02
     assert scores[2] < full - 0.1

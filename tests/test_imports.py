@@ -10,7 +10,19 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # each package may import those after it
-ORDER = ["cli", "api", "report", "converters", "eval", "distillation", "ptq", "predictors", "training", "config"]
+ORDER = [
+    "cli",
+    "api",
+    "report",
+    "converters",
+    "deploy",
+    "eval",
+    "distillation",
+    "ptq",
+    "predictors",
+    "training",
+    "config",
+]
 ORDER += ["models", "quant", "io", "file_kinds", "data", "files", "tree", "errors"]
 FILES = sorted([*(ROOT / "sam2jq").rglob("*.py"), *(ROOT / "converters").rglob("*.py")])
 

@@ -67,6 +67,12 @@ def write_nunchaku(out: Path, model: SAM2, params: dict, metadata: dict) -> None
     save_nunchaku(out, params, metadata["model"], metadata["names"])
 
 
+def write_onnx(out: Path, model: SAM2, params: dict, metadata: dict) -> None:
+    from converters.exports.onnx.write import save_onnx
+
+    save_onnx(out, model, params, metadata)
+
+
 EXPORTS = {
     "vanilla": Export("vanilla.pt for build_sam2", write_vanilla),
     "safetensors": Export("a folder for Sam2VideoModel.from_pretrained of transformers", write_safetensors),
@@ -74,4 +80,5 @@ EXPORTS = {
         "model.pt, scale.pt, smooth.pt and branch.pt, and rotation.pt where layers are rotated", write_deepcompressor
     ),
     "nunchaku": Export("hiera_blocks.safetensors and unquantized_layers.safetensors", write_nunchaku),
+    "onnx": Export("image_encoder.onnx, prompt_mask_decoder.onnx, ... for sam2jq.deploy, and model.json", write_onnx),
 }

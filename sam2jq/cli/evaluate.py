@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from sam2jq.cli.arguments import add_config
-from sam2jq.cli.loading import load_model
+from sam2jq.cli.loading import load_image_predictor, load_video_predictor
 from sam2jq.cli.run_folder import job_folder, job_path, stage
 from sam2jq.config import loader
 from sam2jq.config.run import EvaluateConfig
@@ -19,8 +19,6 @@ from sam2jq.data.sav import write_mask
 from sam2jq.data.sources import find_clips, find_samples
 from sam2jq.eval.image_benchmark import evaluate_images
 from sam2jq.eval.vos_benchmark import evaluate_clips
-from sam2jq.predictors.video import VideoPredictor
-from sam2jq.quant.algorithms.activations import materialize_weights
 from sam2jq.report import text
 
 SCHEMA = EvaluateConfig
@@ -53,13 +51,12 @@ def evaluate(config: EvaluateConfig, folder: Path) -> dict:
             samples = find_clips(config.data, config.split, config.num_samples)
             unscored = {f"{clip.name}/{obj}": why for clip in samples for obj, why in clip.unscored.items()}
     log_left_out(unscored)
-    model, checkpoint = load_model(config.model, config.cache)
-    params, progress = materialize_weights(checkpoint.params), tqdm(samples, leave=False, disable=None)
+    predictor, _ = load_image_predictor(config) if images else load_video_predictor(config)
+    progress = tqdm(samples, leave=False, disable=None)
     with stage("evaluate", f"{len(samples)} {'images' if images else 'clips'}"):
         if images:
-            results = evaluate_images(model, params, progress, config.model.dtype)
+            results = evaluate_images(predictor, progress)
         else:
-            predictor = VideoPredictor(model, params, dtype=config.model.dtype)
             results = evaluate_clips(predictor, progress, mask_writer(folder) if config.masks else None)
     log_left_out({name: why for name, why in results["left_out"].items() if name not in unscored})
     return results

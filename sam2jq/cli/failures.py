@@ -19,8 +19,8 @@ def explain(error: BaseException) -> tuple[int, str]:
             return INTERRUPTED, "interrupted"
         case UserError() | OSError():
             return BAD_INPUT, f"error: {one_line(error)}"
-        case ModuleNotFoundError(name="torch"):
-            return BAD_INPUT, "error: this command needs torch: pip install 'sam2jq[torch]'"
+        case ModuleNotFoundError(name="torch" | "onnx" as name):
+            return BAD_INPUT, f"error: this command needs {name}: pip install 'sam2jq[{name}]'"
     if is_out_of_memory(error):
         hint = "use a smaller batch or image size, or another device"
         return BAD_INPUT, f"error: out of memory: {hint} ({one_line(error)[:200]})"

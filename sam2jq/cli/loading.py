@@ -2,15 +2,24 @@
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 
 from sam2jq.cli.compiled import use_compilation_cache
 from sam2jq.cli.run_folder import stage
-from sam2jq.config.run import CacheConfig, ModelConfig
+from sam2jq.config.run import CacheConfig, EvaluateConfig, ModelConfig, TrackConfig
+from sam2jq.deploy import OnnxImagePredictor, OnnxVideoPredictor
+from sam2jq.deploy.folder import is_onnx_folder, read_description
 from sam2jq.errors import UserError
 from sam2jq.models.sam2 import SAM2, is_image_only
+from sam2jq.predictors.image import ImagePredictor
+from sam2jq.predictors.prompted_image import PromptedImage
+from sam2jq.predictors.prompted_video import PromptedVideo
+from sam2jq.predictors.video import VideoPredictor
+from sam2jq.quant.algorithms.activations import materialize_weights
 
+RANDOM = "warning     the weights are RANDOM: no result here says anything about a trained model"
 log = logging.getLogger("sam2jq")
 
 
@@ -37,6 +46,40 @@ def load_model(config: ModelConfig, cache: CacheConfig, image_size: int | None =
     return load_checkpoint_of(config, image_size)
 
 
+def load_image_predictor(config: TrackConfig | EvaluateConfig) -> tuple[PromptedImage, bool]:
+    """The predictor of a checkpoint or of a folder of ONNX files, and whether its weights are random."""
+    if is_onnx_folder(config.model.checkpoint):
+        predictor = OnnxImagePredictor(config.model.checkpoint, config.engine, **onnx_settings(config))
+        return predictor, predictor.random
+    model, checkpoint = load_model(config.model, config.cache)
+    params = materialize_weights(checkpoint.params)
+    return ImagePredictor(model, params, dtype=config.model.dtype), checkpoint.random
+
+
+def load_video_predictor(config: TrackConfig | EvaluateConfig) -> tuple[PromptedVideo, bool]:
+    """As `load_image_predictor`, for clips."""
+    if is_onnx_folder(config.model.checkpoint):
+        predictor = OnnxVideoPredictor(config.model.checkpoint, config.engine, **onnx_settings(config))
+        return predictor, predictor.random
+    model, checkpoint = load_model(config.model, config.cache)
+    params = materialize_weights(checkpoint.params)
+    return VideoPredictor(model, params, dtype=config.model.dtype), checkpoint.random
+
+
+def onnx_settings(config: TrackConfig | EvaluateConfig) -> dict:
+    """The settings of a predictor of ONNX files. Raises UserError if those of the model contradict the files."""
+    about = read_description(config.model.checkpoint)
+    for key, value in about["model"].items():
+        given = getattr(config.model, key)
+        if given is not None and str(given).replace("_", "-") != str(value):
+            raise UserError(f"model.{key} {given}: {config.model.checkpoint} holds a model with {value}: leave it out")
+    if config.model.device not in ("auto", "cpu"):
+        raise UserError(f"model.device {config.model.device}: ONNX files run on the CPU: use auto")
+    if about["random_weights"]:
+        log.warning(RANDOM)
+    return {"dtype": config.model.dtype, "cache": str(Path(config.cache.root) / "openvino")}
+
+
 def load_checkpoint_of(config: ModelConfig, image_size: int | None = None):
     """Returns (SAM2, Checkpoint) of `config`; its device is ignored."""
     from converters.checkpoint import open_checkpoint
@@ -45,7 +88,7 @@ def load_checkpoint_of(config: ModelConfig, image_size: int | None = None):
     with stage("load", config.checkpoint):
         model, checkpoint = open_checkpoint(config.checkpoint, config.name, config.version, size)
     if checkpoint.random:
-        log.warning("warning     the weights are RANDOM: no result here says anything about a trained model")
+        log.warning(RANDOM)
     return model, checkpoint
 
 

@@ -4,6 +4,7 @@ import argparse
 import logging
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 from sam2jq.api import replay_bits
@@ -13,9 +14,12 @@ from sam2jq.cli.loading import load_model, require_memory, resolved
 from sam2jq.cli.run_folder import job_folder, job_path, stage
 from sam2jq.config import loader
 from sam2jq.config.run import Config
+from sam2jq.deploy import OnnxImagePredictor
+from sam2jq.deploy.engines import ENGINES
 from sam2jq.errors import section
 from sam2jq.eval.fidelity import find_ground_truth, ground_truth_id, layer_errors, measure
 from sam2jq.models.sam2 import SAM2, TRUNK_LINEAR
+from sam2jq.predictors.prompted_image import PromptedImage
 from sam2jq.ptq.pipeline import FOLDED, UNROUNDED, Quantized, smoothing_exponents
 from sam2jq.ptq.recipe import gptq_onto, rounding_name, weight_specs
 from sam2jq.ptq.run import CalibrationImages, find_calibration, run_ptq
@@ -52,6 +56,8 @@ def load_config(path: str | None, flags: list[str]) -> Config:
 
 def quantize(config: Config, folder: Path, command: str) -> None:
     """Calibrates, quantizes, measures, and writes the files of a run into `folder`."""
+    if config.convert_onnx:
+        import converters.exports.onnx.write  # noqa: F401  # where onnx is missing, this is found out before the work
     record = []
     timed = partial(stage, record=record)
     with timed("images", config.quant.calib.path):
@@ -73,8 +79,11 @@ def quantize(config: Config, folder: Path, command: str) -> None:
     }
     if config.convert_nunchaku:
         variants["nunchaku"] = convert_nunchaku(config, model, checkpoint, full, done, folder)
+    deployed = convert_onnx(config, model, checkpoint.random, done.params, folder) if config.convert_onnx else {}
     names = [item.frames[0] for item in images.items]
-    results, errors, gallery = measure(model, variants, done.params_by_stage, names, ground_truth, config, timed)
+    results, errors, gallery = measure(
+        model, variants, done.params_by_stage, names, ground_truth, config, timed, deployed
+    )
     ranges = {layer: [float(s.low.min()), float(s.high.max())] for layer, s in done.stats.items()}
     about, size = loader.to_dict(config.model), model.variant.image_size
     measured = MeasuredRun(
@@ -133,3 +142,14 @@ def convert_nunchaku(config: Config, model: SAM2, checkpoint, full: dict, done: 
         tree = flatten(full) | {path: leaf for path, leaf in rounded.items() if layer_name(path) in layers}
         save_nunchaku(folder / "nunchaku", unflatten(tree), loader.to_dict(config.model), checkpoint.names)
         return simulate_nunchaku(full, folder / "nunchaku")
+
+
+def convert_onnx(config: Config, model: SAM2, random: bool, params: dict, folder: Path) -> dict[str, PromptedImage]:
+    """Writes onnx/ and returns {engine: predictor of its files} of the engines that are installed."""
+    from converters.exports.onnx.write import save_onnx
+
+    (folder / "onnx").mkdir(exist_ok=True)
+    with stage("onnx", "float32 and integer operators of ONNX"):
+        save_onnx(folder / "onnx", model, params, {"model": loader.to_dict(config.model), "random_weights": random})
+    engines = [engine for engine in ENGINES if find_spec(engine)]
+    return {name: OnnxImagePredictor(folder / "onnx", name, dtype=config.model.dtype) for name in engines}

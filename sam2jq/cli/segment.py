@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import numpy as np
 
-from sam2jq.cli.loading import load_model
+from sam2jq.cli.loading import load_image_predictor, load_model
 from sam2jq.cli.mask_files import add_mask_files, check_mask_files, labels_of, mask_facts, write_image_masks
 from sam2jq.cli.prompts import Prompt, add_prompts, check_inside, has_prompt_flags, prompts_of
 from sam2jq.cli.run_folder import stage
@@ -17,7 +17,7 @@ from sam2jq.data.images import is_turned
 from sam2jq.errors import UserError
 from sam2jq.files import atomic_write, check_target
 from sam2jq.predictors.automatic_masks import AutomaticMaskGenerator
-from sam2jq.predictors.image import ImagePredictor
+from sam2jq.predictors.prompted_image import PromptedImage
 from sam2jq.quant.algorithms.activations import materialize_weights
 from sam2jq.report import figures
 
@@ -46,13 +46,13 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
         log.warning("note        its EXIF orientation is not applied, as in sam2: prompts are in pixels as stored")
     check_inside(prompts, image.shape[:2])
     config = loader.load(None, flags, SegmentConfig)
-    model, checkpoint = load_model(config.model, config.cache)
-    model_and_params = model, materialize_weights(checkpoint.params)
     if prompts:
-        predictor = ImagePredictor(*model_and_params, dtype=config.model.dtype)
+        predictor, random = load_image_predictor(config)
         records = segment_prompted(predictor, image, prompts, multimask=args.multimask)
     else:
-        generator = AutomaticMaskGenerator(*model_and_params, **asdict(config.everything), dtype=config.model.dtype)
+        model, checkpoint = load_model(config.model, config.cache)
+        params, random = materialize_weights(checkpoint.params), checkpoint.random
+        generator = AutomaticMaskGenerator(model, params, **asdict(config.everything), dtype=config.model.dtype)
         records = segment_everything(generator, image)
     masks = np.array([record["segmentation"] for record in records]).reshape(-1, *image.shape[:2])
     areas = np.maximum(masks.sum((1, 2), keepdims=True), 1)
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
     picture = figures.overlay(image, masks)
     for prompt in prompts:
         figures.draw_prompts(picture, prompt.points, prompt.labels, prompt.box)
-    if checkpoint.random:
+    if random:
         figures.write(picture, "random weights")
     write_image_masks(args, args.image, records, labels)
     with atomic_write(out) as temporary:
@@ -90,7 +90,7 @@ def image_prompts(args: argparse.Namespace) -> list[Prompt]:
     return prompts
 
 
-def segment_prompted(predictor: ImagePredictor, image: np.ndarray, prompts: list[Prompt], *, multimask: bool):
+def segment_prompted(predictor: PromptedImage, image: np.ndarray, prompts: list[Prompt], *, multimask: bool):
     """A record of each mask: id, segmentation bool [H, W], area, bbox and predicted_iou."""
     predictor.set_image(image)
     records = []

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from sam2jq.cli.clip_files import check_clip_file, clip_file, frame_rate
-from sam2jq.cli.loading import load_model
+from sam2jq.cli.loading import load_video_predictor
 from sam2jq.cli.mask_files import FrameMasks, add_mask_files, check_mask_files, clip_masks, labels_of
 from sam2jq.cli.prompts import Prompt, add_prompts, check_inside, prompts_of
 from sam2jq.cli.run_folder import stage
@@ -17,9 +17,8 @@ from sam2jq.data.sav import read_mask
 from sam2jq.data.sources import scene_video
 from sam2jq.data.video import Video, open_video
 from sam2jq.errors import UserError
-from sam2jq.predictors.video import VideoPredictor
+from sam2jq.predictors.prompted_video import PromptedVideo
 from sam2jq.predictors.video_state import VideoState
-from sam2jq.quant.algorithms.activations import materialize_weights
 from sam2jq.report import figures
 
 SCHEMA = TrackConfig
@@ -48,8 +47,7 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
         raise UserError("--reverse: the last prompt is on frame 0, before which there is no frame")
     masks = [read_mask(prompt.mask, video.size) if prompt.mask else None for prompt in prompts]
     config = loader.load(None, flags, TrackConfig)
-    model, checkpoint = load_model(config.model, config.cache)
-    predictor = VideoPredictor(model, materialize_weights(checkpoint.params), dtype=config.model.dtype)
+    predictor, random = load_video_predictor(config)
     state = predictor.init_state(video)
     for prompt, mask in zip(prompts, masks):
         add_prompt(predictor, state, prompt, mask)
@@ -61,14 +59,14 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
         for frame, tracked in track(predictor, state, args.reverse, max(prompt.frame for prompt in prompts)):
             picture = figures.overlay(video[frame], tracked.masks)
             draw_frame_prompts(picture, [prompt for prompt in prompts if prompt.frame == frame])
-            if checkpoint.random:
+            if random:
                 figures.write(picture, "random weights")
             add_picture(picture)
             add_masks(tracked)
     log.info("written     %s", args.out)
 
 
-def add_prompt(predictor: VideoPredictor, state: VideoState, prompt: Prompt, mask: np.ndarray | None) -> None:
+def add_prompt(predictor: PromptedVideo, state: VideoState, prompt: Prompt, mask: np.ndarray | None) -> None:
     """Prompts an object in the clip; mask: of the prompt's file, if it has one."""
     if mask is not None:
         predictor.add_new_mask(state, prompt.frame, prompt.object, mask)
@@ -82,7 +80,7 @@ def draw_frame_prompts(picture, prompts: list[Prompt]) -> None:
         figures.draw_prompts(picture, prompt.points, prompt.labels, prompt.box)
 
 
-def track(predictor: VideoPredictor, state: VideoState, reverse: bool, last: int) -> Iterator[tuple[int, FrameMasks]]:
+def track(predictor: PromptedVideo, state: VideoState, reverse: bool, last: int) -> Iterator[tuple[int, FrameMasks]]:
     """Yields the number and the masks of each tracked frame, in the order of the clip.
 
     Forward from the first prompted frame on; in reverse from the `last` one, with all masks in memory.

@@ -10,6 +10,7 @@ from sam2jq.quant.field_types import check_types
 DEVICES = ("auto", "cpu", "gpu", "cuda", "tpu")
 FLOATS = ("float32", "bfloat16", "float16")
 TASKS = ("image", "vos")
+ENGINES = ("auto", "openvino", "onnxruntime")
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class ModelConfig:
     # "2.0" or "2.1"; null: what the checkpoint holds
     version: str | None = None
     # a file (file.pt#ema where it holds several models), a folder, a Hugging Face Hub id, random:<seed>, or demo, the
-    # trained nano that comes with the package
+    # trained nano that comes with the package; segment, track and evaluate take a folder of ONNX files, too
     checkpoint: str = ""
     # side of the model's input in pixels; null: what the checkpoint holds, else the model's own
     image_size: int | None = None
@@ -124,6 +125,8 @@ class Config:
     save_model: bool = True
     # write nunchaku/: the trunk's linear layers in sint4 with groups of 64
     convert_nunchaku: bool = False
+    # write onnx/: the files of export --to onnx, and measure the masks that the installed engines compute from them
+    convert_onnx: bool = False
     # seed of everything random; equal seeds give equal results on one device
     seed: int = 42
 
@@ -134,6 +137,12 @@ class Config:
         same_size("quant.calib.image_size", self.quant.calib.image_size, "model.image_size", self.model.image_size)
         if self.convert_nunchaku and self.quant.rotation.transforms:
             raise ConfigError("convert_nunchaku: nunchaku's kernels cannot rotate inputs: leave quant.rotation out")
+        ipts = self.quant.ipts
+        if self.convert_onnx and (self.quant.opts.dtype or (ipts.dtype and not (ipts.static and "int" in ipts.dtype))):
+            raise ConfigError(
+                "convert_onnx: engines have kernels for integer inputs on a fixed grid only: set quant.ipts.static to "
+                "true, with group_shapes [[-1, -1]] and dtype uint8, and leave quant.opts out"
+            )
 
 
 @dataclass(frozen=True)
@@ -142,9 +151,12 @@ class TrackConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
+    # that runs ONNX files: openvino, onnxruntime, or auto, the first that is installed
+    engine: str = "auto"
 
     def __post_init__(self):
         check_types(self)
+        one_of("engine", self.engine, ENGINES)
 
 
 @dataclass(frozen=True)
@@ -195,6 +207,8 @@ class EvaluateConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
+    # that runs ONNX files: openvino, onnxruntime, or auto, the first that is installed
+    engine: str = "auto"
     # image: mIoU of prompted objects; vos: J&F of tracked objects
     task: str = "image"
     # scenes:<seed>; a COCO, LVIS, Roboflow or SA-1B folder (image); an SA-V, DAVIS, MOSE or YouTube-VOS folder (vos)
@@ -212,6 +226,7 @@ class EvaluateConfig:
     def __post_init__(self):
         check_types(self)
         one_of("task", self.task, TASKS)
+        one_of("engine", self.engine, ENGINES)
         if not self.data:
             raise ConfigError("data is not set: give a COCO or SA-V folder, or scenes:0 for synthetic images")
         if self.num_samples is not None and self.num_samples < 1:

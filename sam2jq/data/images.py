@@ -8,7 +8,6 @@ from PIL import Image
 
 from sam2jq.data.folders import is_image
 from sam2jq.data.synthetic.names import scene_seed
-from sam2jq.data.synthetic.scenes import draw_scene
 from sam2jq.errors import UserError
 from sam2jq.files import home
 
@@ -26,6 +25,8 @@ def read_image(name: str) -> np.ndarray:
     file is not readable, or holds several images, floats or integers of 32 bits.
     """
     if name.startswith("scenes:"):
+        from sam2jq.data.synthetic.scenes import draw_scene  # which needs scipy
+
         return draw_scene(scene_seed(name)).image
     if "#" in name:
         from sam2jq.data import video_frames  # which builds on this file

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from tqdm import tqdm
@@ -17,6 +18,8 @@ from sam2jq.eval.gallery import Gallery, add_items, click_items, object_items, s
 from sam2jq.eval.image_benchmark import mean_ious, object_ious, read_sample, segment_objects
 from sam2jq.eval.vos_benchmark import evaluate_clips
 from sam2jq.models.sam2 import FLOW, SAM2
+from sam2jq.predictors.image import ImagePredictor
+from sam2jq.predictors.prompted_image import PromptedImage
 from sam2jq.predictors.video import VideoPredictor
 from sam2jq.ptq.pipeline import UNROUNDED, in_order
 from sam2jq.quant.error import relative_error
@@ -65,12 +68,13 @@ def measure(
     ground_truth: tuple[list[LabeledImage], list[LabeledClip]],
     config: Config,
     on_stage: Callable,
+    deployed: Mapping[str, PromptedImage] = MappingProxyType({}),
 ) -> tuple[dict, dict[str, dict], Gallery]:
     """(results, {stage: errors after it}, gallery of masks) of a quantized model.
 
     variants: {"full precision", the quantizing stages, and optionally "nunchaku": params}. params_by_stage: {stage:
     params after it}. names: images without masks. ground_truth: images and clips with masks. on_stage: as for
-    `quantize_params`.
+    `quantize_params`. deployed: {name: predictor of exported files}, for scores with known masks.
     """
     full, (*_, last), (samples, clips) = variants["full precision"], params_by_stage, ground_truth
     with on_stage("compare", f"{len(names)} images x {GRID * GRID} clicks"):
@@ -83,7 +87,9 @@ def measure(
         errors = stage_errors(model, full, params_by_stage, compared, names, config)
     if samples:
         with on_stage("segment", f"{len(samples)} images with ground-truth masks"):
-            scores, gallery = score_images(model, variants, last, samples, config)
+            of_params = lambda params: ImagePredictor(model, params, dtype=config.model.dtype)
+            predictors = {name: of_params(params) for name, params in variants.items()} | dict(deployed)
+            scores, gallery = score_images(predictors, last, samples, config)
         used = {Path(name).resolve() for name in names}
         held_out = used.isdisjoint(Path(sample.name).resolve() for sample in samples)
         results |= scores | {"miou_data": config.measure.images or config.quant.calib.path, "held_out": held_out}
@@ -110,24 +116,21 @@ def compare_to_full_precision(
 
 
 def score_images(
-    model: SAM2, variants: Mapping[str, dict], last: str, samples: list[LabeledImage], config: Config
+    predictors: Mapping[str, PromptedImage], last: str, samples: list[LabeledImage], config: Config
 ) -> tuple[dict, Gallery]:
-    """({"miou": {variant: {prompt: mIoU}}, "miou_images", "miou_objects"}, gallery of masks of the variant `last`).
+    """({"miou": {predictor: {prompt: mIoU}}, "miou_images", "miou_objects"}, gallery of masks of the predictor `last`).
 
     Raises UserError if no image has an object.
     """
-    sampled, gallery, scores = sample_images(len(samples), config.seed), Gallery(), {name: [] for name in variants}
+    sampled, gallery, scores = sample_images(len(samples), config.seed), Gallery(), {name: [] for name in predictors}
     left_out = {}
     for i, sample in enumerate(tqdm(samples, unit="image", leave=False, disable=None)):
         pair, without = read_sample(sample)
         left_out |= without
         if pair:
             image, masks = pair
-            predicted = {
-                name: segment_objects(model, params, image, masks, config.model.dtype)
-                for name, params in variants.items()
-            }
-            for name in variants:
+            predicted = {name: segment_objects(predictor, image, masks) for name, predictor in predictors.items()}
+            for name in predictors:
                 scores[name].append(object_ious(predicted[name], masks))
             both = (predicted[name]["1 click"] for name in ("full precision", last))
             gallery = add_items(gallery, object_items(sample.name, masks, *both), sampled.get(i))

@@ -5,7 +5,6 @@ Letters: I objects of one image, H x W its size, S the model's image side in pix
 
 from collections.abc import Iterable
 
-import jax.numpy as jnp
 import numpy as np
 import scipy
 
@@ -13,15 +12,15 @@ from sam2jq.data import preprocess
 from sam2jq.data.labeled import LabeledImage
 from sam2jq.errors import UserError, few
 from sam2jq.eval.metrics import iou
-from sam2jq.models.sam2 import SAM2
-from sam2jq.predictors.image import decode, encode_images
+from sam2jq.predictors.prompted_image import PromptedImage
 from sam2jq.predictors.prompts import LOGIT_LIMIT
+from sam2jq.predictors.resizing import resize_maps
 
 PROMPTS = ("box", "1 click", "3 clicks")
 BATCH = 16  # prompts decoded together; smaller batches are padded, so that the decoder compiles once
 
 
-def evaluate_images(model: SAM2, params: dict, samples: Iterable[LabeledImage], dtype: str = "float32") -> dict:
+def evaluate_images(predictor: PromptedImage, samples: Iterable[LabeledImage]) -> dict:
     """{"miou": {"box", "1 click", "3 clicks"}: means over all instances in 0..1, "images", "instances": counts}.
 
     "left_out" is {image or image/annotation: why} of those that cannot be read, or have an empty mask.
@@ -32,7 +31,7 @@ def evaluate_images(model: SAM2, params: dict, samples: Iterable[LabeledImage], 
         pair, without = read_sample(sample)
         left_out |= without
         if pair:
-            ious.append(object_ious(segment_objects(model, params, *pair, dtype), pair[1]))
+            ious.append(object_ious(segment_objects(predictor, *pair), pair[1]))
     if not ious:
         reasons = few([f"{name}: {why}" for name, why in left_out.items()], 3)
         raise UserError(f"no image has an object to segment: {reasons or 'every annotation is a crowd or missing'}")
@@ -50,34 +49,32 @@ def read_sample(sample: LabeledImage) -> tuple[tuple[np.ndarray, np.ndarray] | N
     return (image, masks) if len(masks) else None, left_out
 
 
-def segment_objects(
-    model: SAM2, params: dict, image: np.ndarray, masks: np.ndarray, dtype: str = "float32"
-) -> dict[str, np.ndarray]:
+def segment_objects(predictor: PromptedImage, image: np.ndarray, masks: np.ndarray) -> dict[str, np.ndarray]:
     """{"box", "1 click", "3 clicks": bool [I, H, W]}: predictions for prompts simulated from `masks` [I, H, W].
 
     The box is the mask's bounding box. The first click is the mask's interior point, and the best of three masks by
     estimated IoU is taken. Each later click is the interior point of the widest error region, and refines the earlier
     mask (SAM 2, appendix F.1).
     """
-    features = encode_images(model, params, jnp.asarray(preprocess(image, model.variant.image_size)[None], dtype))
-    parts = [segment_batch(model, params, features, masks[i : i + BATCH]) for i in range(0, len(masks), BATCH)]
+    features = predictor.encode(preprocess(image, predictor.image_size)[None])
+    parts = [segment_batch(predictor, features, masks[i : i + BATCH]) for i in range(0, len(masks), BATCH)]
     return {name: np.concatenate([part[name] for part in parts]) for name in PROMPTS}
 
 
-def segment_batch(model: SAM2, params: dict, features: list, masks: np.ndarray) -> dict[str, np.ndarray]:
+def segment_batch(predictor: PromptedImage, features: list, masks: np.ndarray) -> dict[str, np.ndarray]:
     """As `segment_objects`, for at most BATCH objects."""
     count, *size = masks.shape
-    scale = model.variant.image_size / np.array(size[::-1], np.float32)
+    scale = predictor.image_size / np.array(size[::-1], np.float32)
 
     def predict(points: np.ndarray, labels: np.ndarray, mask_input: np.ndarray | None, multimask: bool):
         """Mask logits [count, S / 4, S / 4] and bool masks [count, H, W]."""
         pad = lambda x: np.concatenate([x, np.repeat(x[-1:], BATCH - len(x), axis=0)])
         if mask_input is not None:
             mask_input = pad(mask_input.clip(-LOGIT_LIMIT, LOGIT_LIMIT))[..., None]
-        out = decode(model, params, features, (pad(points * scale), pad(labels)), mask_input, multimask=multimask)
+        out = predictor.decode(features, (pad(points * scale), pad(labels)), mask_input, multimask=multimask)
         best = np.asarray(out.ious).argmax(1)
         logits = np.asarray(out.masks, np.float32)[np.arange(BATCH), best][:count]
-        return logits, enlarge(logits, size) > 0
+        return logits, resize_maps(logits, size) > 0
 
     results = {}
     boxes = np.stack([corners(mask) for mask in masks])
@@ -122,16 +119,6 @@ def correction_click(predicted: np.ndarray, target: np.ndarray) -> tuple[tuple[i
     if missed_distance == extra_distance == 0:  # no error
         return interior_point(target)[0], 1
     return (missed, 1) if missed_distance >= extra_distance else (extra, 0)
-
-
-def enlarge(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Bilinear resizing [I, h, w] -> [I, H, W], in numpy: each image size would compile anew in jax."""
-
-    def weights(length: int, new_length: int) -> np.ndarray:
-        position = ((np.arange(new_length) + 0.5) * length / new_length - 0.5).clip(0, length - 1)
-        return np.maximum(1 - np.abs(position[:, None] - np.arange(length)), 0).astype(np.float32)
-
-    return weights(logits.shape[1], size[0]) @ logits @ weights(logits.shape[2], size[1]).T
 
 
 def object_ious(predicted: dict[str, np.ndarray], masks: np.ndarray) -> dict[str, np.ndarray]:

@@ -18,13 +18,10 @@ from sam2jq.models.layers import MLP, Conv, Dense, declare, resize, sine_positio
 from sam2jq.models.memory import MemoryAttention, MemoryEncoder
 from sam2jq.models.neck import Neck
 from sam2jq.models.prompt import PromptEncoder
-from sam2jq.models.variants import VARIANTS, VERSIONS, Variant, variant_name
+from sam2jq.models.variants import MEMORIES, NO_OBJECT, VARIANTS, VERSIONS, Variant, variant_name
 from sam2jq.tree import flatten, unflatten
 
 Array = jax.Array
-NO_OBJECT = -1024.0  # the mask logit where the object is not in the frame
-MEMORIES = 7  # temporal positions of a memory: 0 for conditioning frames, 1..6 for six frames ago to the last frame
-POINTERS = 15  # frames before the current one whose object pointers are kept
 # the parts of the model in the order of data flow
 FLOW = [
     re.compile(part)

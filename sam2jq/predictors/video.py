@@ -1,51 +1,31 @@
 """Objects tracked through a clip: the counterpart of sam2's SAM2VideoPredictor (SAM 2, arXiv 2408.00714, section 4)."""
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam2jq.data.images import preprocess_frame
-from sam2jq.data.video import Video, open_video, video_of
 from sam2jq.errors import UserError
-from sam2jq.models.layers import resize
 from sam2jq.models.params import check_params
-from sam2jq.models.sam2 import NO_OBJECT, SAM2, is_image_only
+from sam2jq.models.sam2 import SAM2, is_image_only
+from sam2jq.predictors.bank_arrays import FrameInfo, FrameOutput, MemoryBank
 from sam2jq.predictors.image import float_dtype
-from sam2jq.predictors.memory_bank import FrameOutput
 from sam2jq.predictors.pretrained import FromPretrained
-from sam2jq.predictors.prompts import LOGIT_LIMIT, object_mask, point_prompts
-from sam2jq.predictors.regions import fill_holes
-from sam2jq.predictors.video_state import (
-    ObjectState,
-    VideoState,
-    any_prompt_is_cond,
-    check_frame,
-    check_obj_id,
-    frame_info,
-    frame_order,
-    memory_bank,
-    padded_count,
-    stack,
-)
+from sam2jq.predictors.prompted_video import PromptedVideo
+from sam2jq.predictors.video_state import padded_count
 from sam2jq.predictors.video_steps import (
     condition_frame,
     encode_frame,
     mask_frame,
     memorize_prompted,
     prompt_frame,
-    resize_masks,
+    resize_maps,
     track_frame,
 )
 
 Array = jax.Array
-# a frame number, the object ids, and their mask logits float32 [objects, 1, H, W] at the size of the clip
-FrameMasks = tuple[int, list[int], np.ndarray]
 
 
-class VideoPredictor(FromPretrained):
+class VideoPredictor(PromptedVideo, FromPretrained):
     """Tracks objects through a clip.
 
         predictor = VideoPredictor(model, params)   # or VideoPredictor.from_pretrained("demo")
@@ -73,9 +53,7 @@ class VideoPredictor(FromPretrained):
     ):
         """A predictor of `model` with `params`; dtype: of the activations.
 
-        fill_hole_area: holes of masks up to this many pixels, of a low-resolution mask [S / 4, S / 4], are filled; 8 in
-        sam2's `build_sam2_video_predictor`. non_overlap_masks: a pixel of the results belongs to one object at most,
-        the one with the highest logit.
+        fill_hole_area, non_overlap_masks, add_all_frames_to_correct_as_cond: as in `PromptedVideo`.
         Raises UserError for clear_non_cond_mem_around_input, which is not implemented, and for params without the
         memory, or of another model.
         """
@@ -91,221 +69,35 @@ class VideoPredictor(FromPretrained):
         self.fill_hole_area, self.non_overlap_masks = fill_hole_area, non_overlap_masks
         self.add_all_frames_to_correct_as_cond = add_all_frames_to_correct_as_cond
 
-    def init_state(
-        self,
-        video_path,
-        offload_video_to_cpu: bool = False,
-        offload_state_to_cpu: bool = False,
-        async_loading_frames: bool = False,
-    ) -> VideoState:
-        """The state of a clip: a folder of frames, a video file, an open `Video`, or uint8 frames [T, H, W, 3].
+    @property
+    def image_size(self) -> int:
+        return self.model.variant.image_size
 
-        offload_video_to_cpu, offload_state_to_cpu, async_loading_frames: accepted for compatibility with the original,
-        where they change memory and speed but no result. Here, frames are always read when they are needed, and
-        outputs are always in host memory.
-        """
-        match video_path:
-            case Video():
-                return VideoState(video_path)
-            case str() | Path():
-                return VideoState(open_video(str(video_path)))
-            case _:
-                return VideoState(video_of(video_path))
+    def batch_size(self, objects: int) -> int:
+        return padded_count(objects)
 
-    def reset_state(self, inference_state: VideoState) -> None:
-        """Removes all objects."""
-        inference_state.objects.clear()
+    def encode_frame(self, image: np.ndarray) -> list[Array]:
+        return encode_frame(self.model, self.params, jnp.asarray(image, self.dtype))
 
-    def add_new_points_or_box(
-        self,
-        inference_state: VideoState,
-        frame_idx: int,
-        obj_id: int,
-        points=None,
-        labels=None,
-        clear_old_points: bool = True,
-        normalize_coords: bool = True,
-        box=None,
-    ) -> FrameMasks:
-        """Adds clicks or a box on one object; returns the frame's masks.
+    def condition_frame(self, coarse: Array, bank: MemoryBank, info: FrameInfo) -> Array:
+        return condition_frame(self.model, self.params, coarse, bank, info)
 
-        points: [N, 2], x and y; labels: [N], 1 foreground, 0 background, 2 and 3 the corners of a box; box: [4], x0 y0
-        x1 y1. Coordinates are in pixels of the clip, or in 0..1 with normalize_coords=False. clear_old_points=False
-        adds the points to earlier ones on the frame. Raises UserError if the prompt is missing, is not finite or has
-        the wrong shape.
-        """
-        state, frame_idx, obj_id = inference_state, check_frame(inference_state, frame_idx), check_obj_id(obj_id)
-        if points is None and labels is None and box is None:
-            raise UserError(f"object {obj_id}: no prompt; give points and labels, or a box")
-        if box is not None and not clear_old_points:
-            raise UserError(f"object {obj_id}: a box comes before all points; give it with clear_old_points=True")
-        size = state.video.size if normalize_coords else (1, 1)
-        coords, labels = point_prompts(points, labels, box, size, self.model.variant.image_size)
-        if len(coords) != 1:
-            raise UserError(f"object {obj_id}: {len(coords)} prompts for one object; give points [N, 2] or a box [4]")
-        features = self._features(state, frame_idx)
-        obj = state.objects.setdefault(obj_id, ObjectState())
-        if not clear_old_points and obj.prompts.get(frame_idx):
-            old_coords, old_labels = obj.prompts[frame_idx]
-            coords, labels = np.concatenate([old_coords, coords], 1), np.concatenate([old_labels, labels], 1)
-        obj.prompts[frame_idx] = coords, labels
-        return self._add_output(state, obj, frame_idx, self._prompt(state, obj, frame_idx, features))
+    def prompt_frame(
+        self, features: list[Array], conditioned: Array | None, points, mask_input, *, multimask: bool
+    ) -> FrameOutput:
+        frame = features, conditioned, points, mask_input
+        return prompt_frame(self.model, self.params, *frame, multimask=multimask)
 
-    def add_new_points(self, *args, **kwargs) -> FrameMasks:
-        """`add_new_points_or_box` by its old name, which the original keeps too."""
-        return self.add_new_points_or_box(*args, **kwargs)
+    def mask_frame(self, features: list[Array], mask: np.ndarray) -> FrameOutput:
+        return mask_frame(self.model, self.params, features, mask)
 
-    def add_new_mask(self, inference_state: VideoState, frame_idx: int, obj_id: int, mask) -> FrameMasks:
-        """Adds the mask [H, W] of one object, any number but 0 where it is; returns the frame's masks.
+    def memorize_prompted(self, coarse: Array, output: FrameOutput) -> FrameOutput:
+        return memorize_prompted(self.model, self.params, coarse, output)
 
-        Raises UserError if the mask's size is not the clip's, or if it holds logits (negative values), several values
-        of which none is 0, inf or NaN.
-        """
-        state, frame_idx, obj_id = inference_state, check_frame(inference_state, frame_idx), check_obj_id(obj_id)
-        size = self.model.variant.image_size
-        mask = object_mask(mask).astype(np.float32)
-        if mask.shape != state.video.size:
-            raise UserError(f"object {obj_id}: the mask is {list(mask.shape)}, the frames {list(state.video.size)}")
-        features = self._features(state, frame_idx)
-        resized = resize(jnp.asarray(mask[None, ..., None]), (size, size), antialias=True) >= 0.5
-        obj = state.objects.setdefault(obj_id, ObjectState())
-        obj.prompts[frame_idx] = None
-        return self._add_output(state, obj, frame_idx, mask_frame(self.model, self.params, features, resized))
+    def track_frame(
+        self, features: list[Array], conditioned: Array, bank: MemoryBank, cond: FrameOutput, is_cond: np.ndarray
+    ) -> tuple[FrameOutput, MemoryBank]:
+        return track_frame(self.model, self.params, features, conditioned, bank, cond, is_cond)
 
-    def propagate_in_video(
-        self,
-        inference_state: VideoState,
-        start_frame_idx: int | None = None,
-        max_frame_num_to_track: int | None = None,
-        reverse: bool = False,
-    ) -> Iterator[FrameMasks]:
-        """Yields the masks of frame after frame, from the first prompted frame or `start_frame_idx` on.
-
-        max_frame_num_to_track: frames after the first one; None for all. Raises UserError if an object has no prompt,
-        or if the clip has no such frame.
-        """
-        state, objects = inference_state, list(inference_state.objects.values())
-        for obj in objects:
-            self._encode_pending(state, obj)
-        unprompted = [obj_id for obj_id, obj in state.objects.items() if not obj.cond]
-        if unprompted or not objects:
-            which = f"objects {unprompted}" if unprompted else "any object"
-            raise UserError(f"no prompt on {which}: add points, a box or a mask")
-        first = min(min(obj.cond) for obj in objects) if start_frame_idx is None else start_frame_idx
-        first = check_frame(state, first)
-        batch = objects + [objects[-1]] * (padded_count(len(objects)) - len(objects))
-        bank = memory_bank(batch, first, reverse)
-        blank = jax.tree.map(np.zeros_like, next(iter(objects[0].cond.values())))
-        for frame in frame_order(first, state.num_frames, max_frame_num_to_track, reverse):
-            cond = stack([obj.cond.get(frame, blank) for obj in batch])
-            is_cond = np.array([frame in obj.cond for obj in batch])
-            features = self._features(state, frame)
-            conditioned = condition_frame(
-                self.model, self.params, features[-1], bank, frame_info(state, frame, reverse)
-            )
-            output, bank = track_frame(self.model, self.params, features, conditioned, bank, cond, is_cond)
-            output = self._filled(output)
-            for i, obj in enumerate(objects):
-                obj.reverse[frame] = reverse
-                if not is_cond[i]:
-                    obj.non_cond[frame] = jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i : i + 1]), output)
-            yield frame, state.obj_ids, self._resized(output.mask[: len(objects)], state)
-
-    def clear_all_prompts_in_frame(
-        self, inference_state: VideoState, frame_idx: int, obj_id: int, need_output: bool = True
-    ) -> FrameMasks | None:
-        """Removes an object's prompts on a frame; returns the frame's masks, or None without `need_output`."""
-        obj, frame_idx = inference_state.object(obj_id), check_frame(inference_state, frame_idx)
-        obj.prompts.pop(frame_idx, None)
-        obj.pending.pop(frame_idx, None)
-        if frame_idx in obj.cond:  # its output stays, as if the frame had been tracked
-            obj.non_cond[frame_idx] = obj.cond.pop(frame_idx)
-            obj.reverse.pop(frame_idx, None)
-        if need_output:
-            is_cond = any_prompt_is_cond(inference_state, frame_idx)
-            return frame_idx, inference_state.obj_ids, self._masks(inference_state, frame_idx, is_cond)
-        return None
-
-    def remove_object(
-        self, inference_state: VideoState, obj_id: int, strict: bool = False, need_output: bool = True
-    ) -> tuple[list[int], list[tuple[int, np.ndarray]]]:
-        """Removes an object; returns the remaining ids, and (frame, mask logits) of each frame it had a prompt on.
-
-        The second list is empty without `need_output`. An unknown object is ignored; with `strict`, it raises
-        UserError.
-        """
-        obj_id = check_obj_id(obj_id)
-        if not strict and obj_id not in inference_state.objects:
-            return inference_state.obj_ids, []
-        frames = sorted(inference_state.object(obj_id).prompts)
-        del inference_state.objects[obj_id]
-        if not (need_output and inference_state.objects):
-            return inference_state.obj_ids, []
-        masks = lambda frame: self._masks(inference_state, frame, any_prompt_is_cond(inference_state, frame))
-        return inference_state.obj_ids, [(frame, masks(frame)) for frame in frames]
-
-    def _image(self, state: VideoState, frame: int) -> Array:
-        return jnp.asarray(preprocess_frame(state.video[frame], self.model.variant.image_size)[None], self.dtype)
-
-    def _features(self, state: VideoState, frame: int) -> list[Array]:
-        if state.features is None or state.features[0] != frame:
-            state.features = frame, encode_frame(self.model, self.params, self._image(state, frame))
-        return state.features[1]
-
-    def _prompt(self, state: VideoState, obj: ObjectState, frame: int, features: list[Array]) -> FrameOutput:
-        """The output of an object's points on a frame; a frame tracked before is conditioned on memory."""
-        coords, labels = obj.prompts[frame]
-        earlier, conditioned = obj.latest(frame, self._is_cond(obj, frame)), None
-        if frame in obj.reverse:
-            bank, info = memory_bank([obj], frame, obj.reverse[frame]), frame_info(state, frame, obj.reverse[frame])
-            conditioned = condition_frame(self.model, self.params, features[-1], bank, info)
-        return prompt_frame(
-            self.model,
-            self.params,
-            features,
-            conditioned,
-            (coords, labels),
-            None if earlier is None else np.clip(earlier.mask, -LOGIT_LIMIT, LOGIT_LIMIT)[..., None],
-            multimask=labels.shape[1] <= 1,
-        )
-
-    def _add_output(self, state: VideoState, obj: ObjectState, frame: int, output: FrameOutput) -> FrameMasks:
-        """Stores the output of a prompted frame, whose memory is encoded before tracking; returns the frame's masks."""
-        is_cond = self._is_cond(obj, frame)
-        obj.pending[frame] = jax.tree.map(np.asarray, self._filled(output)), is_cond
-        return frame, state.obj_ids, self._masks(state, frame, is_cond)
-
-    def _is_cond(self, obj: ObjectState, frame: int) -> bool:
-        """Whether a prompt on `frame` makes it a conditioning frame of the object, instead of correcting its output."""
-        return frame not in obj.reverse or self.add_all_frames_to_correct_as_cond
-
-    def _encode_pending(self, state: VideoState, obj: ObjectState) -> None:
-        """Encodes the memories of an object's prompted frames that have none yet."""
-        for frame, (output, is_cond) in obj.pending.items():
-            coarse = self._features(state, frame)[-1]
-            memorized = jax.tree.map(np.asarray, memorize_prompted(self.model, self.params, coarse, output))
-            (obj.cond if is_cond else obj.non_cond)[frame] = memorized
-        obj.pending.clear()
-        for frame in obj.cond:
-            obj.non_cond.pop(frame, None)
-
-    def _masks(self, state: VideoState, frame: int, is_cond: bool) -> np.ndarray:
-        """Mask logits [objects, 1, H, W] of a frame; NO_OBJECT for objects without an output there.
-
-        Of prompts since the last tracking, those of conditioning frames show if `is_cond`, else those of corrections,
-        and other objects show their output of before. So the original does.
-        """
-        outputs = [obj.latest(frame, is_cond) for obj in state.objects.values()]
-        absent = np.full((self.model.variant.image_size // 4,) * 2, NO_OBJECT, np.float32)
-        masks = np.stack([absent if output is None else output.mask[0] for output in outputs])
-        return self._resized(masks, state)
-
-    def _filled(self, output: FrameOutput) -> FrameOutput:
-        """`output` with small holes of its masks filled; its memory stays as it is."""
-        if not self.fill_hole_area > 0:
-            return output
-        return output._replace(mask=fill_holes(np.asarray(output.mask), self.fill_hole_area))
-
-    def _resized(self, masks: Array, state: VideoState) -> np.ndarray:
-        """Mask logits [objects, h, w] as [objects, 1, H, W] at the size of the clip."""
-        return np.asarray(resize_masks(masks, state.video.size, non_overlap=self.non_overlap_masks))
+    def resize(self, maps: Array, size: tuple[int, int], *, antialias: bool = False) -> np.ndarray:
+        return np.asarray(resize_maps(maps, size, antialias))

@@ -5,15 +5,12 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
 import numpy as np
 
 from sam2jq.data.video import Video
 from sam2jq.errors import UserError
-from sam2jq.models.sam2 import MEMORIES, POINTERS
-from sam2jq.predictors.memory_bank import EMPTY, FrameInfo, FrameOutput, MemoryBank
-
-Array = jax.Array
+from sam2jq.models.variants import MEMORIES, POINTERS
+from sam2jq.predictors.bank_arrays import EMPTY, FrameInfo, FrameOutput, MemoryBank
 
 
 @dataclass
@@ -39,7 +36,7 @@ class VideoState:
 
     video: Video
     objects: dict[int, ObjectState] = field(default_factory=dict)
-    features: tuple[int, list[Array]] | None = None  # number and feature maps of the frame prompted last
+    features: tuple[int, list] | None = None  # number and feature maps of the frame prompted last
 
     @property
     def num_frames(self) -> int:
@@ -63,7 +60,7 @@ def memory_bank(objects: list[ObjectState], frame: int, reverse: bool) -> Memory
     Conditioning frames are padded to 1, 2, 4, 8, ... with empty ones.
     """
     cond_count = padded_count(max(len(obj.cond) for obj in objects))
-    blank = jax.tree.map(np.zeros_like, next(iter(objects[0].cond.values())))
+    blank = blank_output(objects)
     step = 1 if reverse else -1
     non_cond_frames = [frame + age * step for age in range(1, POINTERS + 1)]
 
@@ -89,9 +86,19 @@ def padded_count(count: int) -> int:
     return 2 ** (count - 1).bit_length()
 
 
+def blank_output(objects: list[ObjectState]) -> FrameOutput:
+    """An output [1, ...] of zeros."""
+    return FrameOutput(*map(np.zeros_like, next(iter(objects[0].cond.values()))))
+
+
 def stack(outputs: list[FrameOutput]) -> FrameOutput:
     """Outputs of single objects [1, ...] as one batch [B, ...]."""
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *outputs)
+    return FrameOutput(*map(np.concatenate, zip(*outputs)))
+
+
+def to_numpy(output: FrameOutput) -> FrameOutput:
+    """`output` in host memory; its memory may not be encoded yet."""
+    return FrameOutput(*(None if part is None else np.asarray(part) for part in output))
 
 
 def frame_info(state: VideoState, frame: int, reverse: bool) -> FrameInfo:

@@ -94,11 +94,7 @@ def memorize_prompted(model: SAM2, params: dict, coarse: Array, output: FrameOut
     return model.apply({"params": params}, coarse, output, method=memorize, binarize=True)
 
 
-@partial(jax.jit, static_argnames=("size", "non_overlap"))
-def resize_masks(masks: Array, size: tuple[int, int], *, non_overlap: bool) -> Array:
-    """Mask logits [B, H, W] -> [B, 1, *size]; with `non_overlap` at most -10 but for the highest one of each pixel."""
-    resized = resize(masks[..., None], size)[:, None, ..., 0]
-    if not non_overlap:
-        return resized
-    highest = jnp.arange(len(resized))[:, None, None, None] == resized.argmax(0)
-    return jnp.where(highest, resized, jnp.minimum(resized, -10.0))
+@partial(jax.jit, static_argnames=("size", "antialias"))
+def resize_maps(maps: Array, size: tuple[int, int], antialias: bool) -> Array:
+    """Maps [B, H, W] -> [B, *size]."""
+    return resize(maps[..., None], size, antialias=antialias)[..., 0]

@@ -1,5 +1,6 @@
 """The summary at the top of a page: scheme, size, scores, and warnings."""
 
+from sam2jq.deploy.engines import ENGINES
 from sam2jq.errors import few
 
 SMALL_IMAGES, SMALL_CLIPS = 100, 20  # with fewer, a page warns that scores are noisy
@@ -45,7 +46,9 @@ def scores(metrics: dict) -> list[dict]:
     if "miou" in results:
         full, small = of_kinds(results["miou"])
         behind = sample(results, "miou", "image")
-        rows += [score(f"mIoU, {name}", 100 * full[name], 100 * small[name], behind) for name in PROMPTS]
+        measured = {"": small} | {f", ONNX files in {k}": results["miou"][k] for k in ENGINES if k in results["miou"]}
+        for where, miou in measured.items():
+            rows += [score(f"mIoU, {name}{where}", 100 * full[name], 100 * miou[name], behind) for name in PROMPTS]
     if "video" in results:
         full, small = of_kinds(results["video"])
         rows.append(score("J&F", full["j&f"], small["j&f"], sample(results, "video", "clip")))

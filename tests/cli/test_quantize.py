@@ -100,6 +100,7 @@ def test_a_run_repeats_to_the_bit(job, flags, capsys):
             ["--convert-nunchaku", "--quant.rotation.transforms", "[hadamard]"],
             "nunchaku's kernels cannot rotate inputs",
         ),
+        (["--convert-onnx", "--quant.ipts.dtype", "uint8"], "convert_onnx: engines have kernels for integer inputs on"),
         (["--quant.wgts.target_bits", "1.5"], "layers have 2 to 8 bits, so 1.5 is out of reach"),
         (["--quant.ipts.dtype", "uint8", "--quant.ipts.static", "true"], r"set group_shapes to \[\[-1, -1\]\]"),
         (["--quant.wgts.group_shapes", "[[1, 0]]"], r"group_shapes \[\[1, 0\]\]: allowed are"),

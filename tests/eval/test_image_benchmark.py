@@ -1,5 +1,4 @@
 import numpy as np
-import pytest
 import scipy.ndimage
 
 from sam2jq.data.synthetic.scenes import draw_scene
@@ -7,12 +6,11 @@ from sam2jq.eval.image_benchmark import (
     PROMPTS,
     corners,
     correction_click,
-    enlarge,
     interior_point,
     segment_objects,
 )
 from sam2jq.eval.vos_benchmark import track_from_masks
-from sam2jq.models.layers import resize
+from sam2jq.predictors.image import ImagePredictor
 from tests.conftest import twin
 
 MASK = np.zeros((40, 60), bool)
@@ -50,19 +48,13 @@ def test_a_correction_click_lies_in_the_largest_wrong_region():
     assert correction_click(MASK, MASK) == (interior_point(MASK)[0], 1)
 
 
-@pytest.mark.parametrize("size", [(64, 48), (17, 30), (8, 8), (5, 4)])
-def test_enlarge_equals_the_interpolation_of_the_predictor(size):
-    logits = np.random.default_rng(0).normal(size=(3, 8, 8)).astype(np.float32)
-    expected = np.moveaxis(np.asarray(resize(np.moveaxis(logits, 0, -1)[None], size))[0], -1, 0)
-    np.testing.assert_allclose(enlarge(logits, size), expected, atol=1e-5)
-
-
 def test_objects_are_segmented_independently():
     """More objects than one batch of the decoder, in another order, get the same masks."""
     pair, scene = twin("nano"), draw_scene(5)
     masks = np.concatenate([scene.masks] * 6)[:18]
-    found = segment_objects(pair.model, pair.params, scene.image, masks)
-    reverse = segment_objects(pair.model, pair.params, scene.image, masks[::-1])
+    predictor = ImagePredictor(pair.model, pair.params)
+    found = segment_objects(predictor, scene.image, masks)
+    reverse = segment_objects(predictor, scene.image, masks[::-1])
     assert set(found) == set(PROMPTS)
     for name in PROMPTS:
         assert found[name].shape == masks.shape

@@ -175,6 +175,15 @@ def test_the_verdict_is_before_after_and_change():
     assert agreement["after"] == 70.0
 
 
+def test_the_verdict_has_the_scores_of_onnx_files_beside_full_precision():
+    found = metrics(4, 0.6)
+    miou = found["results"]["miou"] | {"onnxruntime": dict.fromkeys(("box", "1 click", "3 clicks"), 0.55)}
+    rows = {row["name"]: row for row in scores(found | {"results": found["results"] | {"miou": miou}})}
+    row = rows["mIoU, box, ONNX files in onnxruntime"]
+    assert (row["before"], row["after"]) == (80.0, pytest.approx(55.0))
+    assert "mIoU, box, ONNX files in openvino" not in rows
+
+
 def test_what_makes_figures_doubtful_is_said():
     found = metrics(4, 0.6)
     assert [text.split(":")[0] for text in warnings(found)] == [
