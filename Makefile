@@ -99,6 +99,7 @@ typecheck: setup
 
 bench: setup
 	$(VENV)/bin/python experiments/bench/encoder.py
+	$(VENV)/bin/python experiments/bench/images.py
 	$(VENV)/bin/python experiments/bench/video.py
 	$(VENV)/bin/python -m experiments.bench.deploy
 	$(VENV)/bin/python experiments/bench/ptq.py

@@ -19,7 +19,8 @@ from sam2jq.distillation.bit_trials import bits_program
 from sam2jq.distillation.losses import PARTS, distillation_loss
 from sam2jq.distillation.target_cache import Teacher, target_program
 from sam2jq.distillation.trainer import make_student_loss
-from sam2jq.models.sam2 import POINTERS, SAM2, abstract_params
+from sam2jq.models.sam2 import SAM2, abstract_params
+from sam2jq.models.variants import POINTERS
 from sam2jq.predictors import video_steps
 from sam2jq.predictors.image import decode, encode_images
 from sam2jq.predictors.memory_bank import FrameInfo, FrameOutput, MemoryBank

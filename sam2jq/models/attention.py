@@ -15,7 +15,7 @@ product = partial(jnp.matmul, preferred_element_type=jnp.float32)  # of any dtyp
 MASKED = -1e9  # added to the score of a masked key
 QUERY_CHUNK = 1024  # rows of a score matrix
 KEY_BLOCK = 512  # columns of a score matrix
-WIDE_KEY_BLOCK = 4096  # the same on an accelerator where no key is masked: fewer passes over what was summed so far
+WIDE_KEY_BLOCK = 2048  # the same on an accelerator where no key is masked: fewer passes over what was summed so far
 
 
 def attention(q: Array, k: Array, v: Array, key_mask: Array | None = None) -> Array:

@@ -68,7 +68,7 @@ class PromptedImage:
     def set_image_batch(self, image_list: list) -> None:
         """Encodes images, as `set_image` takes them and of any sizes, for later calls of `predict_batch`.
 
-        They are encoded one after another: a batch of images is no faster on a CPU, and would compile for each length.
+        They are encoded one after another, so that batches of all lengths share one compiled program.
         Raises UserError if `image_list` is no list, or empty.
         """
         self.reset_predictor()

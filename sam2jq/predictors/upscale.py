@@ -30,6 +30,7 @@ class MaskStats(NamedTuple):
 
 
 @lru_cache(maxsize=4)  # the masks of an image are enlarged one by one
+@lru_cache(maxsize=8)  # a predictor asks for the same one for every mask of an image
 def canvas_of(side: int, size: tuple[int, int]) -> Canvas:
     """The canvas of an image of `size` (H, W) for masks [side, side], as torch's `interpolate(align_corners=False)`."""
     rows, columns = (interpolation(side, length) for length in size)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sam2jq.models.attention import KEY_BLOCK, QUERY_CHUNK, attention
+from sam2jq.models.attention import KEY_BLOCK, QUERY_CHUNK, attention, blocked_attention, softmax_attention
 from sam2jq.models.capture import OUTPUTS
 from sam2jq.models.chunking import chunked_map
 from sam2jq.models.hiera import Hiera, from_windows, to_windows
@@ -59,6 +59,14 @@ def test_a_block_of_masked_keys_is_not_computed():
     key_mask = np.arange(3 * KEY_BLOCK)[None] // KEY_BLOCK != 1
     v[~key_mask] = np.nan
     assert np.isfinite(attention(q, k, v, jnp.asarray(key_mask))).all()
+
+
+@pytest.mark.parametrize("key_block", [100, 128, 1000])
+def test_attention_does_not_depend_on_the_size_of_its_blocks(key_block):
+    """Accelerators compute all heads at once, in wider blocks than a CPU."""
+    q, k, v = normal(3, 64, 8), normal(3, 300, 8), normal(3, 300, 8)
+    got = jax.vmap(lambda q, k, v: blocked_attention(q, k, v, None, 0.5, key_block))(q, k, v)
+    np.testing.assert_allclose(got, softmax_attention(q, k, v, None, 0.5), atol=3e-6)
 
 
 @pytest.mark.parametrize("queries", [16, QUERY_CHUNK])
