@@ -115,7 +115,7 @@ def test_many_prompts_are_decoded_in_parts(folder, engine, monkeypatch):
 def clip(tmp_path_factory):
     """A folder of jpg files, since the original reads nothing else."""
     folder = tmp_path_factory.mktemp("clip")
-    for i, frame in enumerate(draw_clip(3, 5).frames):
+    for i, frame in enumerate(draw_clip(3, 4).frames):
         Image.fromarray(frame[:, :200]).save(folder / f"{i:05d}.jpg", quality=95)
     return str(folder)
 
@@ -126,9 +126,9 @@ def track(predictor, clip, *, reverse=False) -> list[tuple[int, list, np.ndarray
     rows = [predictor.add_new_points_or_box(state, 0, 1, points=[[75, 60]], labels=[1])]
     rows.append(predictor.add_new_mask(state, 0, 2, MASK))
     rows += list(predictor.propagate_in_video(state))
-    rows.append(predictor.add_new_points_or_box(state, 3, 1, points=[[75, 60], [30, 30]], labels=[1, 0]))
-    rows.append(predictor.add_new_mask(state, 4, 2, 0 * MASK))
-    start = {"start_frame_idx": 4, "reverse": True} if reverse else {}
+    rows.append(predictor.add_new_points_or_box(state, 2, 1, points=[[75, 60], [30, 30]], labels=[1, 0]))
+    rows.append(predictor.add_new_mask(state, 3, 2, 0 * MASK))
+    start = {"start_frame_idx": 3, "reverse": True} if reverse else {}
     rows += list(predictor.propagate_in_video(state, **start))
     return [(frame, list(ids), np.asarray(masks)) for frame, ids, masks in rows]
 
@@ -161,7 +161,7 @@ def test_track_draws_the_masks_of_onnx_files(folder, clip, tmp_path):
     out = tmp_path / "tracked.gif"
     model = ["--model.checkpoint", str(folder), "--engine", "onnxruntime"]
     assert main(["track", clip, *model, "--points", "75,60", "--out", str(out)]) == 0
-    assert Image.open(out).n_frames == 5
+    assert Image.open(out).n_frames == 4
 
 
 def test_memories_are_rounded_to_bfloat16():
