@@ -39,6 +39,7 @@ def test_a_loop_is_estimated_as_often_as_it_runs():
     assert estimated_cycles(HLO) == 7 + 5 * 100
 
 
+@jax.default_matmul_precision("default")
 def test_arithmetic_counts_loops_branches_of_the_platform_and_passes_of_float32():
     a, b = jnp.ones((4, 8)), jnp.ones((8, 3))
     product = lambda precision: lambda a, b: jnp.matmul(a, b, precision=precision)

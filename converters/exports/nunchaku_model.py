@@ -188,6 +188,10 @@ class Kernel:
     down: jax.Array
     up: jax.Array
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.codes.shape
+
 
 def read_kernel(tensors: Mapping[str, np.ndarray], in_features: int, out_features: int) -> Kernel:
     """The `Kernel` of the tensors of one linear layer in the file."""

@@ -31,7 +31,7 @@ from sam2jq.data import prompts
 from sam2jq.data.images import normalize
 from sam2jq.data.synthetic.scenes import MAX_OBJECTS
 from sam2jq.models.decoder import Decoded
-from sam2jq.models.sam2 import MEMORIES, POINTERS
+from sam2jq.models.variants import MEMORIES, POINTERS
 from sam2jq.predictors.memory_bank import (
     FrameInfo,
     FrameOutput,

@@ -11,6 +11,7 @@ from functools import singledispatch
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from sam2jq.quant.qtensor import QTensor, dequantize
@@ -51,7 +52,7 @@ def base_weight(leaf) -> object:
 
 def is_bare(leaf) -> bool:
     """Whether a weight leaf is a kernel or a QTensor without leaves around it: y = x @ materialize(leaf)."""
-    return not hasattr(leaf, "inner")
+    return isinstance(leaf, QTensor | jax.Array | np.ndarray)
 
 
 @singledispatch
