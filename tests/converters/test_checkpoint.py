@@ -18,6 +18,8 @@ LONG = [
     ("large", "2.1"),
     ("base-plus", "2.0"),
     ("small", "2.0"),
+    ("small", "2.1"),
+    ("tiny", "2.1"),
 ]  # slow; versions differ in a few memory layers, which tiny covers
 QUICK = [pytest.param(*one, marks=pytest.mark.slow if one in LONG else ()) for one in CHECKPOINTS]
 

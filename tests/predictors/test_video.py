@@ -1,4 +1,3 @@
-from contextlib import contextmanager
 from functools import cache
 
 import jax
@@ -11,7 +10,6 @@ from converters.exports.vanilla import build_original
 from sam2jq import VideoPredictor
 from sam2jq.data.synthetic.scenes import draw_clip
 from sam2jq.errors import UserError
-from sam2jq.predictors import video as tracking
 from sam2jq.predictors import video_steps
 from sam2jq.predictors.memory_bank import FrameInfo, condition_on_memory
 from sam2jq.predictors.video_state import memory_bank
@@ -270,34 +268,19 @@ def test_add_all_frames_to_correct_as_cond_matches_the_original(pair, clip):
         original.add_all_frames_to_correct_as_cond = False
 
 
-@contextmanager
-def traces(*names: str):
-    """{name: how often a compiled step is traced in the block}, each of them traced anew."""
-    counts = dict.fromkeys(names, 0)
-
-    def counted(name: str):
-        def step(*args):
-            counts[name] += 1
-            return getattr(video_steps, name).__wrapped__(*args)
-
-        return jax.jit(step, static_argnums=0)
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in names:
-            patch.setattr(tracking, name, counted(name))
-        yield counts
-
-
 def test_a_whole_clip_compiles_one_step(pair):
-    """The bank fills up over the first 15 frames, and nothing is traced again; the arrays sent to the device for frame
-    17 have the shapes of those for frame 1."""
+    """The bank fills up over the first 15 frames, and nothing is compiled again; the arrays sent to the device for
+    frame 17 have the shapes of those for frame 1."""
     _, predictor = pair
     state = predictor.init_state(draw_clip(4, 18).frames)
     for obj_id, x in enumerate((60, 120, 200)):
         predictor.add_new_points_or_box(state, 0, obj_id, points=[[x, 80]], labels=[1])
-    with traces("condition_frame", "track_frame") as programs:
-        assert len(list(predictor.propagate_in_video(state))) == 18
-    assert programs == {"condition_frame": 1, "track_frame": 1}
+    frames = predictor.propagate_in_video(state)
+    sizes = lambda: [step._cache_size() for step in (video_steps.condition_frame, video_steps.track_frame)]
+    next(frames), next(frames)  # the first bank comes from the host, the second one from the step itself
+    programs = sizes()
+    assert len(list(frames)) == 16
+    assert sizes() == programs
     shapes = [jax.tree.map(np.shape, memory_bank(list(state.objects.values()), frame, False)) for frame in (1, 17)]
     assert shapes[0] == shapes[1]
 
@@ -305,12 +288,14 @@ def test_a_whole_clip_compiles_one_step(pair):
 def test_another_number_of_objects_or_prompts_compiles_nothing_of_the_image_encoder(pair):
     _, predictor = pair
     state = predictor.init_state(draw_clip(4, 3).frames)
-    with traces("encode_frame") as programs:
-        for obj_id in (1, 2):
-            for frame in range(obj_id):
-                predictor.add_new_points_or_box(state, frame, obj_id, points=[[60, 80]] * obj_id, labels=[1] * obj_id)
-            list(predictor.propagate_in_video(state))
-    assert programs == {"encode_frame": 1}
+    predictor.add_new_points_or_box(state, 0, 1, points=[[60, 80]], labels=[1])
+    encoders, trackers = video_steps.encode_frame._cache_size(), video_steps.track_frame._cache_size()
+    for obj_id in (1, 2, 3):
+        for frame in range(min(obj_id, 2)):
+            predictor.add_new_points_or_box(state, frame, obj_id, points=[[60, 80]] * obj_id, labels=[1] * obj_id)
+        list(predictor.propagate_in_video(state, max_frame_num_to_track=1))
+    assert video_steps.encode_frame._cache_size() == encoders
+    assert video_steps.track_frame._cache_size() > trackers
 
 
 def test_empty_entries_of_the_bank_change_nothing(pair):
