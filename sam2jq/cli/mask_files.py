@@ -42,7 +42,15 @@ def add_mask_files(parser: argparse.ArgumentParser, palette: str) -> None:
 
 
 def check_mask_files(args: argparse.Namespace, palette_is_folder: bool, *inputs: str | None) -> None:
-    """Raises UserError if a mask file cannot be written, has the wrong ending, or would replace one of `inputs`."""
+    """Raises UserError if a mask file cannot be written, has the wrong ending, or would replace one of `inputs`.
+
+    Also if two outputs, --out among them, are one file.
+    """
+    given = {name: getattr(args, name) for name in ("out", "masks", "palette", "json", "npz")}
+    flags: dict[Path, str] = {}
+    for name, path in given.items():
+        if path is not None and (other := flags.setdefault(Path(path).resolve(), name)) != name:
+            raise UserError(f"--{name} {path}: --{other} is the same file; give two names")
     for name, ending in (("palette", ".png"), ("json", ".json"), ("npz", ".npz")):
         path = getattr(args, name)
         if path is None or (name == "palette" and palette_is_folder):

@@ -1,7 +1,6 @@
 """Prompts on the command line: --points, --labels and --box for one object, or a json file for several."""
 
 import argparse
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -97,8 +96,8 @@ def parse_prompt(entry, source: str, folder: Path) -> Prompt:
         raise UserError(f"{source}unknown key {unknown[0]!r}; allowed: {', '.join(known)}{suggest(unknown[0], known)}")
     for name, least in (("object", 1), ("frame", 0)):
         value = entry.get(name, least if name == "frame" else None)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise UserError(f"{source}{name} is {value!r}; give a whole number from {least} on")
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
+            raise UserError(f"{source}{name} is {value!r:.20}; give a whole number from {least} on, below 2 ** 31")
     points, box, mask = entry.get("points", []), entry.get("box"), entry.get("mask")
     if not is_rows(points, 2):
         raise UserError(f"{source}points must be [[x, y], ...], finite numbers in pixels")
@@ -117,7 +116,7 @@ def parse_prompt(entry, source: str, folder: Path) -> Prompt:
 
 def is_rows(rows, count: int) -> bool:
     """Whether `rows` is a list of lists of `count` finite numbers."""
-    finite = lambda value: isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    finite = lambda value: isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**31
     return isinstance(rows, list) and all(
         isinstance(row, list) and len(row) == count and all(map(finite, row)) for row in rows
     )

@@ -2,7 +2,7 @@
 
 ROOT/JPEGImages/480p/<video>/00000.jpg     ROOT/Annotations/480p/<video>/00000.png        DAVIS, also Full-Resolution
 ROOT/<split>/JPEGImages/<video>/00000.jpg  ROOT/<split>/Annotations/<video>/00000.png     MOSE, YouTube-VOS
-ROOT/ImageSets/2017/<split>.txt            the videos of a split of DAVIS, one per line; optional
+ROOT/ImageSets/2017/<split>.txt            the videos of a split of DAVIS, one per line; also ImageSets/<split>.txt
 ROOT/ImageSets/480p/<split>.txt            the same of DAVIS 2016: a frame and its label image per line
 """
 
@@ -20,7 +20,6 @@ from sam2jq.errors import UserError
 
 FRAMES, MASKS = "JPEGImages", "Annotations"
 RESOLUTIONS = ("480p", "1080p", "Full-Resolution")  # folders inside of FRAMES and MASKS, of DAVIS
-LISTS = ("1080p", "480p", "2016", "2017")  # folders inside of ImageSets; of a split's lists, the last one is taken
 DEFAULT_SPLITS = ("val", "valid")
 
 
@@ -77,8 +76,10 @@ def label_video(name: str, frames: Path, masks: Path) -> LabeledVideo:
 
 def find_split(root: Path, split: str) -> tuple[Path, list[str] | None]:
     """The folder with the frames of a split, and the videos in its list; None without a list."""
-    lists = {path.stem: path for name in LISTS for path in sorted(root.glob(f"ImageSets/{name}/[!.]*.txt"))}
+    lists = find_lists(root)
     folders = {path.name: path for path in subfolders(root) if has_parts(path)}
+    if not has_parts(root) and len(folders) == 1 and find_lists(only := next(iter(folders.values()))):
+        return find_split(only, split)  # an archive that was unpacked into a folder of its own
     known = sorted({*lists, *folders})
     wanted = [split] if split else [*DEFAULT_SPLITS, *(known if len(known) == 1 else [])]
     for name in wanted:
@@ -89,6 +90,12 @@ def find_split(root: Path, split: str) -> tuple[Path, list[str] | None]:
     if has_parts(root) and not split:
         return root, None
     raise FileNotFoundError(f"{root}: has no split {split or 'val'}; give split, one of {', '.join(known) or 'none'}")
+
+
+def find_lists(root: Path) -> dict[str, Path]:
+    """{split: its list of videos}; of several years the last one. Lists of frames count only without another list."""
+    paths = [*root.glob("ImageSets/[!.]*.txt"), *root.glob("ImageSets/*/[!.]*.txt")]
+    return {path.stem: path for path in sorted(paths, key=lambda p: (p.parent.name not in RESOLUTIONS, p.parent.name))}
 
 
 def listed_videos(path: Path) -> list[str]:

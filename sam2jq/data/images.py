@@ -1,5 +1,6 @@
 """Image files: their pixels, and the array that is SAM 2's input."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,12 +19,13 @@ ORIENTATION = 274  # a tag of EXIF; 1: as stored
 BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF, and a value of the second one
 
 
-def read_image(name: str) -> np.ndarray:
+def read_image(name: str | os.PathLike) -> np.ndarray:
     """uint8 [H, W, 3], RGB, of an image file, of the drawn scene "scenes:<seed>/<index>", or of a frame "a.mp4#12".
 
     As in SAM 2, the EXIF orientation tag is not applied. 16 bits a channel are scaled to 8. Raises UserError if the
     file is not readable, or holds several images, floats or integers of 32 bits.
     """
+    name = os.fspath(name)
     if name.startswith("scenes:"):
         from sam2jq.data.synthetic.scenes import draw_scene  # which needs scipy
 

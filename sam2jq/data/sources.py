@@ -3,6 +3,7 @@
 A new type of source is one entry of SOURCES, before "folder". Pixels and masks are read lazily.
 """
 
+import os
 import random
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -64,7 +65,7 @@ def source_of(spec: str) -> Source:
     return next(source for source in SOURCES.values() if source.matches(spec))
 
 
-def find_images(spec: str, num_samples: int | None, seed: int) -> list[str]:
+def find_images(spec: str | os.PathLike, num_samples: int | None, seed: int) -> list[str]:
     """The sorted names of `num_samples` images of a data source, sampled by `seed` without repeats; all if None.
 
     `spec` is an image or video file, `scenes:<seed>` (synthetic scenes, no files), or a folder of one of these layouts:
@@ -78,7 +79,7 @@ def find_images(spec: str, num_samples: int | None, seed: int) -> list[str]:
     """
     if num_samples is not None and num_samples < 1:
         raise UserError(f"{spec}: num_samples must be at least 1, got {num_samples}; leave it out to take every image")
-    spec = home(spec)
+    spec = home(os.fspath(spec))
     names = source_of(spec).images(spec, num_samples)
     if num_samples is None or num_samples >= len(names):
         return names
@@ -86,25 +87,25 @@ def find_images(spec: str, num_samples: int | None, seed: int) -> list[str]:
 
 
 def find_samples(
-    spec: str, count: int | None, allow_missing: int = 0, say: Callable[[str], None] = lambda line: None
+    spec: str | os.PathLike, count: int | None, allow_missing: int = 0, say: Callable[[str], None] = lambda line: None
 ) -> list[LabeledImage]:
     """The first `count` images with masks of scenes:<seed>, or of a COCO, LVIS, Roboflow or SA-1B folder; all if None.
 
     allow_missing: the number of annotated images that may be missing. say: called with a line on what is left out.
     Raises FileNotFoundError if more are missing, UserError if an image has another size than its masks.
     """
-    spec = home(spec)
+    spec = home(os.fspath(spec))
     labeled_images = source_of(spec).labeled_images or coco_labeled_images  # whose error says what the folder lacks
     found = labeled_images(spec, count)
     return allow_some_missing(found, allow_missing, say) if isinstance(found, Found) else found
 
 
-def find_clips(spec: str, split: str, count: int | None) -> list[LabeledClip]:
+def find_clips(spec: str | os.PathLike, split: str, count: int | None) -> list[LabeledClip]:
     """The first `count` clips with masks of scenes:<seed>, or of a split of SA-V, DAVIS, MOSE or YouTube-VOS.
 
     All when `count` is None. split: "" for the layout's validation split. Raises UserError if no object has a score.
     """
-    spec = home(spec)
+    spec = home(os.fspath(spec))
     return (source_of(spec).labeled_clips or sav_labeled_clips)(spec, split, count)
 
 

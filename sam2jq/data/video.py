@@ -1,7 +1,9 @@
 """Clips on disk, a folder of frames or a video file, with lazy access to their frames."""
 
 import itertools
+import os
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,12 +41,12 @@ class Video:
         return map(self.read, range(len(self)))
 
 
-def open_video(path: str) -> Video:
+def open_video(path: str | os.PathLike) -> Video:
     """The clip in a folder of frames or in a video file; seeking backwards in a file is slow, see `forward_reader`.
 
     Raises FileNotFoundError or UserError if there is no readable clip.
     """
-    path = home(path)
+    path = home(os.fspath(path))
     if path and Path(path).is_dir():
         return open_folder(path)
     if not Path(path).is_file():
@@ -93,13 +95,21 @@ def find_frames(path: str) -> list[str]:
 def check_names(path: str, names: list[str]) -> None:
     """Raises UserError if the names of frames without a whole number have no certain order, or are not all of frames.
 
-    Natural order takes 1.12 for later than 1.2, and a mask beside its frame for the next frame.
+    Natural order takes 1.12 for later than 1.2, and a mask or a depth map beside its frame for the next frame.
     """
     if fractions := [name for name in names if re.fullmatch(r"\d+\.\d+", Path(name).stem)]:
         raise UserError(f"{path}: {fractions[0]} has a number with a fraction; number the frames 0, 1, 2, ...")
     masks = [name for name in names if "mask" in Path(name).stem.lower()]
     if 0 < len(masks) < len(names):
         raise UserError(f"{path}: {few(masks, 3)} looks like a mask beside the frames; move masks to another folder")
+    by_numbers = defaultdict(list)
+    for name in names:
+        by_numbers[tuple(map(int, re.findall(r"[0-9]+", Path(name).stem)))].append(name)
+    for numbers, same in by_numbers.items():
+        if numbers and len({Path(name).stem for name in same}) > 1:  # such as s_000.png and s_000_L.png
+            raise UserError(
+                f"{path}: {few(same, 3)} have the same number; move what is no frame, such as masks, to another folder"
+            )
 
 
 def frame_number(file: Path) -> int | None:

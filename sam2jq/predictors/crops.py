@@ -25,6 +25,8 @@ def layer_grids(points_per_side: int | None, layers: int, factor: int, grids: li
 
     Raises UserError unless one of points_per_side and grids is given, and there is a point a side, or a grid, each.
     """
+    if layers < 0:
+        raise UserError(f"crop_n_layers {layers}: give 0 for the image alone, or the number of layers of crops")
     if (points_per_side is None) == (grids is None):
         raise UserError("give points_per_side or point_grids, and None for the other")
     if grids is not None:

@@ -161,6 +161,7 @@ def test_masks_that_cannot_be_written_are_an_error_before_anything_is_read(
 def test_label_images_are_a_file_of_an_image_and_a_folder_of_a_clip(capsys):
     prompt = ["nothing", "--points", "5,5", "--palette"]
     assert "--palette p.gif: give a name that ends in .png" in failure(capsys, "segment", *prompt, "p.gif")
+    assert "--palette m.png: --out is the same file" in failure(capsys, "segment", *prompt, "m.png", "--out", "m.png")
     assert "nothing: no such file" in failure(capsys, "track", *prompt, "p.gif")
 
 

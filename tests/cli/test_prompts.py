@@ -46,6 +46,8 @@ POINT = {"object": 1, "points": [[5, 5]]}
         ([POINT, {"points": [[5, 5]]}], "prompt 1: object is None; give a whole number from 1 on"),
         ([POINT | {"object": "cat"}], "object is 'cat'; give a whole number"),
         ([POINT | {"object": 0}], "object is 0; give a whole number from 1 on"),
+        ([POINT | {"object": 10**30}], "object is 1000000000"),
+        ([{"object": 1, "points": [[10**400, 5]]}], "finite numbers in pixels"),
         ([POINT | {"object": True}], "object is True; give a whole number from 1 on"),
         ([POINT | {"frame": -1}], "frame is -1; give a whole number from 0 on"),
         ([POINT | {"frames": 1}], "unknown key 'frames'; allowed: object, frame, points, labels, box, mask; did you"),

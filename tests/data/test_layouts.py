@@ -189,6 +189,17 @@ def test_the_lists_of_davis_2016_name_frames(tmp_path, resolution):
     assert clip.name == "dog"
 
 
+@pytest.mark.parametrize("place", ["ImageSets/val.txt", "ImageSets/2019/val.txt", "DAVIS/ImageSets/2017/val.txt"])
+def test_a_list_counts_wherever_it_lies(tmp_path, place):
+    root = tmp_path / "DAVIS" if place.startswith("DAVIS") else tmp_path
+    for name in ("bear", "dog"):
+        write_label_clip(root / "JPEGImages" / name, root / "Annotations" / name)
+    (tmp_path / place).parent.mkdir(parents=True)
+    (tmp_path / place).write_text("dog")
+    for split in ("", "val"):
+        assert [clip.name for clip in find_clips(tmp_path, split, None)] == ["dog"]
+
+
 def test_255_is_void_in_label_images_and_the_object_in_those_of_davis_2016(tmp_path):
     for index in range(3):
         write_image(tmp_path / f"JPEGImages/480p/dog/{index}.jpg")

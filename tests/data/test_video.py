@@ -204,6 +204,8 @@ def test_names_without_a_number_beside_numbers_are_an_error(tmp_path, other):
     [
         (["1.1.jpg", "1.12.jpg", "1.2.jpg"], "1.1.jpg has a number with a fraction"),
         (["a_0.jpg", "a_0_mask.png", "a_1.jpg"], "a_0_mask.png looks like a mask beside the frames"),
+        (["s_000.png", "s_000_L.png", "s_001.png"], "s_000.png, s_000_L.png have the same number; move what is no"),
+        (["0_color.jpg", "0_depth.png"], "0_color.jpg, 0_depth.png have the same number"),
     ],
 )
 def test_names_of_no_certain_order_or_of_masks_are_an_error(tmp_path, names, message):

@@ -146,6 +146,7 @@ def test_one_colour_and_an_empty_grid_give_a_list_and_one_pixel_an_error(generat
     ("settings", "message"),
     [
         ({"points_per_side": 0}, "points_per_side 0: no point is left in layer 0"),
+        ({"crop_n_layers": -1}, "crop_n_layers -1: give 0 for the image alone"),
         (
             {"points_per_side": 2, "crop_n_layers": 2, "crop_n_points_downscale_factor": 2},
             "left in layer 2",
