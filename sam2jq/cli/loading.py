@@ -1,6 +1,7 @@
 """Models, checkpoints and packages as several commands load them."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,22 +49,20 @@ def load_model(config: ModelConfig, cache: CacheConfig, image_size: int | None =
 
 def load_image_predictor(config: TrackConfig | EvaluateConfig) -> tuple[PromptedImage, bool]:
     """The predictor of a checkpoint or of a folder of ONNX files, and whether its weights are random."""
-    if is_onnx_folder(config.model.checkpoint):
-        predictor = OnnxImagePredictor(config.model.checkpoint, config.engine, **onnx_settings(config))
-        return predictor, predictor.random
-    model, checkpoint = load_model(config.model, config.cache)
-    params = materialize_weights(checkpoint.params)
-    return ImagePredictor(model, params, dtype=config.model.dtype), checkpoint.random
+    return _load_predictor(config, ImagePredictor, OnnxImagePredictor)
 
 
 def load_video_predictor(config: TrackConfig | EvaluateConfig) -> tuple[PromptedVideo, bool]:
     """As `load_image_predictor`, for clips."""
+    return _load_predictor(config, VideoPredictor, OnnxVideoPredictor)
+
+
+def _load_predictor(config: TrackConfig | EvaluateConfig, of_params: Callable, of_onnx: Callable):
     if is_onnx_folder(config.model.checkpoint):
-        predictor = OnnxVideoPredictor(config.model.checkpoint, config.engine, **onnx_settings(config))
+        predictor = of_onnx(config.model.checkpoint, config.engine, **onnx_settings(config))
         return predictor, predictor.random
     model, checkpoint = load_model(config.model, config.cache)
-    params = materialize_weights(checkpoint.params)
-    return VideoPredictor(model, params, dtype=config.model.dtype), checkpoint.random
+    return of_params(model, materialize_weights(checkpoint.params), dtype=config.model.dtype), checkpoint.random
 
 
 def onnx_settings(config: TrackConfig | EvaluateConfig) -> dict:

@@ -4,7 +4,6 @@ import argparse
 import logging
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 from sam2jq.api import replay_bits
@@ -15,7 +14,7 @@ from sam2jq.cli.run_folder import job_folder, job_path, stage
 from sam2jq.config import loader
 from sam2jq.config.run import Config
 from sam2jq.deploy import OnnxImagePredictor
-from sam2jq.deploy.engines import ENGINES
+from sam2jq.deploy.engines import installed_engines
 from sam2jq.errors import section
 from sam2jq.eval.fidelity import find_ground_truth, ground_truth_id, layer_errors, measure
 from sam2jq.models.sam2 import SAM2, TRUNK_LINEAR
@@ -151,5 +150,5 @@ def convert_onnx(config: Config, model: SAM2, random: bool, params: dict, folder
     (folder / "onnx").mkdir(exist_ok=True)
     with stage("onnx", "float32 and integer operators of ONNX"):
         save_onnx(folder / "onnx", model, params, {"model": loader.to_dict(config.model), "random_weights": random})
-    engines = [engine for engine in ENGINES if find_spec(engine)]
-    return {name: OnnxImagePredictor(folder / "onnx", name, dtype=config.model.dtype) for name in engines}
+    own = lambda engine: OnnxImagePredictor(folder / "onnx", engine, dtype=config.model.dtype)
+    return {engine: own(engine) for engine in installed_engines()}

@@ -42,11 +42,16 @@ def open_openvino(path: Path, dtype: str, cache: str | None) -> Run:
 ENGINES = {"openvino": open_openvino, "onnxruntime": open_onnxruntime}  # the first that is installed is "auto"
 
 
+def installed_engines() -> list[str]:
+    """The names in ENGINES that are installed."""
+    return [name for name in ENGINES if find_spec(name)]
+
+
 def choose_engine(engine: str) -> str:
     """The name in ENGINES that `engine` means. Raises UserError if it is unknown or not installed."""
     if engine != "auto" and engine not in ENGINES:
         raise UserError(f"engine {engine!r}: allowed are auto, {', '.join(ENGINES)}")
-    found = [name for name in ENGINES if find_spec(name) and engine in ("auto", name)]
+    found = [name for name in installed_engines() if engine in ("auto", name)]
     if not found:
         extras = " or ".join(f"pip install 'sam2jq[{name}]'" for name in ENGINES if engine in ("auto", name))
         raise UserError(f"ONNX files need {'an engine' if engine == 'auto' else engine}, which is missing: {extras}")

@@ -8,7 +8,7 @@ from sam2jq.deploy.engines import choose_engine, open_graph
 from sam2jq.deploy.folder import find_graph, read_description
 from sam2jq.deploy.image import decoder_inputs
 from sam2jq.models.variants import MEMORIES, NO_OBJECT
-from sam2jq.predictors.bank_arrays import EMPTY, FrameInfo, FrameOutput, MemoryBank
+from sam2jq.predictors.bank_arrays import EMPTY, FrameInfo, FrameOutput, MemoryBank, shift_bank
 from sam2jq.predictors.prompted_video import PromptedVideo
 from sam2jq.predictors.resizing import resize_maps
 from sam2jq.predictors.video_state import stack
@@ -97,7 +97,7 @@ class OnnxVideoPredictor(PromptedVideo):
             return self._memorize(features[-1], output, binarize=False)
 
         output = stack([track(i) for i in range(len(is_cond))])
-        return output, shift_bank(bank, output, ~is_cond)
+        return output, shift_bank(bank, output, ~is_cond, np.concatenate)
 
     def resize(self, maps: np.ndarray, size: tuple[int, int], *, antialias: bool = False) -> np.ndarray:
         return resize_maps(maps, size, antialias=antialias)
@@ -132,16 +132,6 @@ def attention_inputs(bank: MemoryBank, info: FrameInfo) -> dict[str, np.ndarray]
         "pointers": tokens,
         "pointer_times": times.repeat(len(tokens) // max(len(pointers), 1)).astype(np.float32),
     }
-
-
-def shift_bank(bank: MemoryBank, output: FrameOutput, valid: np.ndarray) -> MemoryBank:
-    """The bank one frame later, as `update_memory_bank` returns it."""
-    shift = lambda old, new: np.concatenate([new[:, None].astype(old.dtype), old[:, :-1]], axis=1)
-    return bank._replace(
-        non_cond_valid=shift(bank.non_cond_valid, valid),
-        non_cond_memory=shift(bank.non_cond_memory, output.memory),
-        non_cond_pointer=shift(bank.non_cond_pointer, output.pointer),
-    )
 
 
 def round_to_bfloat16(x: np.ndarray) -> np.ndarray:

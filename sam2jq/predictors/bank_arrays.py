@@ -1,5 +1,6 @@
 """The arrays of the video predictors, of jax or of numpy: letters as in memory_bank.py."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 Array = Any
@@ -37,3 +38,16 @@ class FrameInfo(NamedTuple):
     frame: Array
     direction: Array
     max_age: Array
+
+
+def shift_bank(bank: MemoryBank, output: FrameOutput, valid: Array, concatenate: Callable) -> MemoryBank:
+    """The bank one frame later: `output` [B] becomes the newest non-conditioning entry, empty where not `valid` [B].
+
+    concatenate: of the library that made the arrays, jax.numpy or numpy.
+    """
+    shift = lambda old, new: concatenate([new[:, None].astype(old.dtype), old[:, :-1]], axis=1)
+    return bank._replace(
+        non_cond_valid=shift(bank.non_cond_valid, valid),
+        non_cond_memory=shift(bank.non_cond_memory, output.memory),
+        non_cond_pointer=shift(bank.non_cond_pointer, output.pointer),
+    )

@@ -12,7 +12,7 @@ from sam2jq.models.decoder import Decoded
 from sam2jq.models.layers import resize
 from sam2jq.models.sam2 import SAM2, ObjectOutput
 from sam2jq.models.variants import MEMORIES
-from sam2jq.predictors.bank_arrays import EMPTY, FrameInfo, FrameOutput, MemoryBank
+from sam2jq.predictors.bank_arrays import EMPTY, FrameInfo, FrameOutput, MemoryBank, shift_bank
 
 Array = jax.Array
 
@@ -40,13 +40,8 @@ def condition_on_memory(sam: SAM2, coarse: Array, bank: MemoryBank, info: FrameI
 
 
 def update_memory_bank(bank: MemoryBank, output: FrameOutput, valid: Array) -> MemoryBank:
-    """The bank one frame later: `output` [B] becomes the newest non-conditioning entry, empty where not `valid` [B]."""
-    shift = lambda old, new: jnp.concatenate([new[:, None].astype(old.dtype), old[:, :-1]], axis=1)
-    return bank._replace(
-        non_cond_valid=shift(bank.non_cond_valid, valid),
-        non_cond_memory=shift(bank.non_cond_memory, output.memory),
-        non_cond_pointer=shift(bank.non_cond_pointer, output.pointer),
-    )
+    """`shift_bank` of jax arrays."""
+    return shift_bank(bank, output, valid, jnp.concatenate)
 
 
 def track_objects_in_frame(sam: SAM2, features: list[Array], conditioned: Array) -> tuple[FrameOutput, Decoded]:

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sam2jq.predictors.resizing import bilinear_weights
+
 Array = jax.Array
 STEP = 256  # pixels
 
@@ -29,19 +31,12 @@ class MaskStats(NamedTuple):
     stability: Array
 
 
-@lru_cache(maxsize=4)  # the masks of an image are enlarged one by one
 @lru_cache(maxsize=8)  # a predictor asks for the same one for every mask of an image
 def canvas_of(side: int, size: tuple[int, int]) -> Canvas:
     """The canvas of an image of `size` (H, W) for masks [side, side], as torch's `interpolate(align_corners=False)`."""
-    rows, columns = (interpolation(side, length) for length in size)
+    padded = lambda length: np.pad(bilinear_weights(side, length), ((0, -length % STEP), (0, 0)))
+    rows, columns = map(padded, size)
     return Canvas(jnp.asarray(rows), jnp.asarray(columns.T), size)
-
-
-def interpolation(side: int, length: int) -> np.ndarray:
-    """Weights float32 [L, side] of `side` values at each of `length` positions, L: rounded up to a multiple of STEP."""
-    at = np.clip((np.arange(length) + 0.5) * (side / length) - 0.5, 0, side - 1)
-    weights = np.maximum(1 - np.abs(at[:, None] - np.arange(side)), 0)
-    return np.pad(weights, ((0, -length % STEP), (0, 0))).astype(np.float32)
 
 
 @jax.jit
