@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass, replace
 from pathlib import Path
@@ -151,6 +152,7 @@ def save(path: str | Path, model: SAM2, params: dict, metadata: Mapping | None =
       weight error}; the model's name, version and image size are added, and whether the weights are random.
     Raises UserError if the params do not fit the model, the file name has another ending or the metadata is invalid.
     """
+    path = Path(home(os.fspath(path)))
     described = describe_model(model)
     check_params(path, model, params)
     about = {"versions": {"sam2jq": __version__}, "random_weights": is_untrained(params), **(metadata or {})}
@@ -159,7 +161,7 @@ def save(path: str | Path, model: SAM2, params: dict, metadata: Mapping | None =
     if not isinstance(given, Mapping):
         raise UserError(f"{path}: model in the metadata is a mapping such as {{'checkpoint': name}}, got {given!r}")
     about["model"] = dict(given) | described
-    match Path(path).suffix:
+    match path.suffix:
         case ".safetensors":
             write_package(path, pack_params(params, errors, about))
         case ".pt":

@@ -93,6 +93,14 @@ def test_a_saved_package_loads_to_the_same_model_and_params(tmp_path, demo, suff
     assert np.isnan(errors["mask_downsample"])
 
 
+def test_a_tilde_is_the_users_folder_in_the_names_of_packages(tmp_path, demo, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    sam2jq.save("~/a.safetensors", *demo)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+    assert sam2jq.load("~/a.safetensors")[0] == demo[0]
+
+
 def test_both_packages_hold_the_same(tmp_path, demo):
     for suffix in (".pt", ".safetensors"):
         sam2jq.save(
