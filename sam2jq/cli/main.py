@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import io
 import logging
 import re
 import sys
@@ -38,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     0: it ended well; 2: an error that the user can mend; 1: a fault of the program; both are printed in one line, and
     with -v the traceback before it. 130: interrupted. 141: nobody reads the output any more, which prints nothing.
     """
+    print_every_character()
     try:
         try:
             return run_command(sys.argv[1:] if argv is None else argv)
@@ -47,6 +49,12 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         discard_output()
         return CLOSED_PIPE
+
+
+def print_every_character() -> None:
+    """Makes stdout write escapes such as \\u5199 for characters that its encoding lacks, as stderr does."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def run_command(argv: list[str]) -> int:

@@ -1,5 +1,6 @@
 """The parser, the table of commands, and exit codes."""
 
+import io
 import logging
 import os
 import re
@@ -129,6 +130,15 @@ def test_a_closed_pipe_ends_a_command_that_logs_quietly(closed_pipe, monkeypatch
         monkeypatch.setattr(sys, "stdout", stdout)
         assert main(["inspect", "x"]) == CLOSED_PIPE
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_characters_that_the_output_cannot_hold_are_printed_as_escapes(monkeypatch, encoding):
+    output = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, "stdout", output)
+    monkeypatch.setattr(cli, "run_command", lambda argv: print(argv[0]) or 0)
+    assert main(["\u5199\udc80.png"]) == 0
+    assert output.buffer.getvalue() == b"\\u5199\\udc80.png\n"
 
 
 def test_an_interrupt_is_one_line_and_code_130(raises, capsys):
