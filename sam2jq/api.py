@@ -85,11 +85,12 @@ def quantize(
         transform = replay_bits(transform)
     clips = Clips(images, num_images, seed, model.variant.image_size)
     plain = jax.tree.map(lambda node: materialize(node) if is_dataclass(node) else node, params, is_leaf=is_dataclass)
-    if isinstance(transform, QuantConfig):
-        done = quantize_params(model, plain, transform, clips, seed=seed)
-    else:
-        done = transform_params(model, params, transform, clips)
-    figures = layer_errors(done.params_by_stage.get(FOLDED, plain), done.params, done.stats)
+    with jax.enable_x64(False):  # all algorithms compute in float32
+        if isinstance(transform, QuantConfig):
+            done = quantize_params(model, plain, transform, clips, seed=seed)
+        else:
+            done = transform_params(model, params, transform, clips)
+        figures = layer_errors(done.params_by_stage.get(FOLDED, plain), done.params, done.stats)
     return done.params, Report({layer: LayerError(**row) for layer, row in figures.items()})
 
 

@@ -184,7 +184,8 @@ def test_quantize_runs_a_transform_and_reports_every_layer(scene):
     model, params = sam2jq.load("demo", image_size=64)
     match = r"image_encoder\.trunk\.blocks\.0\..*"
     transform = sam2jq.gptq(W4, match=match)
-    small, report = sam2jq.quantize(model, params, transform, [scene])
+    with jax.enable_x64(True):  # as a program around it may have set; all is computed in float32
+        small, report = sam2jq.quantize(model, params, transform, [scene])
     by_name, _ = sam2jq.quantize(model, params, transform, "scenes:7", num_images=1)
     assert same(small, by_name)
     assert len(report.layers) == 4
@@ -193,6 +194,15 @@ def test_quantize_runs_a_transform_and_reports_every_layer(scene):
     nearest, nearest_report = sam2jq.quantize(model, params, sam2jq.rtn(W4, match=match))
     assert same(nearest, sam2jq.round_weights(params, dict.fromkeys(report.layers, W4)))
     assert nearest_report.relative_errors.keys() == report.relative_errors.keys()
+
+
+@pytest.mark.parametrize(("setting", "value"), [("dtype", "strict"), ("rank", "raise")])
+def test_settings_of_jax_that_refuse_the_model_are_named(setting, value):
+    with (
+        getattr(jax, f"numpy_{setting}_promotion")(value),
+        pytest.raises(sam2jq.UserError, match=f"^jax_numpy_{setting}_promotion is '{value}': sam2jq needs '"),
+    ):
+        sam2jq.build("nano")
 
 
 def test_a_layer_that_is_none_is_not_passed_over():

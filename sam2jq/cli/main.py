@@ -4,6 +4,7 @@ import argparse
 import importlib
 import io
 import logging
+import os
 import re
 import sys
 import traceback
@@ -28,6 +29,12 @@ COMMANDS = {
     "report": "write the report page of a finished run, or one that compares several runs",
     "sweep": "quantize with every combination of settings, and compare the runs",
     "inspect": "print the layers and sizes of a package",
+}
+# what jax's defaults are where a shell exports another value for other programs: with it this program's code is refused
+JAX_DEFAULTS = {
+    "JAX_ENABLE_X64": "0",
+    "JAX_NUMPY_DTYPE_PROMOTION": "standard",
+    "JAX_NUMPY_RANK_PROMOTION": "allow",
 }
 NEGATIVE = re.compile(r"-[\d.][-+\d.,eE]*")  # numbers separated by commas
 log = logging.getLogger("sam2jq")
@@ -60,6 +67,7 @@ def print_every_character() -> None:
 def run_command(argv: list[str]) -> int:
     """Runs one command; prints the error that ends it, except of a closed pipe, which is raised."""
     verbose = not {"-v", "--verbose"}.isdisjoint(argv)
+    os.environ.update({name: value for name, value in JAX_DEFAULTS.items() if name in os.environ})
     try:
         argv = [home(argument) for argument in argv]
         args, flags = command_parser(argv).parse_known_args(protect_numbers(argv))

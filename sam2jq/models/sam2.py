@@ -221,8 +221,10 @@ def trunk_of(v: Variant, **settings) -> Hiera:
 def build(name: str, version: str = "2.1", image_size: int | None = None) -> SAM2:
     """The model of a size in VARIANTS; image_size: pixels, a multiple of 32, None for the size's own.
 
-    Raises UserError if the name or the version is unknown, or the image size is not a multiple of 32.
+    Raises UserError if the name or the version is unknown, or the image size is not a multiple of 32, and for settings
+    of jax under which the model cannot be computed.
     """
+    check_jax_settings()
     size = VARIANTS[variant_name(name)]
     if version not in VERSIONS:
         raise UserError(f"unknown version {version!r}; allowed: {', '.join(VERSIONS)}")
@@ -230,6 +232,15 @@ def build(name: str, version: str = "2.1", image_size: int | None = None) -> SAM
     if not isinstance(variant.image_size, int) or variant.image_size < 32 or variant.image_size % 32:
         raise UserError(f"image_size must be a multiple of 32 pixels, got {image_size!r}")
     return SAM2(variant, version)
+
+
+def check_jax_settings() -> None:
+    """Raises UserError if jax refuses sums of different dtypes or numbers of axes, which the model makes."""
+    for name, refused, needed in (("dtype", "strict", "standard"), ("rank", "raise", "allow")):
+        setting = f"numpy_{name}_promotion"
+        if getattr(jax.config, f"jax_{setting}") == refused:
+            raise UserError(f"jax_{setting} is {refused!r}: sam2jq needs {needed!r}; call it inside of "
+                            f"`with jax.{setting}({needed!r}):`")  # fmt: skip
 
 
 def is_image_only(params: dict) -> bool:

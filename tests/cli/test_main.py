@@ -107,10 +107,20 @@ def test_numbers_may_begin_with_a_minus(monkeypatch, name):
     assert getattr(joined, flag) == (expected[:1] if flag == "points" else expected)
 
 
+def test_settings_of_jax_for_other_programs_do_not_count(raises, monkeypatch, capsys):
+    raises(UserError("wrong"))
+    monkeypatch.setenv("JAX_NUMPY_DTYPE_PROMOTION", "strict")
+    monkeypatch.setenv("JAX_ENABLE_X64", "1")
+    monkeypatch.delenv("JAX_NUMPY_RANK_PROMOTION", raising=False)
+    failure(capsys, "inspect", "x")
+    assert (os.environ["JAX_NUMPY_DTYPE_PROMOTION"], os.environ["JAX_ENABLE_X64"]) == ("standard", "0")
+    assert "JAX_NUMPY_RANK_PROMOTION" not in os.environ
+
+
 ENVIRONMENTS = {
     "JAX_PLATFORMS=cuda": "jax cannot start with JAX_PLATFORMS=cuda",
     "JAX_PLATFORMS=nonsense": "jax cannot start with JAX_PLATFORMS=nonsense",
-    "JAX_ENABLE_X64=maybe": "jax cannot be imported: invalid truth value 'maybe'",
+    "JAX_DEBUG_NANS=maybe": "jax cannot be imported: invalid truth value 'maybe'",
 }
 
 
