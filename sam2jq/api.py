@@ -79,6 +79,7 @@ def quantize(
     from sam2jq.ptq.pipeline import FOLDED, quantize_params, transform_params
     from sam2jq.quant.transform import check_transform
 
+    check_params("quantize", model, params)
     if not isinstance(transform, QuantConfig):
         check_transform(transform)
     else:
@@ -118,7 +119,9 @@ class Clips:
 
 def check_pixels(image: np.ndarray) -> np.ndarray:
     """`image` as it is. Raises UserError unless it is uint8 [H, W, 3]."""
-    image = np.asarray(image)
+    from sam2jq.data.images import as_numpy
+
+    image = as_numpy(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
         raise UserError(f"images are uint8 [H, W, 3] arrays or file names, got {image.dtype} {list(image.shape)}")
     return image

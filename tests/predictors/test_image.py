@@ -1,6 +1,7 @@
 import jax
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from converters.exports.vanilla import define_torchvision_operators
@@ -10,6 +11,7 @@ from sam2jq.errors import UserError
 from sam2jq.models.decoder import Decoded
 from sam2jq.models.sam2 import abstract_params
 from sam2jq.predictors import image as image_module
+from sam2jq.tree import flatten, unflatten
 from tests.conftest import nhwc, relative, twin
 
 
@@ -44,6 +46,9 @@ PROMPTS["points and mask"] = POINT | PROMPTS["mask"]
 PROMPTS["no points"] = {"point_coords": np.zeros((0, 2)), "point_labels": np.zeros(0, int)}
 PROMPTS["nothing"] = {}
 PROMPTS["no points beside a box"] = PROMPTS["no points"] | PROMPTS["box"]
+PROMPTS["boxes as corners"] = {"box": PROMPTS["boxes"]["box"].reshape(3, 2, 2)}
+PROMPTS["numbers of boxes in a row"] = {"box": PROMPTS["boxes"]["box"].ravel()}
+PROMPTS["a box with two more axes"] = {"box": PROMPTS["box"]["box"].reshape(1, 1, 4)}
 PROMPTS["a box as points"] = {"point_coords": np.array([[20, 30], [200, 250]]), "point_labels": [2, 3]}
 
 
@@ -160,6 +165,8 @@ def test_logits_of_any_sign_are_no_mask(predictors):
         ({"mask_input": np.zeros((1, 8, 8))}, r"mask_input \[1, 8, 8\] must be \[1, 64, 64\]"),
         ({"box": np.zeros((3, 4)), **POINT}, "the same number of prompts"),
         ({"box": [1, 2, 3]}, r"box \[3\] must be \[4\] or \[P, 4\]"),
+        ({"box": np.zeros((4, 2))}, r"box \[4, 2\] must be \[4\] or \[P, 4\]"),
+        ({"point_coords": [[[1, 2]]] * 2, "point_labels": [1, 0]}, r"\[2, 1, 2\] and point_labels \[2\] must be"),
         ({"point_coords": [[np.nan, 1]], "point_labels": [1]}, "point_coords holds NaN or infinite values"),
         ({"point_coords": [[1e39, 1]], "point_labels": [1]}, "point_coords holds NaN or infinite values"),
         ({"point_coords": [[None, 1]], "point_labels": [1]}, "point_coords holds NaN or infinite values"),
@@ -175,6 +182,17 @@ def test_logits_of_any_sign_are_no_mask(predictors):
 def test_a_wrong_prompt_is_named(predictors, prompt, message):
     with pytest.raises(UserError, match=message):
         predictors[1].predict(**prompt)
+
+
+def test_tensors_of_bfloat16_are_taken(predictors):
+    tensor = lambda values: torch.tensor(values, dtype=torch.bfloat16)
+    given = PROMPTS["points and mask"]
+    given = given | {"mask_input": np.asarray(tensor(given["mask_input"]).float())}
+    expected = predictors[1].predict(**given | {"point_coords": [[100, 200], [30.5, 40]]})
+    got = predictors[1].predict(**{name: tensor(values) for name, values in given.items()})
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    with pytest.raises(UserError, match=r"an image must be uint8 \[H, W, 3\], got float32"):
+        ImagePredictor(predictors[1].model, predictors[1].params).set_image(torch.zeros(9, 9, 3, dtype=torch.bfloat16))
 
 
 def test_an_image_that_is_refused_leaves_none(predictors):
@@ -274,6 +292,14 @@ def test_batches_that_do_not_fit_are_an_error(predictors):
         ours.predict_batch(box_batch=[np.array([0, 0, 5, 5])])
     with pytest.raises(RuntimeError, match="a batch of images is set: call predict_batch, or call set_image"):
         ours.predict(**POINT)
+
+
+@pytest.mark.parametrize("of_leaf", [torch.tensor, np.int32, np.complex64, list])
+def test_params_that_are_no_arrays_of_floats_are_an_error(of_leaf):
+    model = build("nano", image_size=64)
+    params = flatten(abstract_params(model)) | {"no_mem_embed": of_leaf([0])}
+    with pytest.raises(UserError, match=r"params must be arrays of floats, .* or weight leaves: no_mem_embed \("):
+        ImagePredictor(model, unflatten(params))
 
 
 @pytest.mark.parametrize("predictor", [AutomaticMaskGenerator, ImagePredictor, VideoPredictor])
