@@ -173,6 +173,7 @@ def read_torch(path: Path, part: str | None = None) -> Weights:
         import torch
 
         from converters.exports.package import is_package, open_package
+        from converters.inert import Inert, class_name
         from converters.torch_files import load_torch
     except ModuleNotFoundError as error:
         if error.name != "torch":
@@ -182,11 +183,13 @@ def read_torch(path: Path, part: str | None = None) -> Weights:
     if is_package(content):
         package = open_package(content, path)
         return _of_package(package, {key: array(x) for key, x in package.tensors.items()})
-    if not isinstance(content, dict):
-        content = {}
+    entries = content if isinstance(content, dict) else {"": content}
+    content = content if isinstance(content, dict) else {}
     tensors = select(content, part, path, lambda x: torch.is_tensor(x) and x.layout is torch.strided)
     if not tensors:
-        raise UserError(f"{path} holds no state dict: a SAM 2 checkpoint is {{'model': {{name: tensor}}}}")
+        objects = few((f"{key} {class_name(x)}".strip() for key, x in entries.items() if isinstance(x, Inert)), 3)
+        what = f"{path} holds no state dict{objects and ' but ' + objects}"
+        raise UserError(f"{what}: a SAM 2 checkpoint is {{'model': model.state_dict()}}, written by torch.save")
     try:
         arrays = {key: array(x) for key, x in tensors.items()}
     except (TypeError, RuntimeError) as error:  # quantized tensors of torch, and dtypes that numpy has no equivalent of
