@@ -145,6 +145,13 @@ def test_what_fits_no_size_says_what_to_give(tmp_path):
         sam2jq.load(tmp_path / "c.safetensors", name="nano")
 
 
+def test_a_version_that_does_not_fit_is_named_with_the_one_that_does(tmp_path, demo):
+    save_checkpoint(tmp_path / "c.safetensors", sam2jq.load("demo")[1])
+    for name in (None, "nano"):
+        with pytest.raises(sam2jq.UserError, match="the model; it is nano 2.1: give --model.name nano --model.v"):
+            sam2jq.load(tmp_path / "c.safetensors", name=name, version="2.0")
+
+
 def test_a_name_that_contradicts_the_package_is_an_error(tmp_path, demo):
     sam2jq.save(tmp_path / "p.safetensors", *demo)
     with pytest.raises(

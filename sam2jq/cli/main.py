@@ -36,7 +36,7 @@ JAX_DEFAULTS = {
     "JAX_NUMPY_DTYPE_PROMOTION": "standard",
     "JAX_NUMPY_RANK_PROMOTION": "allow",
 }
-NEGATIVE = re.compile(r"-[\d.][-+\d.,eE]*")  # numbers separated by commas
+NEGATIVE = re.compile(r"-(?:[\d.]|inf|nan)[-+\d.,a-zE]*", re.IGNORECASE)  # numbers separated by commas
 log = logging.getLogger("sam2jq")
 
 

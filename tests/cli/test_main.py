@@ -79,6 +79,9 @@ def test_no_memory_is_an_error_of_the_user(raises, capsys, error):
         (["segment", "x", "--points", "1,nan"], "'1,nan' is not 2 finite numbers"),
         (["segment", "x", "--points", "1,left"], "'1,left' is not 2 finite numbers"),
         (["segment", "x", "--points", "-1e999,1"], "is not 2 finite numbers"),
+        (["segment", "x", "--points", "-inf,3"], "argument --points: '-inf,3' is not 2 finite numbers"),
+        (["segment", "x", "--points", "-NaN,3"], "argument --points: '-NaN,3' is not 2 finite numbers"),
+        (["segment", "x", "--mask", "y.png"], "--mask: a mask prompts an object of a clip, for sam2jq track; give"),
         (["segment", "x", "--points", "1,1", "--labels", "5"], "--labels 5: allowed are -1, 0, 1, 2, 3"),
     ],
 )
