@@ -61,8 +61,16 @@ def _load_predictor(config: TrackConfig | EvaluateConfig, of_params: Callable, o
     if is_onnx_folder(config.model.checkpoint):
         predictor = of_onnx(config.model.checkpoint, config.engine, **onnx_settings(config))
         return predictor, predictor.random
+    refuse_engine(config)
     model, checkpoint = load_model(config.model, config.cache)
     return of_params(model, materialize_weights(checkpoint.params), dtype=config.model.dtype), checkpoint.random
+
+
+def refuse_engine(config: TrackConfig | EvaluateConfig) -> None:
+    """Raises UserError if an engine of ONNX files is set for a checkpoint, which jax runs."""
+    if config.engine != "auto":
+        raise UserError(f"engine {config.engine}: it runs a folder of ONNX files, and {config.model.checkpoint} is none: "
+                        "leave the engine out, or give what sam2jq export --to onnx wrote")  # fmt: skip
 
 
 def onnx_settings(config: TrackConfig | EvaluateConfig) -> dict:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import numpy as np
 
-from sam2jq.cli.loading import load_image_predictor, load_model
+from sam2jq.cli.loading import load_image_predictor, load_model, refuse_engine
 from sam2jq.cli.mask_files import add_mask_files, check_mask_files, labels_of, mask_facts, write_image_masks
 from sam2jq.cli.prompts import Prompt, add_prompts, check_inside, has_prompt_flags, prompts_of
 from sam2jq.cli.run_folder import stage
@@ -51,6 +51,7 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
         predictor, random = load_image_predictor(config)
         records = segment_prompted(predictor, image, prompts, multimask=args.multimask)
     else:
+        refuse_engine(config)
         model, checkpoint = load_model(config.model, config.cache)
         params, random = materialize_weights(checkpoint.params), checkpoint.random
         generator = AutomaticMaskGenerator(model, params, **asdict(config.everything), dtype=config.model.dtype)
