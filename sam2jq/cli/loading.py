@@ -69,8 +69,8 @@ def _load_predictor(config: TrackConfig | EvaluateConfig, of_params: Callable, o
 def refuse_engine(config: TrackConfig | EvaluateConfig) -> None:
     """Raises UserError if an engine of ONNX files is set for a checkpoint, which jax runs."""
     if config.engine != "auto":
-        raise UserError(f"engine {config.engine}: it runs a folder of ONNX files, and {config.model.checkpoint} is none: "
-                        "leave the engine out, or give what sam2jq export --to onnx wrote")  # fmt: skip
+        raise UserError(f"engine {config.engine}: it runs folders of ONNX files, and {config.model.checkpoint} is "
+                        "none: leave it out, or give what sam2jq export --to onnx wrote")  # fmt: skip
 
 
 def onnx_settings(config: TrackConfig | EvaluateConfig) -> dict:

@@ -39,9 +39,9 @@ def test_segment_takes_a_package_and_says_what_it_lacks(job, tmp_path, capsys):
         (["--points", "5,10", "--out", "a.png", "--out", "b.png"], "given twice"),
         (
             ["--points", "5,10", "--engine", "openvino"],
-            "engine openvino: it runs a folder of ONNX files, and demo is no",
+            "engine openvino: it runs folders of ONNX files, and demo is no",
         ),
-        (["--everything", "--engine", "onnxruntime"], "engine onnxruntime: it runs a folder of ONNX files"),
+        (["--everything", "--engine", "onnxruntime"], "engine onnxruntime: it runs folders of ONNX files"),
         (["--points", "5,300"], "--points 5,300 lies outside of the picture, 256 x 256 pixels"),
         (["--points", "-5,30"], "--points -5,30 lies outside"),
         (["--box", "300,30,310,35"], "--box 300,30,310,35 lies outside"),
