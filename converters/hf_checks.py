@@ -157,7 +157,7 @@ def differences(config: dict, model: SAM2, video: bool) -> Iterator[str]:
     for key, default in defaults.items():
         if given.get(key) is not None:
             if not equal(given[key], own[key]):
-                yield f"{key} is {given[key]}, and this program computes with {own[key]}"
+                yield f"{key} is {given[key]!r}, and this program computes with {own[key]}"
         elif "model_type" in config and not equal(default, own[key]):
             yield f"{key} is missing, which means {default}, and this program computes with {own[key]}"
 

@@ -264,8 +264,8 @@ def test_a_setting_with_which_another_model_is_computed_is_an_error(folder, path
     for section in sections:
         node = node.setdefault(section, {})
     node[key] = value
-    shown = "missing" if value is None else value
-    with pytest.raises(UserError, match=rf"config\.json: {re.escape(path)} is {re.escape(str(shown))}, "):
+    shown = "missing" if value is None else repr(value)
+    with pytest.raises(UserError, match=rf"config\.json: {re.escape(path)} is {re.escape(shown)}, "):
         check_config(files, model, video=True)
 
 
