@@ -123,7 +123,7 @@ def davis_labeled_clips(spec: str, split: str, count: int | None) -> list[Labele
     """The videos of a split of a DAVIS, MOSE or YouTube-VOS folder with the masks of their objects."""
 
     def masks(video: LabeledVideo, bad: Callable | None = None) -> dict[str, dict[int, np.ndarray]]:
-        return label_masks(video.labels, open_video(video.frames).size)
+        return label_masks(video, open_video(video.frames).size, bad)
 
     videos = label_videos(spec, split)[:count]
     for video in videos:

@@ -6,20 +6,23 @@ import numpy as np
 from PIL import Image
 
 from sam2jq.data.images import check_size, open_image
-from sam2jq.errors import UserError
+from sam2jq.errors import UserError, few
 
-LOSSY = {"JPEG", "MPO"}  # formats of PIL in which a mask comes back with other values, each of which is an object
+LOSSY = {"JPEG", "MPO", "JPEG2000"}  # formats of PIL in which a mask may come back with other values
+LOSSY_TIFF = {"jpeg", "tiff_jpeg", "webp"}  # PIL's names of such compressions in a TIFF
+SOFT = 3  # labels along edges that a soft label image has at least; a real object may be one pixel wide
 VOID = 255  # of label images: pixels of no object
 
 
 def read_labels(path: str, size: tuple[int, int] | None = None) -> np.ndarray:
     """int [H, W], the values of a mask file: palette indices, grey values, or False and True.
 
-    Raises UserError for a JPEG, and unless it has one channel of integers, none negative, and the `size` (H, W).
+    Raises UserError for a lossy format, and unless it has one channel of integers, none negative, and `size` (H, W).
     """
     with open_image(path) as image:
-        if image.format in LOSSY:
-            raise UserError(f"{path}: {image.format} changes the values of a mask's pixels; save the mask as png again")
+        if image.format in LOSSY or image.info.get("compression") in LOSSY_TIFF:
+            name = "JPEG in a TIFF" if image.format == "TIFF" else image.format
+            raise UserError(f"{path}: {name} changes the values of a mask's pixels; save the mask as png again")
         labels = np.array(image)
         if image.mode == "P" and is_inverted(image, labels):
             raise UserError(
@@ -33,6 +36,27 @@ def read_labels(path: str, size: tuple[int, int] | None = None) -> np.ndarray:
     if size is not None:
         check_size(path, labels.shape, size, "its frame has")
     return labels.astype(np.int64)
+
+
+def regions_of(labels: np.ndarray) -> list[int]:
+    """The values above 0 in labels [H, W] that fill a square of 2 x 2 pixels somewhere.
+
+    Values between two others along an edge, where interpolation or JPEG made them, do not.
+    """
+    corner, right, below, across = labels[:-1, :-1], labels[:-1, 1:], labels[1:, :-1], labels[1:, 1:]
+    filled = np.unique(corner[(corner == right) & (corner == below) & (corner == across)])
+    return filled[filled > 0].tolist()
+
+
+def check_sharp(path: str, labels: np.ndarray) -> None:
+    """Raises UserError if most of the labels in a label image [H, W] are values along the edges of a region."""
+    values, regions = np.unique(labels[labels > 0]).tolist(), regions_of(labels)
+    edges = len(values) - len(regions)
+    if regions and edges >= SOFT and edges > len(regions):
+        raise UserError(
+            f"{path}: most of its {len(values)} values, {few(values, 5)}, are no objects but soft edges, as "
+            "interpolation or JPEG makes them; resize the original by nearest neighbor, or save a single mask as 0 and 1"
+        )
 
 
 def is_inverted(image: Image.Image, labels: np.ndarray) -> bool:

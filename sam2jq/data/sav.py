@@ -14,7 +14,7 @@ import numpy as np
 from sam2jq.data.folders import SAV_FRAMES, clip_folders, listed, subfolders
 from sam2jq.data.images import open_image
 from sam2jq.data.listed import check_file_name, read_names
-from sam2jq.data.masks import read_labels, write_labels
+from sam2jq.data.masks import read_labels, regions_of, write_labels
 from sam2jq.data.video import find_frames
 from sam2jq.errors import UserError, few
 
@@ -128,18 +128,21 @@ def read_mask(path: str, size: tuple[int, int] | None = None) -> np.ndarray:
 def annotated_mask(path: str, size: tuple[int, int] | None = None) -> np.ndarray:
     """bool [H, W], true where the file of one object's mask is not 0, as in SAM 2; empty where the object is absent.
 
-    Raises UserError as `read_labels` does, for a palette image of several objects, and for several values without 0.
+    A soft mask is true where it is not 0, too. Raises UserError as `read_labels` does, for a label image of several
+    objects, and for several values without 0.
     """
     labels = read_labels(path, size)
     values = np.unique(labels).tolist()
-    with open_image(path) as image:
-        objects = [value for value in values if value > 0] if image.mode == "P" else []
-    if len(objects) > 1:
-        shown = ", ".join(map(str, objects[:5]))
-        raise UserError(f"{path}: holds {len(objects)} objects, {shown}; a mask file in SA-V's layout holds one")
     if len(values) > 1 and 0 not in values:
         shown = few(values, 5)
         raise UserError(f"{path}: holds the values {shown}, and no 0; a mask must be 0 where the object is not")
+    with open_image(path) as image:
+        objects = [value for value in values if value > 0] if image.mode == "P" else regions_of(labels)
+    if len(objects) > 1:
+        raise UserError(
+            f"{path}: holds {len(objects)} objects, {few(objects, 5)}; a mask file in SA-V's layout holds one: save "
+            "the one that is meant, as 0 and 1"
+        )
     return labels != 0
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam2jq.data.masks import read_labels
+from sam2jq.data.masks import check_sharp, read_labels
 from sam2jq.data.sav import annotated_mask, object_masks, read_mask, vos_videos, write_mask
 from sam2jq.data.video import find_frames
 from sam2jq.errors import UserError
@@ -216,12 +216,63 @@ def test_a_mask_whose_palette_is_inverted_is_an_error(tmp_path):
     np.testing.assert_array_equal(read_mask(str(tmp_path / "ours.png")), mask)
 
 
-def test_a_mask_saved_as_jpeg_is_refused_whatever_its_name(tmp_path):
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"format": "JPEG"}, "JPEG"),
+        ({"format": "JPEG2000", "irreversible": True, "quality_layers": [20]}, "JPEG2000"),
+        ({"format": "TIFF", "compression": "jpeg"}, "JPEG in a TIFF"),
+    ],
+)
+def test_a_mask_in_a_lossy_format_is_refused_whatever_its_name(tmp_path, options, name):
     mask = np.zeros((32, 32), np.uint8)
     mask[8:20, 8:20] = 255
-    Image.fromarray(mask).save(tmp_path / "mask.png", format="JPEG")
-    with pytest.raises(UserError, match="JPEG changes the values"):
+    Image.fromarray(mask).save(tmp_path / "mask.png", **options)
+    with pytest.raises(UserError, match=f"mask.png: {name} changes the values"):
         read_labels(str(tmp_path / "mask.png"))
+
+
+def test_a_mask_in_a_lossless_tiff_is_read(tmp_path):
+    Image.fromarray(np.eye(*SIZE, dtype=np.uint8)).save(tmp_path / "mask.tif", compression="tiff_lzw")
+    np.testing.assert_array_equal(read_labels(str(tmp_path / "mask.tif")), np.eye(*SIZE))
+
+
+def disc_mask(scale: float = 1, resample=Image.Resampling.BILINEAR) -> np.ndarray:
+    """uint8, 255 in a disc, resized."""
+    y, x = np.mgrid[:64, :64]
+    disc = Image.fromarray(np.where((x - 30) ** 2 + (y - 33) ** 2 < 400, 255, 0).astype(np.uint8))
+    return np.array(disc.resize((round(64 * scale),) * 2, resample))
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.7, 3])
+@pytest.mark.parametrize("resample", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC])
+def test_a_soft_label_image_is_refused_and_a_soft_mask_is_the_object_where_it_is_not_0(tmp_path, scale, resample):
+    soft, path = disc_mask(scale, resample), str(tmp_path / "soft.png")
+    Image.fromarray(soft).save(path)
+    with pytest.raises(
+        UserError, match=r"soft.png: most of its \d+ values, .* are no objects but soft edges.*; resize the"
+    ):
+        check_sharp(path, read_labels(path))
+    np.testing.assert_array_equal(read_mask(path), soft > 0)
+    check_sharp(path, disc_mask(scale, Image.Resampling.NEAREST))
+
+
+def test_a_label_image_with_thin_objects_is_sharp():
+    labels = np.zeros((20, 30), np.int64)
+    for label in range(1, 6):
+        labels[3 * label, 2:9] = labels[3 * label, 12:14] = labels[3 * label + 1, 12:14] = label
+    check_sharp("thin.png", labels)
+    labels[17] = 6
+    labels[:, 29] = 7
+    check_sharp("thin.png", labels)
+
+
+def test_grey_labels_of_several_objects_are_no_mask_of_one(tmp_path):
+    labels, path = np.zeros(SIZE, np.uint8), str(tmp_path / "0.png")
+    labels[:2, :3], labels[3:, :3], labels[2:4, 6:] = 1, 2, 255
+    Image.fromarray(labels).save(path)
+    with pytest.raises(UserError, match="0.png: holds 3 objects, 1, 2, 255; .* holds one: save the one that is meant"):
+        read_mask(path)
 
 
 def test_a_mask_to_track_holds_an_object_and_one_of_the_data_may_be_empty(tmp_path):
