@@ -55,7 +55,7 @@ def check_sharp(path: str, labels: np.ndarray) -> None:
     if regions and edges >= SOFT and edges > len(regions):
         raise UserError(
             f"{path}: most of its {len(values)} values, {few(values, 5)}, are no objects but soft edges, as "
-            "interpolation or JPEG makes them; resize the original by nearest neighbor, or save a single mask as 0 and 1"
+            "interpolation or JPEG makes them; resize the original by nearest neighbor, or save one mask as 0 and 1"
         )
 
 

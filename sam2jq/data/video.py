@@ -6,11 +6,12 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
-from sam2jq.data.containers import check_frame, check_whole, errors_named, open_container
+from sam2jq.data.containers import check_frame, check_whole, errors_named, main_stream, open_container
 from sam2jq.data.folders import SUFFIXES, is_image, listed
 from sam2jq.data.images import image_size, read_image
 from sam2jq.errors import UserError, few
@@ -95,10 +96,19 @@ def find_frames(path: str) -> list[str]:
 def check_names(path: str, names: list[str]) -> None:
     """Raises UserError if the names of frames without a whole number have no certain order, or are not all of frames.
 
-    Natural order takes 1.12 for later than 1.2, and a mask or a depth map beside its frame for the next frame.
+    Natural order takes 1.12 for later than 1.2, t-1 for later than t0, and a mask or a depth map beside its frame for
+    the next frame.
     """
-    if fractions := [name for name in names if re.fullmatch(r"\d+\.\d+", Path(name).stem)]:
-        raise UserError(f"{path}: {fractions[0]} has a number with a fraction; number the frames 0, 1, 2, ...")
+    way_out = "number the frames 0, 1, 2, ..."
+    fraction, by_name = r"(\d+(?:\.\d+)?)", lambda name: natural_order(Path(name))
+    if sorted(names, key=by_name) != sorted(names, key=lambda name: natural_order(Path(name), fraction)):
+        name = next(name for name in names if re.search(r"\d\.\d", name))
+        raise UserError(f"{path}: {name} has a number with a fraction; {way_out}")
+    texts = {name: re.sub(r"\d+", "0", Path(name).stem) for name in names}
+    for name, text in texts.items():
+        unsigned = [text[: sign.start()] + text[sign.end() :] for sign in re.finditer(r"[-+](?=0)", text)]
+        if not set(unsigned).isdisjoint(texts.values()):
+            raise UserError(f"{path}: {name} has a sign where other names have none; {way_out}")
     masks = [name for name in names if "mask" in Path(name).stem.lower()]
     if 0 < len(masks) < len(names):
         raise UserError(f"{path}: {few(masks, 3)} looks like a mask beside the frames; move masks to another folder")
@@ -120,10 +130,10 @@ def frame_number(file: Path) -> int | None:
         return None
 
 
-def natural_order(file: Path) -> tuple:
-    """A sort key under which whole numbers in a name compare as numbers."""
-    texts_and_numbers = re.split(r"(\d+)", file.stem)
-    return [int(part) if part.isdecimal() else part for part in texts_and_numbers], file.name
+def natural_order(file: Path, number: str = r"(\d+)") -> tuple:
+    """A sort key under which numbers in a name compare as numbers; number: the pattern of one, as a group."""
+    texts_and_numbers = re.split(number, file.stem)
+    return [part if i % 2 == 0 else Fraction(part) for i, part in enumerate(texts_and_numbers)], file.name
 
 
 def open_folder(path: str) -> Video:
@@ -154,12 +164,12 @@ def open_file(path: str) -> Video:
 
 
 def decode(path: str) -> Iterator:
-    """Yields the `av.VideoFrame`s of a file's first video stream in display order.
+    """Yields the `av.VideoFrame`s of a file's `main_stream` in display order.
 
     Raises UserError if PyAV is not installed, the file is not readable, or a frame is damaged.
     """
     with open_container(path) as container:
-        for index, frame in enumerate(container.decode(video=0)):
+        for index, frame in enumerate(container.decode(main_stream(container))):
             check_frame(frame, path, index)
             display_axes(frame, path)
             yield frame

@@ -249,9 +249,7 @@ def disc_mask(scale: float = 1, resample=Image.Resampling.BILINEAR) -> np.ndarra
 def test_a_soft_label_image_is_refused_and_a_soft_mask_is_the_object_where_it_is_not_0(tmp_path, scale, resample):
     soft, path = disc_mask(scale, resample), str(tmp_path / "soft.png")
     Image.fromarray(soft).save(path)
-    with pytest.raises(
-        UserError, match=r"soft.png: most of its \d+ values, .* are no objects but soft edges.*; resize the"
-    ):
+    with pytest.raises(UserError, match=r"soft.png: most of its .* are no objects but soft edges.*; resize the"):
         check_sharp(path, read_labels(path))
     np.testing.assert_array_equal(read_mask(path), soft > 0)
     check_sharp(path, disc_mask(scale, Image.Resampling.NEAREST))
