@@ -1,7 +1,8 @@
 """Folders of images: which files and folders in them count, and what lies below them."""
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from sam2jq.errors import UserError
@@ -9,6 +10,12 @@ from sam2jq.errors import UserError
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 # what file managers, archives and disks leave behind, in lower case
 FOREIGN = ("__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information", "lost+found")
+# beginnings of the names of folders that hold masks and never photographs, in lower case
+SKIPPED = ("annotations", "segmentationclass", "segmentationobject")
+# words of a name that says "masks", but may mean photographs, such as those of people with a mask
+MASK_WORDS = {"mask", "label", "gt", "groundtruth", "gtfine", "gtcoarse", "trimap", "seg", "segmentation", "annotation"}
+MASK_WORDS |= {f"{word}s" for word in MASK_WORDS}
+MASK_NAME = re.compile(rf"(.+?)[ _.-]+(?:{'|'.join(sorted(MASK_WORDS))})[ _.-]*\d*", re.IGNORECASE)  # cat_mask_1
 SAV_FRAMES = "JPEGImages_24fps"
 SAV_SPLITS = ("sav_train", "sav_val", "sav_test")
 
@@ -49,10 +56,10 @@ def entries(folder: Path) -> list[os.DirEntry]:
     return found
 
 
-def walk(root: Path, skipped: str | None = None, *, aliases: bool = False) -> Iterator[list[Path]]:
+def walk(root: Path, skipped: tuple[str, ...] = (), *, aliases: bool = False) -> Iterator[list[Path]]:
     """Yields the files in `root` and in every folder below it, without hidden ones.
 
-    skipped: the beginning of the lower-case names of folders that are left out. Links to folders are followed, but not
+    skipped: beginnings of the lower-case names of folders that are left out. Links to folders are followed, but not
     to a folder that holds them. A folder with several names is visited by one of them, not by that of a link if it has
     another; aliases: by all of them.
     """
@@ -65,18 +72,45 @@ def walk(root: Path, skipped: str | None = None, *, aliases: bool = False) -> It
         visited.add(identity)
         content = entries(folder)
         for entry in content:
-            if entry.is_dir() and not (skipped and entry.name.lower().startswith(skipped)):
+            if entry.is_dir() and not entry.name.lower().startswith(skipped):
                 (links if entry.is_symlink() else folders).append((Path(entry), holders | {identity}))
         yield [Path(entry) for entry in content if not entry.is_dir()]
 
 
 def images_below(root: Path, *, aliases: bool = False) -> list[Path]:
-    """All images below `root`, sorted, without hidden files and sub folders called annotations*, which hold masks.
+    """All images below `root`, sorted, without hidden files and sub folders with names in SKIPPED, which hold masks.
 
     aliases: also the other names that images have by links to folders.
     """
-    files = (path for content in walk(root, "annotations", aliases=aliases) for path in content)
+    files = (path for content in walk(root, SKIPPED, aliases=aliases) for path in content)
     return sorted(path for path in files if is_image(path.name))
+
+
+def is_mask_name(name: str) -> bool:
+    """Whether the name of a folder, or of a file without its ending, begins or ends with a word for masks."""
+    words = re.findall("[a-z]+", name.lower()) or [""]
+    return name.lower().startswith(SKIPPED) or not MASK_WORDS.isdisjoint((words[0], words[-1], "".join(words)))
+
+
+def check_no_masks(root: Path, images: Iterable[Path]) -> None:
+    """Raises UserError if some of the images below `root` seem to be masks of others: they lie in a folder such as
+    masks, beside other folders, or are called as another image in their folder and _mask."""
+    paths = [path.relative_to(root) for path in images]
+    masks = [path for path in paths if any(map(is_mask_name, path.parts[:-1]))]
+    if 0 < len(masks) < len(paths):
+        folder = next(part for part in masks[0].parents if is_mask_name(part.name))
+        raise UserError(
+            f"{root / folder}: holds masks by its name, and there are images elsewhere, such as "
+            f"{min(set(paths) - set(masks))}; give the folder of the images alone, or rename it if it holds images"
+        )
+    names = {path.with_suffix("") for path in paths}
+    for path in paths:
+        found = MASK_NAME.fullmatch(path.stem)
+        if found and path.with_name(found[1]) in names:
+            raise UserError(
+                f"{root / path}: by its name a mask of {found[1]} in the same folder; move masks to another folder, "
+                "and give that of the images"
+            )
 
 
 def frame_folders(root: Path) -> list[Path]:

@@ -31,7 +31,10 @@ class LabeledImage(NamedTuple):
 
 
 class Found(NamedTuple):
-    """missing: {json: names of its images that are not there}; notes: a line on every json that is left out."""
+    """missing: {json: names of its images that are not there}, of SA-1B also {image: [name of its missing json]}.
+
+    notes: a line on every json that is left out.
+    """
 
     images: list[LabeledImage]
     missing: dict[Path, list[str]]
@@ -61,9 +64,13 @@ def allow_some_missing(found: Found, allowed: int, say: Callable[[str], None]) -
     check_missing(found.missing, allowed)
     for note in found.notes:
         say(note)
-    if count := sum(map(len, found.missing.values())):
-        name = next(iter(found.missing.values()))[0]
-        say(f"{count} annotated images are missing and left out, such as {name}")
+    names = [name for each in found.missing.values() for name in each]
+    for what, some in (
+        ("annotated images are missing and", [name for name in names if not name.endswith(".json")]),
+        ("images have no json and are", [name for name in names if name.endswith(".json")]),
+    ):
+        if some:
+            say(f"{len(some)} {what} left out, such as {some[0]}")
     return found.images
 
 

@@ -106,8 +106,17 @@ def test_sa1b_has_a_json_of_run_lengths_beside_each_image(tmp_path):
         path.write_text(json.dumps({"image": image, "annotations": masks}))
     with pytest.raises(FileNotFoundError, match=r"sa_3.json: 1 images .* such as sa_3.jpg"):
         find_samples(str(tmp_path), None)
+    write_image(tmp_path / "sa_000020/sa_4.jpg")
+    with pytest.raises(FileNotFoundError, match="sa_4.jpg: 1 images .* and 1 json files of images .* to 2 to leave"):
+        find_samples(str(tmp_path), None, allow_missing=1)
+    said = []
+    assert names_of(find_samples(str(tmp_path), None, 2, said.append)) == ["sa_1.jpg", "sa_2.jpg"]
+    assert said == [
+        "1 annotated images are missing and left out, such as sa_3.jpg",
+        "1 images have no json and are left out, such as sa_4.json",
+    ]
+    (tmp_path / "sa_000020/sa_4.jpg").unlink()
     samples = find_samples(str(tmp_path), None, allow_missing=1)
-    assert names_of(samples) == ["sa_1.jpg", "sa_2.jpg"]
     np.testing.assert_array_equal(samples[0].read()[1], np.stack([MASK, ~MASK]))
     assert len(find_images(str(tmp_path), None, 0)) == 2
     masks[0]["segmentation"] = [[1, 2, 3, 4]]

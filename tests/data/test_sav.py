@@ -174,6 +174,13 @@ def test_foreign_and_empty_folders_are_no_clips_and_no_objects(root):
     assert list(vos_videos(str(root), "sav_val")[1].objects) == ["000", "001"]
 
 
+def test_a_video_twice_in_a_list_is_an_error(root):
+    """Its objects would count twice in the score."""
+    (root / "sav_val.txt").write_text("u\n\nv\nu \n")
+    with pytest.raises(UserError, match=r"sav_val.txt: lines 1 and 4 are both 'u'; remove one of them"):
+        vos_videos(str(root), "sav_val")
+
+
 def test_an_empty_list_is_an_error(root):
     (root / "sav_val.txt").write_text("\n")
     with pytest.raises(ValueError, match="sav_val.txt: names no video"):
