@@ -15,7 +15,7 @@ import numpy as np
 
 from sam2jq.data.folders import clip_folders, subfolders
 from sam2jq.data.listed import check_file_name, read_json, read_names
-from sam2jq.data.masks import VOID, check_sharp, read_labels
+from sam2jq.data.masks import VOID, check_sharp, label_colors, read_labels
 from sam2jq.data.sav import find_masks
 from sam2jq.data.video import find_frames
 from sam2jq.errors import UserError
@@ -149,8 +149,9 @@ def label_masks(
     images = {frame: read_labels(path, size) for frame, path in video.labels.items()}
     for frame, image in images.items():
         check_sharp(video.labels[frame], image)
-    labels = {frame: set(np.unique(image).tolist()) - {0} for frame, image in images.items()}
-    found = set().union(*labels.values())
+    labels = {frame: set(np.unique(image).tolist()) for frame, image in images.items()}
+    check_colors({video.labels[frame]: shown for frame, shown in labels.items()})
+    found = set().union(*labels.values()) - {0}
     objects = sorted(found - {VOID} or found)
     shown = {str(label): [frame for frame in images if label in labels[frame]] for label in objects}
     if video.listed is None and shown and len(images) > 1 and all(len(frames) == 1 for frames in shown.values()):
@@ -170,6 +171,22 @@ def label_masks(
         else:
             masks[obj] = {frame: image == int(obj) for frame, image in images.items() if frame >= visible[0]}
     return masks
+
+
+def check_colors(labels: dict[str, set[int]]) -> None:
+    """Raises UserError if a label has two colors in the palettes of a clip; labels: {label image: its labels}.
+
+    A program that chose a palette for each image numbered the objects of each image anew.
+    """
+    known: dict[int, tuple[tuple[int, ...], str]] = {}
+    for path, shown in labels.items():
+        for label, color in label_colors(path).items():
+            first, other = known.setdefault(label, (color, path)) if label in shown else (color, path)
+            if color != first:
+                raise UserError(
+                    f"{path}: label {label} has the color {color}, but {first} in {other}: the labels of one of them "
+                    "are of other objects, or its palette is; save the label images of a clip with one palette"
+                )
 
 
 def fault_of(video: LabeledVideo, obj: str, visible: list[int]) -> str:

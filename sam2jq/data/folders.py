@@ -8,6 +8,8 @@ from pathlib import Path
 from sam2jq.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+# images that are not read: a clip without those of its frames is another clip
+UNREAD = (".heic", ".heif", ".avif", ".jfif", ".jpe", ".jp2", ".ppm", ".pgm", ".tga", ".exr", ".dng")
 # what file managers, archives and disks leave behind, in lower case
 FOREIGN = ("__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information", "lost+found")
 # beginnings of the names of folders that hold masks and never photographs, in lower case

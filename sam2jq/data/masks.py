@@ -59,6 +59,13 @@ def check_sharp(path: str, labels: np.ndarray) -> None:
         )
 
 
+def label_colors(path: str) -> dict[int, tuple[int, ...]]:
+    """{label: RGB} of the palette of a mask file; {} if it has none."""
+    with open_image(path) as image:
+        palette = image.getpalette("RGB") if image.mode == "P" else None
+    return {i: tuple((palette or [])[3 * i : 3 * i + 3]) for i in range(len(palette or []) // 3)}
+
+
 def is_inverted(image: Image.Image, labels: np.ndarray) -> bool:
     """Whether index 0 of a palette image has a brighter color than all others in it; in masks it is black."""
     colors = np.array(image.getpalette("RGB")).reshape(-1, 3).sum(1)
@@ -69,12 +76,16 @@ def is_inverted(image: Image.Image, labels: np.ndarray) -> bool:
 
 
 def write_labels(path: str | Path, labels: np.ndarray) -> None:
-    """Writes labels, uint8 [H, W], as a png with DAVIS's palette, which the evaluators of SA-V and DAVIS read."""
-    if labels.dtype != np.uint8 or labels.ndim != 2:
-        raise UserError(f"{path}: labels must be uint8 [H, W], got {labels.dtype} {list(labels.shape)}")
+    """Writes labels [H, W] as a png, which the evaluators of SA-V and DAVIS read.
+
+    uint8 gets DAVIS's palette; uint16, for labels above 255, are grey values.
+    """
+    if labels.dtype not in (np.uint8, np.uint16) or labels.ndim != 2:
+        raise UserError(f"{path}: labels must be uint8 or uint16 [H, W], got {labels.dtype} {list(labels.shape)}")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(labels)
-    image.putpalette(davis_palette())
+    if labels.dtype == np.uint8:
+        image.putpalette(davis_palette())
     image.save(path, format="PNG")
 
 

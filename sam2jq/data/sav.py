@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sam2jq.data.folders import SAV_FRAMES, clip_folders, listed, subfolders
+from sam2jq.data.folders import SAV_FRAMES, clip_folders, is_image, listed, subfolders
 from sam2jq.data.images import open_image
 from sam2jq.data.listed import check_file_name, read_names
 from sam2jq.data.masks import read_labels, regions_of, write_labels
@@ -85,14 +85,23 @@ def vos_video(name: str, frames: Path, masks: Path) -> VosVideo:
 
 
 def find_masks(folder: Path, index: dict[str, int]) -> dict[int, str]:
-    """{frame index: mask file} of one object; index: {file name without ending: frame index}."""
-    files = [path for path in listed(folder) if path.suffix.lower() == ".png"]
+    """{frame index: mask file} of one object; index: {file name without ending: frame index}.
+
+    Raises UserError for an image that is no png, or belongs to no frame or to that of another file.
+    """
+    files = [path for path in listed(folder) if is_image(path.name)]
+    if others := [path.name for path in files if path.suffix.lower() != ".png"]:
+        raise UserError(f"{folder}: holds {few(others, 3)}; masks must be png files: convert them, or move them away")
     if not files:
         raise FileNotFoundError(f"{folder}: holds no mask; put masks such as 00000.png there or remove the folder")
     unknown = [file.name for file in files if file.stem not in index]
     if unknown:
         raise UserError(f"{folder}: no frame belongs to {few(unknown)}; add the frames or remove the masks")
-    return dict(sorted((index[file.stem], str(file)) for file in files))
+    masks = {index[file.stem]: str(file) for file in files}
+    if len(masks) < len(files):
+        twice = [file.name for file in files if str(file) not in masks.values()]
+        raise UserError(f"{folder}: {twice[0]} and another file are masks of one frame; remove one of them")
+    return dict(sorted(masks.items()))
 
 
 def object_masks(

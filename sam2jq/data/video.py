@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from sam2jq.data.containers import check_frame, check_whole, errors_named, main_stream, open_container
-from sam2jq.data.folders import SUFFIXES, is_image, listed
+from sam2jq.data.folders import SUFFIXES, UNREAD, is_image, listed
 from sam2jq.data.images import image_size, read_image
 from sam2jq.errors import UserError, few
 from sam2jq.files import home
@@ -70,13 +70,17 @@ def find_frames(path: str) -> list[str]:
 
     SAM 2 accepts no other names. They are sorted in natural order: frame2.jpg before frame10.jpg.
     Raises FileNotFoundError if there is no image, UserError if only some names are numbers (others may be masks), or
-    two files have the same name with different endings, or the same number.
+    two files have the same name with different endings, or the same number, or a frame is of a type that is not read.
     """
     if not Path(path).is_dir():
         raise FileNotFoundError(f"{path}: no such folder; give a folder of frames")
     files = [file for file in listed(Path(path)) if is_image(file.name)]
     if not files:
         raise FileNotFoundError(f"{path}: holds no frame; looked for {' '.join(SUFFIXES)} in it, not in folders below")
+    stems = {file.stem for file in files}
+    unread = [file.name for file in listed(Path(path)) if file.suffix.lower() in UNREAD and file.stem not in stems]
+    if unread:
+        raise UserError(f"{path}: {few(unread, 3)} cannot be read; convert all frames to jpg or png, or move it away")
     others = [file.name for file in files if frame_number(file) is None]
     numbered = not others
     if 0 < len(others) < len(files):

@@ -165,6 +165,17 @@ def test_a_mask_without_its_frame_is_an_error(root):
         vos_videos(str(root), "sav_val")
 
 
+def test_masks_that_are_not_png_or_twice_are_named(root):
+    folder = root / "sav_val/Annotations_6fps/v/000"
+    shutil.copy(folder / "00000.png", folder / "00000.PNG")
+    with pytest.raises(UserError, match="000: 00000.PNG and another file are masks of one frame; remove one"):
+        vos_videos(str(root), "sav_val")
+    (folder / "00000.PNG").unlink()
+    Image.fromarray(random_mask()).save(folder / "00001.bmp")
+    with pytest.raises(UserError, match="000: holds 00001.bmp; masks must be png files: convert them, or move them"):
+        vos_videos(str(root), "sav_val")
+
+
 def test_foreign_and_empty_folders_are_no_clips_and_no_objects(root):
     for folder in ("JPEGImages_24fps/.ipynb_checkpoints", "JPEGImages_24fps/__MACOSX", "JPEGImages_24fps/empty"):
         (root / "sav_val" / folder).mkdir()

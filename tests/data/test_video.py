@@ -216,6 +216,15 @@ def test_numbers_in_names_order_the_frames(tmp_path, names):
     assert open_video(path).names == [Path(name).stem for name in names]
 
 
+def test_a_frame_of_a_type_that_is_not_read_is_named(tmp_path):
+    path = write_frames(tmp_path, ["0.jpg", "1.jpg", "3.jpg"], random_frames(3))
+    (tmp_path / "1.dng").touch()  # the raw data of a frame
+    assert len(find_frames(path)) == 3
+    (tmp_path / "2.heic").touch()
+    with pytest.raises(UserError, match="2.heic cannot be read; convert all frames to jpg or png"):
+        find_frames(path)
+
+
 @pytest.mark.parametrize("other", ["mask_1.png", "overlay.jpg"])
 def test_names_without_a_number_beside_numbers_are_an_error(tmp_path, other):
     path = write_frames(tmp_path, ["0.jpg", "1.jpg", other], random_frames(3))

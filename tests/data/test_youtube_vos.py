@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from sam2jq.data.masks import write_labels
 from sam2jq.data.sources import find_clips
@@ -80,3 +81,17 @@ def test_objects_of_meta_json_without_ground_truth_are_left_out_by_name(tmp_path
 @pytest.mark.parametrize("meta", [{"1": {"category": "dog"}}, [], {"1": {"frames": "all"}}, {"1": [[0]]}])
 def test_a_meta_json_without_lists_of_frames_is_not_used(tmp_path, meta):
     assert list(truth_of(write_clip(tmp_path, DENSE, meta))[0]) == ["1", "2"]
+
+
+def test_label_images_with_palettes_of_their_own_are_refused(tmp_path):
+    """A program that chose each palette numbered the objects of each image anew."""
+    root = write_clip(tmp_path, DENSE)
+    path = root / f"train/Annotations/v/{NAMES[3]}.png"
+    image = Image.open(path)
+    image.putpalette([0, 0, 0, 0, 128, 0, 128, 0, 0])
+    image.save(path)
+    (clip,) = find_clips(str(root), "", None)
+    with pytest.raises(
+        UserError, match=r"15.png: label 2 has the color \(128, 0, 0\), but \(0, 128, 0\) in .*05.png: the"
+    ):
+        clip.masks()
