@@ -14,8 +14,9 @@ UNREAD = (".heic", ".heif", ".avif", ".jfif", ".jpe", ".jp2", ".ppm", ".pgm", ".
 FOREIGN = ("__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information", "lost+found")
 # beginnings of the names of folders that hold masks and never photographs, in lower case
 SKIPPED = ("annotations", "segmentationclass", "segmentationobject")
-# words of a name that says "masks", but may mean photographs, such as those of people with a mask
+# words of a name that says "masks" or the like, but may mean photographs, such as those of people with a mask
 MASK_WORDS = {"mask", "label", "gt", "groundtruth", "gtfine", "gtcoarse", "trimap", "seg", "segmentation", "annotation"}
+MASK_WORDS |= {"depth", "disparity"}
 MASK_WORDS |= {f"{word}s" for word in MASK_WORDS}
 MASK_NAME = re.compile(rf"(.+?)[ _.-]+(?:{'|'.join(sorted(MASK_WORDS))})[ _.-]*\d*", re.IGNORECASE)  # cat_mask_1
 SAV_FRAMES = "JPEGImages_24fps"
@@ -102,7 +103,7 @@ def check_no_masks(root: Path, images: Iterable[Path]) -> None:
     if 0 < len(masks) < len(paths):
         folder = next(part for part in masks[0].parents if is_mask_name(part.name))
         raise UserError(
-            f"{root / folder}: holds masks by its name, and there are images elsewhere, such as "
+            f"{root / folder}: holds masks or the like by its name, and there are images elsewhere, such as "
             f"{min(set(paths) - set(masks))}; give the folder of the images alone, or rename it if it holds images"
         )
     names = {path.with_suffix("") for path in paths}
@@ -110,8 +111,8 @@ def check_no_masks(root: Path, images: Iterable[Path]) -> None:
         found = MASK_NAME.fullmatch(path.stem)
         if found and path.with_name(found[1]) in names:
             raise UserError(
-                f"{root / path}: by its name a mask of {found[1]} in the same folder; move masks to another folder, "
-                "and give that of the images"
+                f"{root / path}: by its name a mask or the like of {found[1]} in the same folder; move masks to "
+                "another folder, and give that of the images"
             )
 
 

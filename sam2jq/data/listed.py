@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from sam2jq.data.folders import images_below, is_mask_name, subfolders
+from sam2jq.data.folders import images_below, is_image, is_mask_name, listed
 from sam2jq.errors import UserError, few
 
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}  # {word in a name: its split}
@@ -105,15 +105,18 @@ def end_of(url: str) -> str:
 
 
 def annotation_files(root: Path, pattern: str = "[!.]*.json") -> list[Path]:
-    """The json files in root/annotations and, as COCO's archives unpack, annotations_trainval2017/annotations."""
-    folders = ("annotations*", "annotations*/annotations")
-    return sorted(path for folder in folders for path in root.glob(f"{folder}/{pattern}"))
+    """The json files in root/annotations or else, as COCO's archives unpack, annotations_trainval2017/annotations."""
+    folders = ("annotations", "annotations*", "annotations*/annotations")
+    found = (sorted(root.glob(f"{folder}/{pattern}")) for folder in folders)
+    return next(filter(None, found), [])
 
 
 def coco_root(root: Path, is_coco: Callable[[Path], bool]) -> Path:
-    """`root`, or the only folder in it for which `is_coco` holds: that of an archive unpacked into it."""
-    inside = [] if is_coco(root) or not root.is_dir() else [folder for folder in subfolders(root) if is_coco(folder)]
-    return inside[0] if len(inside) == 1 else root
+    """`root`, or the one folder in it if `is_coco` holds for that alone: an archive was unpacked into `root`."""
+    content = [] if is_coco(root) or not root.is_dir() else listed(root)
+    folders = [path for path in content if path.is_dir()]
+    alone = len(folders) == 1 and not any(is_image(path.name) for path in content)
+    return folders[0] if alone and is_coco(folders[0]) else root
 
 
 def coco_files(root: Path) -> list[str] | None:

@@ -145,9 +145,10 @@ def annotated_mask(path: str, size: tuple[int, int] | None = None) -> np.ndarray
     if len(values) > 1 and 0 not in values:
         shown = few(values, 5)
         raise UserError(f"{path}: holds the values {shown}, and no 0; a mask must be 0 where the object is not")
+    objects = [value for value in values if value > 0]
     with open_image(path) as image:
-        objects = [value for value in values if value > 0] if image.mode == "P" else regions_of(labels)
-    if len(objects) > 1:
+        soft = image.mode != "P" and regions_of(labels) in ([], objects[-1:])  # one region, of the highest value
+    if len(objects) > 1 and not soft:
         raise UserError(
             f"{path}: holds {len(objects)} objects, {few(objects, 5)}; a mask file in SA-V's layout holds one: save "
             "the one that is meant, as 0 and 1"

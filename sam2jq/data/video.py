@@ -135,8 +135,11 @@ def frame_number(file: Path) -> int | None:
 
 
 def natural_order(file: Path, number: str = r"(\d+)") -> tuple:
-    """A sort key under which numbers in a name compare as numbers; number: the pattern of one, as a group."""
-    texts_and_numbers = re.split(number, file.stem)
+    """A sort key under which numbers in a name compare as numbers, and capitals as small letters.
+
+    number: the pattern of a number, as a group.
+    """
+    texts_and_numbers = re.split(number, file.stem.lower())
     return [part if i % 2 == 0 else Fraction(part) for i, part in enumerate(texts_and_numbers)], file.name
 
 

@@ -112,6 +112,22 @@ def test_annotations_in_the_folder_of_an_archive_are_found(tmp_path, folder):
     assert [sample.name for sample in find_samples(str(tmp_path), None)] == [str(root / "val2017/1.jpg")]
 
 
+def test_a_coco_folder_beside_other_folders_of_images_is_one_of_them(tmp_path):
+    for name in ("coco/val2017/1.jpg", "coco/val2017/unnamed.jpg", "photos/2.jpg"):
+        write_image(tmp_path / name)
+    write_json(tmp_path / "coco", [annotation(SQUARE)], ["1.jpg"], "instances_val2017.json")
+    assert len(find_images(str(tmp_path), None, 0)) == 3
+
+
+def test_annotations_beside_others_are_those_that_count(tmp_path):
+    write_image(tmp_path / "1.jpg")
+    for folder in ("annotations_old", "annotations"):
+        write_json(tmp_path, [annotation(SQUARE)], ["1.jpg"])
+        if folder != "annotations":
+            (tmp_path / "annotations").rename(tmp_path / folder)
+    assert paths(tmp_path) == ["1.jpg"]
+
+
 def test_roboflows_folders_may_lie_in_one_folder(tmp_path):
     for split in ("train", "valid", "test"):
         write_image(tmp_path / "dataset" / split / "0001.jpg")
@@ -163,7 +179,6 @@ def test_a_folder_with_clips_and_a_json_gives_both(tmp_path):
         write_labels(tmp_path / f"train/Annotations/v/{name}.png", np.ones(SIZE, np.uint8))
     write_json(tmp_path, [annotation(SQUARE)], ["v/0.jpg"], "a.json")
     (tmp_path / "annotations/a.json").rename(tmp_path / "train/instances.json")
-    assert [Path(s.name).name for s in find_samples(str(tmp_path), None)] == ["0.jpg"]
-    assert [clip.name for clip in find_clips(str(tmp_path), "", None)] == ["v"]
     (tmp_path / "annotations").rmdir()
+    assert [Path(s.name).name for s in find_samples(str(tmp_path), None)] == ["0.jpg"]
     assert [clip.name for clip in find_clips(str(tmp_path), "", None)] == ["v"]

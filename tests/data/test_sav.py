@@ -289,6 +289,10 @@ def test_grey_labels_of_several_objects_are_no_mask_of_one(tmp_path):
     Image.fromarray(labels).save(path)
     with pytest.raises(UserError, match="0.png: holds 3 objects, 1, 2, 255; .* holds one: save the one that is meant"):
         read_mask(path)
+    labels[2:] = np.where(np.arange(SIZE[0])[2:, None] == 2, 255, 0)  # void, one pixel wide, below object 1
+    Image.fromarray(labels).save(path)
+    with pytest.raises(UserError, match="0.png: holds 2 objects, 1, 255"):
+        read_mask(path)
 
 
 def test_a_mask_to_track_holds_an_object_and_one_of_the_data_may_be_empty(tmp_path):

@@ -86,14 +86,14 @@ def test_a_folder_of_masks_beside_images_is_refused_by_name(tmp_path, folder):
     write_images(tmp_path, "images/1.png", "images/2.png", f"{folder}/1.png")
     place = tmp_path / folder.partition("/")[0]
     for find in (lambda: names_in(tmp_path), lambda: find_items(str(tmp_path), None, 0, frames=1)):
-        with pytest.raises(UserError, match=f"{place}: holds masks by its name, .* such as images/1.png; give the"):
+        with pytest.raises(UserError, match=f"{place}: holds masks or the like .* such as images/1.png; give the"):
             find()
     assert names_in(tmp_path / "images") == ["1.png", "2.png"]
 
 
 def test_a_folder_of_masks_beside_clips_is_refused_by_name(tmp_path):
     write_images(tmp_path, *(f"{folder}/{i}.png" for folder in ("clip", "masks") for i in range(2)))
-    with pytest.raises(UserError, match="masks: holds masks by its name"):
+    with pytest.raises(UserError, match="masks: holds masks or the like by its name"):
         find_items(str(tmp_path), None, 0, frames=2)
     assert len(find_items(str(tmp_path / "clip"), None, 0)) == 2
 
@@ -101,7 +101,7 @@ def test_a_folder_of_masks_beside_clips_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize("name", ["cat (1)_mask.png", "cat (1)_mask_1.png", "cat (1)-gt.png"])
 def test_a_mask_beside_its_image_is_refused_by_name(tmp_path, name):
     write_images(tmp_path, "cat (1).png", name)
-    with pytest.raises(UserError, match=r"by its name a mask of cat \(1\) in the same folder; move masks to another"):
+    with pytest.raises(UserError, match=r"by its name a mask or the like of cat \(1\) in the same folder; move masks"):
         names_in(tmp_path)
 
 

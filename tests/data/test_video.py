@@ -203,6 +203,7 @@ def test_two_names_of_one_number_are_an_error(tmp_path):
         ["frame2.jpg", "frame10.jpg", "shot1.jpg"],
         ["a.jpg", "shot_3.jpg", "shot_20.jpg"],
         ["t-1.jpg", "t-2.jpg", "t-10.jpg"],
+        ["Frame_1.jpg", "frame_2.jpg", "FRAME_10.jpg"],
         ["shot2.0009.png", "shot2.0010.png", "shot10.0001.png"],
         ["t_0.25.png", "t_0.50.png", "t_1.00.png"],
     ],
