@@ -154,7 +154,7 @@ def label_masks(
     found = set().union(*labels.values()) - {0}
     objects = sorted(found - {VOID} or found)
     shown = {str(label): [frame for frame in images if label in labels[frame]] for label in objects}
-    if video.listed is None and shown and len(images) > 1 and all(len(frames) == 1 for frames in shown.values()):
+    if shown and len(images) > 1 and all(len(frames) == 1 for frames in shown.values()):
         raise UserError(
             f"{video.name}: no two of its label images show the same object: they mark first appearances and are no "
             "ground truth; give label images of all objects, or leave the clip out"

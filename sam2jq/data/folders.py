@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -98,22 +99,29 @@ def is_mask_name(name: str) -> bool:
 def check_no_masks(root: Path, images: Iterable[Path]) -> None:
     """Raises UserError if some of the images below `root` seem to be masks of others: they lie in a folder such as
     masks, beside other folders, or are called as another image in their folder and _mask."""
-    paths = [path.relative_to(root) for path in images]
-    masks = [path for path in paths if any(map(is_mask_name, path.parts[:-1]))]
-    if 0 < len(masks) < len(paths):
-        folder = next(part for part in masks[0].parents if is_mask_name(part.name))
+    by_folder = defaultdict(list)
+    for image in images:
+        folder, name = os.path.split(image)
+        by_folder[folder].append(name)
+    below = {folder: Path(folder).relative_to(root) for folder in by_folder}
+    masks = {folder for folder, path in below.items() if any(map(is_mask_name, path.parts))}
+    if 0 < len(masks) < len(below):
+        first = below[min(masks)]
+        named = next(path for path in (first, *first.parents) if is_mask_name(path.name))
+        other = min(below.keys() - masks)
         raise UserError(
-            f"{root / folder}: holds masks or the like by its name, and there are images elsewhere, such as "
-            f"{min(set(paths) - set(masks))}; give the folder of the images alone, or rename it if it holds images"
+            f"{root / named}: holds masks or the like by its name, and there are images elsewhere, such as "
+            f"{below[other] / by_folder[other][0]}; give the folder of the images alone, or rename it if it holds some"
         )
-    names = {path.with_suffix("") for path in paths}
-    for path in paths:
-        found = MASK_NAME.fullmatch(path.stem)
-        if found and path.with_name(found[1]) in names:
-            raise UserError(
-                f"{root / path}: by its name a mask or the like of {found[1]} in the same folder; move masks to "
-                "another folder, and give that of the images"
-            )
+    for folder, names in by_folder.items():
+        stems = {os.path.splitext(name)[0] for name in names}
+        for name in names:
+            found = MASK_NAME.fullmatch(os.path.splitext(name)[0])
+            if found and found[1] in stems:
+                raise UserError(
+                    f"{os.path.join(folder, name)}: by its name a mask or the like of {found[1]} in the same folder; "
+                    "move masks to another folder, and give that of the images"
+                )
 
 
 def frame_folders(root: Path) -> list[Path]:

@@ -50,7 +50,8 @@ def regions_of(labels: np.ndarray) -> list[int]:
 
 def check_sharp(path: str, labels: np.ndarray) -> None:
     """Raises UserError if most of the labels in a label image [H, W] are values along the edges of a region."""
-    values, regions = np.unique(labels[labels > 0]).tolist(), regions_of(labels)
+    values = [value for value in np.unique(labels).tolist() if value > 0]
+    regions = regions_of(labels) if len(values) > SOFT else []
     edges = len(values) - len(regions)
     if regions and edges >= SOFT and edges > len(regions):
         raise UserError(

@@ -25,7 +25,10 @@ def sa1b_files(root: str) -> tuple[list[Path], dict[Path, list[str]]]:
 
     Also {image: [name of the json]} of those whose json is missing.
     """
-    images = {path.with_suffix(""): path for path in images_below(Path(root))}
+    images: dict[Path, Path] = {}
+    for path in images_below(Path(root)):
+        if (other := images.setdefault(path.with_suffix(""), path)) != path:
+            raise UserError(f"{path}: {other.name} beside it belongs to the same json; remove one of them")
     files = sorted(path for content in walk(Path(root)) for path in content if is_annotation(path))
     found = [images.pop(file.with_suffix("")) for file in files if file.with_suffix("") in images]
     left = {path.with_suffix("") for path in found}

@@ -240,3 +240,11 @@ def test_one_id_for_two_objects_of_sa1b_is_an_error(tmp_path):
     (tmp_path / "sa_1.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="sa_1.json: annotation 5 is there twice"):
         find_samples(str(tmp_path), None)
+
+
+def test_two_images_of_one_json_of_sa1b_are_an_error(tmp_path):
+    write_image(tmp_path / "sa_1.jpg")
+    write_image(tmp_path / "sa_1.png")
+    (tmp_path / "sa_1.json").write_text("{}")
+    with pytest.raises(UserError, match="sa_1.png: sa_1.jpg beside it belongs to the same json; remove one"):
+        find_samples(str(tmp_path), None)

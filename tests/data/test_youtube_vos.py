@@ -59,9 +59,10 @@ def test_an_object_starts_where_meta_json_says(tmp_path):
     assert truth["2"] == {3: True, 4: True}
 
 
-def test_label_images_of_first_appearances_are_no_ground_truth(tmp_path):
+@pytest.mark.parametrize("meta", [None, {"1": NAMES, "2": NAMES[1:]}, {"1": NAMES[:1], "2": NAMES[1:2]}])
+def test_label_images_of_first_appearances_are_no_ground_truth(tmp_path, meta):
     """As those of the validation set: an object that is not in a later label image is not absent there."""
-    root = write_clip(tmp_path, {NAMES[0]: {1}, NAMES[1]: {2, 3}, NAMES[3]: {4}, NAMES[4]: set()})
+    root = write_clip(tmp_path, {NAMES[0]: {1}, NAMES[1]: {2, 3}, NAMES[3]: {4}, NAMES[4]: set()}, meta)
     (clip,) = find_clips(str(root), "", None)
     with pytest.raises(UserError, match="v: no two of its label images show the same object: .*; give label images of"):
         clip.masks()
