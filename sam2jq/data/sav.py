@@ -146,14 +146,18 @@ def annotated_mask(path: str, size: tuple[int, int] | None = None) -> np.ndarray
         shown = few(values, 5)
         raise UserError(f"{path}: holds the values {shown}, and no 0; a mask must be 0 where the object is not")
     objects = [value for value in values if value > 0]
-    with open_image(path) as image:
-        soft = image.mode != "P" and regions_of(labels) in ([], objects[-1:])  # one region, of the highest value
-    if len(objects) > 1 and not soft:
+    if len(objects) > 1 and not is_soft(path, labels, objects[-1]):
         raise UserError(
             f"{path}: holds {len(objects)} objects, {few(objects, 5)}; a mask file in SA-V's layout holds one: save "
             "the one that is meant, as 0 and 1"
         )
     return labels != 0
+
+
+def is_soft(path: str, labels: np.ndarray, highest: int) -> bool:
+    """Whether a mask file is grey and has values along edges only, except for the `highest` one."""
+    with open_image(path) as image:
+        return image.mode != "P" and regions_of(labels) in ([], [highest])
 
 
 def write_mask(path: str | Path, mask: np.ndarray) -> None:
