@@ -14,7 +14,7 @@ import numpy as np
 
 from sam2jq.data.coco import has_instances, is_coco
 from sam2jq.data.davis import davis_frame_folders, is_davis
-from sam2jq.data.folders import SUFFIXES, check_no_masks, clip_folders, frame_folders, images_below, is_image
+from sam2jq.data.folders import SUFFIXES, check_no_masks, clip_folders, frame_folders, images_below, is_image, listed
 from sam2jq.data.images import read_image
 from sam2jq.data.labeled import (
     Found,
@@ -208,9 +208,11 @@ def folder_windows(spec: str, count: int | None, frames: int, stride: int) -> li
     if Path(spec).is_file() and not is_video(spec):
         raise UserError(f"{spec}: not a video file; allowed: a folder of clips or a file in {' '.join(VIDEO_SUFFIXES)}")
     roots = frame_folders(Path(spec)) or ([] if Path(spec).is_file() else [Path(spec)])
-    clips = [path for root in roots for path in clip_folders(root)]
-    if roots == [Path(spec)]:
-        check_no_masks(roots[0], [clip / "0" for clip in clips])
+    clips = []
+    for root in roots:
+        found, images = clip_folders(root), [path for path in listed(root) if is_image(path.name)]
+        check_no_masks(root, [*images, *(clip / "0" for clip in found)])
+        clips += found
     length = (frames - 1) * stride + 1
     items = []
     for clip in clips:

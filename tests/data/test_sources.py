@@ -96,6 +96,9 @@ def test_a_folder_of_masks_beside_clips_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match="masks: holds masks or the like by its name"):
         find_items(str(tmp_path), None, 0, frames=2)
     assert len(find_items(str(tmp_path / "clip"), None, 0)) == 2
+    write_images(tmp_path / "clip", "masks/0.png", "masks/1.png")
+    with pytest.raises(UserError, match="clip/masks: holds masks or the like by its name"):
+        find_items(str(tmp_path / "clip"), None, 0, frames=2)
 
 
 @pytest.mark.parametrize("name", ["cat (1)_mask.png", "cat (1)_mask_1.png", "cat (1)-gt.png"])
