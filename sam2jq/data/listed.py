@@ -171,7 +171,7 @@ def find_image(index: ImageIndex, names: list[str], file: Path) -> Path | None:
 
     It lies anywhere below the root or, unless `file` lies in a folder annotations*, below the folder of `file`. It is
     not in a folder of another split or fold: instances_train.json does not name val/1.jpg. Of several, the one in a
-    folder whose name is in that of the json is taken. Raises UserError with the candidates if several are left.
+    folder whose name is in that of the json is taken. Raises UserError with the candidates if none or several are so.
     """
     return next((path for name in names if (path := find_named(index, name, file))), None)
 
@@ -180,27 +180,33 @@ def find_named(index: ImageIndex, name: str, file: Path) -> Path | None:
     """As `find_image`, for one name."""
     base = index.root if file.parent.name.lower().startswith("annotations") else file.parent
     folders = lambda path: path.relative_to(index.root).parts[: -len(PurePosixPath(name).parts)]
-    found = [path for path in index.paths.get(name, ()) if path.is_relative_to(base)]
+    words_in = lambda path, words: set().union(*map(words, folders(path)))
+    candidates = found = [path for path in index.paths.get(name, ()) if path.is_relative_to(base)]
     for words in (split_words, fold_words):
         if own := words(file.stem):
             own = own | words(name)  # COCO_val2014_1.jpg is a part of train2017
-            found = [path for path in found if set().union(*map(words, folders(path))) <= own]
-    file_words = f" {words_of(file.stem)} "
-    preferences = (
-        lambda path: "/" in name and path == base / name,
-        lambda path: path.parent == file.parent,
-        lambda path: not any(map(is_mask_name, folders(path))),
-        lambda path: sum(f" {words_of(folder)} " in file_words for folder in folders(path)),  # such as val2017
-        lambda path: bool(split_words(file.stem) & set().union(*map(split_words, folders(path)))),
-    )
-    for preference in preferences:
-        if len(found) > 1:
-            best = max(map(preference, found))
-            found = [path for path in found if preference(path) == best]
+            found = [path for path in found if words_in(path, words) <= own]
+    if len(candidates) < 2 or not found:
+        return found[0] if found else None
+    json_words, splits = f" {words_of(file.stem)} ", split_words(file.stem)
+
+    def rank(path: Path) -> tuple:
+        return (
+            not any(map(is_mask_name, folders(path))),
+            "/" in name and path == base / name,
+            path.parent == file.parent,
+            sum(f" {words_of(folder)} " in json_words for folder in folders(path)),  # such as val2017
+            bool(splits & words_in(path, split_words)),
+        )
+
+    best = max(map(rank, found))
+    unnamed = len(found) < len(candidates) and not any(best[1:])  # no folder of another split, but of none it knows
+    found = candidates if unnamed else [path for path in found if rank(path) == best]
     if len(set(map(os.path.realpath, found))) > 1:
-        shown = few(found)
-        raise UserError(f"{file}: {name} fits {len(found)} files: {shown}; keep one, or write its folder into the json")
-    return found[0] if found else None
+        raise UserError(
+            f"{file}: {name} fits {len(found)} files: {few(found)}; keep one, or write its folder into the json"
+        )
+    return found[0]
 
 
 def words_of(name: str) -> str:

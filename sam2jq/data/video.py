@@ -108,11 +108,13 @@ def check_names(path: str, names: list[str]) -> None:
     if sorted(names, key=by_name) != sorted(names, key=lambda name: natural_order(Path(name), fraction)):
         name = next(name for name in names if re.search(r"\d\.\d", name))
         raise UserError(f"{path}: {name} has a number with a fraction; {way_out}")
-    texts = {name: re.sub(r"\d+", "0", Path(name).stem) for name in names}
-    for name, text in texts.items():
-        unsigned = [text[: sign.start()] + text[sign.end() :] for sign in re.finditer(r"[-+](?=0)", text)]
-        if not set(unsigned).isdisjoint(texts.values()):
-            raise UserError(f"{path}: {name} has a sign where other names have none; {way_out}")
+    signs = defaultdict(dict)  # {text without signs: {text: a name}}, with 0 for each number
+    for name in names:
+        text = re.sub(r"\d+", "0", Path(name).stem)
+        signs[re.sub(r"[-+](?=0)", "", text)].setdefault(text, name)
+    for alike in signs.values():
+        if len(alike) > 1:
+            raise UserError(f"{path}: {alike[min(alike)]} has a sign where other names have none or another; {way_out}")
     masks = [name for name in names if "mask" in Path(name).stem.lower()]
     if 0 < len(masks) < len(names):
         raise UserError(f"{path}: {few(masks, 3)} looks like a mask beside the frames; move masks to another folder")

@@ -53,13 +53,23 @@ def test_equal_names_in_two_splits_belong_each_to_its_json(tmp_path):
     assert paths(tmp_path) == ["train/0001.png", "val/0001.png"]
 
 
-@pytest.mark.parametrize("file", ["instances.json", "instances_val.json"])
-def test_a_name_that_fits_several_files_is_an_error_that_lists_them(tmp_path, file):
-    for folder in ("a", "b"):
+@pytest.mark.parametrize(
+    ("file", "folders"),
+    [
+        ("instances.json", ["a", "b"]),
+        ("instances_val.json", ["a", "b"]),
+        ("instances_eval.json", ["fold1", "train"]),
+        ("instances_test.json", ["eval", "fold1", "train", "val"]),
+        ("fold1.json", ["train", "val"]),
+    ],
+)
+def test_a_name_that_fits_several_files_is_an_error_that_lists_them(tmp_path, file, folders):
+    for folder in folders:
         write_image(tmp_path / folder / "0001.png")
     write_json(tmp_path, [annotation(SQUARE)], ["0001.png"], file)
+    listed = ", ".join(str(tmp_path / folder / "0001.png") for folder in sorted(folders))
     for read in (coco_images, lambda root: find_images(root, None, 0)):
-        with pytest.raises(UserError, match=r"0001.png fits 2 files: .*a/0001.png, .*b/0001.png; keep one"):
+        with pytest.raises(UserError, match=rf"0001.png fits {len(folders)} files: {listed}; keep one"):
             read(str(tmp_path))
 
 
