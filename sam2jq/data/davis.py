@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sam2jq.data.folders import clip_folders, subfolders
-from sam2jq.data.listed import check_file_name, read_json, read_names
+from sam2jq.data.listed import check_file_name, read_json, read_lines, read_names
 from sam2jq.data.masks import VOID, check_sharp, label_colors, read_labels
 from sam2jq.data.sav import find_masks
 from sam2jq.data.video import find_frames
@@ -65,7 +65,8 @@ def label_videos(root: str, split: str) -> list[LabeledVideo]:
     folder, names = find_split(Path(root), split)
     resolution = resolution_of(folder / FRAMES)
     frames, masks = (folder / part / resolution for part in (FRAMES, MASKS))
-    names = [path.name for path in clip_folders(frames)] if names is None else names
+    if names is None:
+        names = sorted({path.name for part in (frames, masks) if part.is_dir() for path in clip_folders(part)})
     missing = [path for name in names for path in (frames / name, masks / name) if not path.is_dir()]
     if missing:
         raise FileNotFoundError(f"{missing[0]}: no such folder ({len(missing)} are missing); put it there")
@@ -132,7 +133,7 @@ def listed_videos(path: Path) -> list[str]:
     """The videos in a list: their names or, in DAVIS 2016, lines "/JPEGImages/480p/bear/00000.jpg /Annotations/..."."""
     if path.parent.name not in RESOLUTIONS:
         return read_names(path)
-    frames = [line.split()[0] for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    frames = [line.split()[0] for line in read_lines(path) if line.strip()]
     return list(dict.fromkeys(check_file_name(PurePosixPath(frame).parent.name, path) for frame in frames))
 
 

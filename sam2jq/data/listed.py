@@ -52,13 +52,21 @@ def check_file_name(name: str, file: Path) -> str:
     return name
 
 
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file in UTF-8. Raises UserError that names it if it is not."""
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text in UTF-8 ({error.reason} {error.start}); save it in UTF-8") from error
+
+
 def read_names(path: Path) -> list[str]:
     """The names of files or folders in a text file, one per line, as `check_file_name` takes them.
 
     Raises UserError if a name is there twice.
     """
     lines: dict[str, int] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(read_lines(path), 1):
         if name := line.strip():
             first = lines.setdefault(check_file_name(name, path), number)
             if first != number:

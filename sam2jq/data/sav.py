@@ -63,13 +63,17 @@ def split_folder(root: Path, split: str) -> Path:
 
 
 def listed_videos(folder: Path) -> list[str]:
-    """The videos in <split>/<split>.txt, else in <split>.txt beside the split's folder, else all frame folders.
+    """The videos in <split>/<split>.txt, else in <split>.txt beside the split's folder, else all with frames or masks.
 
     Raises UserError if there is none, or if a line is not the name of a folder.
     """
     name = f"{folder.name}.txt"
     path = next(filter(Path.is_file, [folder / name, folder.parent / name]), folder / SAV_FRAMES)
-    names = read_names(path) if path.is_file() else [check_file_name(clip.name, path) for clip in clip_folders(path)]
+    if path.is_file():
+        names = read_names(path)
+    else:
+        masks = [masks for masks in subfolders(folder / SAV_MASKS) if subfolders(masks)]
+        names = sorted({check_file_name(clip.name, path) for clip in [*clip_folders(path), *masks]})
     if not names:
         raise UserError(f"{path}: names no video; {SAV_FRAMES} needs a folder of frames for each")
     return names

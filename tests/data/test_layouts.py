@@ -209,6 +209,13 @@ def test_a_list_counts_wherever_it_lies(tmp_path, place):
         assert [clip.name for clip in find_clips(tmp_path, split, None)] == ["dog"]
 
 
+def test_label_images_of_a_video_without_frames_are_named(tmp_path):
+    write_label_clip(tmp_path / "JPEGImages/a", tmp_path / "Annotations/a")
+    write_label_clip(tmp_path / "elsewhere", tmp_path / "Annotations/b")
+    with pytest.raises(FileNotFoundError, match=r"JPEGImages/b: no such folder \(1 are missing\); put it there"):
+        find_clips(str(tmp_path), "", None)
+
+
 def test_255_is_void_in_label_images_and_the_object_in_those_of_davis_2016(tmp_path):
     for index in range(3):
         write_image(tmp_path / f"JPEGImages/480p/dog/{index}.jpg")

@@ -192,6 +192,19 @@ def test_a_video_twice_in_a_list_is_an_error(root):
         vos_videos(str(root), "sav_val")
 
 
+def test_masks_of_a_video_without_frames_are_named(root):
+    """Its objects would be missing in the score."""
+    write_mask(root / "sav_val/Annotations_6fps/w/000/00000.png", random_mask())
+    with pytest.raises(FileNotFoundError, match="sav_val: has no folder JPEGImages_24fps/w; put it there"):
+        vos_videos(str(root), "sav_val")
+
+
+def test_a_list_that_is_not_in_utf_8_is_named(root):
+    (root / "sav_val.txt").write_text("u\n", encoding="utf-16")
+    with pytest.raises(UserError, match=r"sav_val.txt: not a text in UTF-8 \(invalid start byte 0\); save it in UTF-8"):
+        vos_videos(str(root), "sav_val")
+
+
 def test_an_empty_list_is_an_error(root):
     (root / "sav_val.txt").write_text("\n")
     with pytest.raises(ValueError, match="sav_val.txt: names no video"):
