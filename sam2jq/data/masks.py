@@ -60,6 +60,18 @@ def check_sharp(path: str, labels: np.ndarray) -> None:
         )
 
 
+def has_soft_edges(labels: np.ndarray) -> bool:
+    """Whether each pixel of labels [H, W] between 0 and the highest value touches a higher one, as in one soft mask.
+
+    It is not so in a label image of several objects, nor where JPEG or ringing left values apart from the object.
+    """
+    height, width = labels.shape
+    padded = np.pad(labels, 1)
+    windows = [padded[y : y + height, x : x + width] for y in range(3) for x in range(3)]
+    between = (labels > 0) & (labels < labels.max())
+    return bool((np.maximum.reduce(windows) > labels)[between].all())
+
+
 def label_colors(path: str) -> dict[int, tuple[int, ...]]:
     """{label: RGB} of the palette of a mask file; {} if it has none."""
     with open_image(path) as image:

@@ -14,7 +14,7 @@ import numpy as np
 from sam2jq.data.folders import SAV_FRAMES, clip_folders, is_image, listed, subfolders
 from sam2jq.data.images import open_image
 from sam2jq.data.listed import check_file_name, read_names
-from sam2jq.data.masks import read_labels, regions_of, write_labels
+from sam2jq.data.masks import has_soft_edges, read_labels, write_labels
 from sam2jq.data.video import find_frames
 from sam2jq.errors import UserError, few
 
@@ -141,7 +141,7 @@ def read_mask(path: str, size: tuple[int, int] | None = None) -> np.ndarray:
 def annotated_mask(path: str, size: tuple[int, int] | None = None) -> np.ndarray:
     """bool [H, W], true where the file of one object's mask is not 0, as in SAM 2; empty where the object is absent.
 
-    A soft mask is true where it is not 0, too. Raises UserError as `read_labels` does, for a label image of several
+    So is a mask with soft edges. Raises UserError as `read_labels` does, for a label image of several
     objects, and for several values without 0.
     """
     labels = read_labels(path, size)
@@ -150,18 +150,18 @@ def annotated_mask(path: str, size: tuple[int, int] | None = None) -> np.ndarray
         shown = few(values, 5)
         raise UserError(f"{path}: holds the values {shown}, and no 0; a mask must be 0 where the object is not")
     objects = [value for value in values if value > 0]
-    if len(objects) > 1 and not is_soft(path, labels, objects[-1]):
+    if len(objects) > 1 and (has_palette(path) or not has_soft_edges(labels)):
         raise UserError(
             f"{path}: holds {len(objects)} objects, {few(objects, 5)}; a mask file in SA-V's layout holds one: save "
-            "the one that is meant, as 0 and 1"
+            "the one that is meant, or a mask with soft edges or traces of JPEG, as 0 and 1"
         )
     return labels != 0
 
 
-def is_soft(path: str, labels: np.ndarray, highest: int) -> bool:
-    """Whether a mask file is grey and has values along edges only, except for the `highest` one."""
+def has_palette(path: str) -> bool:
+    """Whether the values of an image file are indices of a palette."""
     with open_image(path) as image:
-        return image.mode != "P" and regions_of(labels) in ([], [highest])
+        return image.mode == "P"
 
 
 def write_mask(path: str | Path, mask: np.ndarray) -> None:
