@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from sam2jq.data.folders import images_below, is_image, is_mask_name, listed
+from sam2jq.data.folders import MASK_WORDS, images_below, is_image, listed
 from sam2jq.errors import UserError, few
 
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}  # {word in a name: its split}
@@ -200,7 +200,7 @@ def find_named(index: ImageIndex, name: str, file: Path) -> Path | None:
 
     def rank(path: Path) -> tuple:
         return (
-            not any(map(is_mask_name, folders(path))),
+            MASK_WORDS.isdisjoint(map(str.lower, folders(path))),
             "/" in name and path == base / name,
             path.parent == file.parent,
             sum(f" {words_of(folder)} " in json_words for folder in folders(path)),  # such as val2017
@@ -208,8 +208,10 @@ def find_named(index: ImageIndex, name: str, file: Path) -> Path | None:
         )
 
     best = max(map(rank, found))
-    unnamed = len(found) < len(candidates) and not any(best[1:])  # no folder of another split, but of none it knows
-    found = candidates if unnamed else [path for path in found if rank(path) == best]
+    if len(found) == len(candidates) or any(best[1:]):
+        found = [path for path in found if rank(path) == best]
+    else:  # the others are of other splits, but nothing says that these are of the json's own
+        found = candidates
     if len(set(map(os.path.realpath, found))) > 1:
         raise UserError(
             f"{file}: {name} fits {len(found)} files: {few(found)}; keep one, or write its folder into the json"

@@ -141,8 +141,8 @@ def read_mask(path: str, size: tuple[int, int] | None = None) -> np.ndarray:
 def annotated_mask(path: str, size: tuple[int, int] | None = None) -> np.ndarray:
     """bool [H, W], true where the file of one object's mask is not 0, as in SAM 2; empty where the object is absent.
 
-    So is a mask with soft edges. Raises UserError as `read_labels` does, for a label image of several
-    objects, and for several values without 0.
+    A mask with soft edges is read so, too. Raises UserError as `read_labels` does, for several objects, and for several
+    values without 0.
     """
     labels = read_labels(path, size)
     values = np.unique(labels).tolist()

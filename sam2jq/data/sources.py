@@ -96,10 +96,8 @@ def find_samples(
     Raises FileNotFoundError if more are missing, UserError if an image has another size than its masks.
     """
     spec = home(os.fspath(spec))
-    labeled_images = (
-        source_of(spec, "labeled_images").labeled_images or coco_labeled_images
-    )  # whose error says what the folder lacks
-    found = labeled_images(spec, count)
+    source = source_of(spec, "labeled_images")
+    found = (source.labeled_images or coco_labeled_images)(spec, count)  # the latter's error says what is lacking
     return allow_some_missing(found, allow_missing, say) if isinstance(found, Found) else found
 
 
@@ -249,7 +247,7 @@ SOURCES = {  # the first that matches is used
         labeled_clips=sav_labeled_clips,
     ),
     "COCO folder": Source(
-        lambda spec: bool(spec) and (has_instances(Path(spec)) or (is_coco(Path(spec)) and not is_davis(Path(spec)))),
+        lambda spec: bool(spec) and is_coco(Path(spec)) and (has_instances(Path(spec)) or not is_davis(Path(spec))),
         coco_image_names,
         folder_windows,
         labeled_images=coco_labeled_images,

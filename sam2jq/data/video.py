@@ -74,11 +74,12 @@ def find_frames(path: str) -> list[str]:
     """
     if not Path(path).is_dir():
         raise FileNotFoundError(f"{path}: no such folder; give a folder of frames")
-    files = [file for file in listed(Path(path)) if is_image(file.name)]
+    content = listed(Path(path))
+    files = [file for file in content if is_image(file.name)]
     if not files:
         raise FileNotFoundError(f"{path}: holds no frame; looked for {' '.join(SUFFIXES)} in it, not in folders below")
     stems = {file.stem for file in files}
-    unread = [file.name for file in listed(Path(path)) if file.suffix.lower() in UNREAD and file.stem not in stems]
+    unread = [file.name for file in content if file.suffix.lower() in UNREAD and file.stem not in stems]
     if unread:
         raise UserError(f"{path}: {few(unread, 3)} cannot be read; convert all frames to jpg or png, or move it away")
     others = [file.name for file in files if frame_number(file) is None]
