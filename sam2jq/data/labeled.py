@@ -10,7 +10,7 @@ import numpy as np
 
 from sam2jq.data.coco import CocoImage, check_missing, find_coco, readable_instances
 from sam2jq.data.davis import LabeledVideo, label_masks, label_videos
-from sam2jq.data.images import check_size, image_size, read_image
+from sam2jq.data.images import check_size, image_size, is_turned, read_image
 from sam2jq.data.sa1b import sa1b_files, sa1b_image
 from sam2jq.data.sav import VosVideo, object_masks, vos_videos
 from sam2jq.data.video import Video, find_frames, open_video
@@ -106,6 +106,11 @@ def check_file_size(path: str, expected: tuple[int, int], whose: str) -> None:
         size = image_size(path)
     except (UserError, OSError):
         return
+    if size != expected and size == expected[::-1] and is_turned(path):
+        raise UserError(
+            f"{path}: {size[1]} x {size[0]} pixels are stored, but {whose} {expected[1]} x {expected[0]}, as viewers "
+            "turn it by its EXIF orientation; save it upright, without that tag"
+        )
     check_size(path, size, expected, whose)
 
 

@@ -64,6 +64,15 @@ def test_an_image_of_another_size_is_found_before_any_is_read(tmp_path):
     assert names_of(find_samples(spec, None)) == ["1.jpg", "2.jpg"]
 
 
+def test_a_photo_whose_annotations_are_for_its_upright_view_is_named(tmp_path):
+    spec = two_splits(tmp_path, ["val2017/1.jpg"], {"val": ["1.jpg"]})
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn by 90 degrees
+    Image.new("RGB", SIZE).save(tmp_path / "val2017/1.jpg", exif=exif)
+    with pytest.raises(UserError, match="1.jpg: 20 x 30 pixels are stored, .* for 30 x 20, as viewers .*; save"):
+        find_samples(spec, None)
+
+
 def test_roboflow_exports_have_their_json_beside_the_images(tmp_path):
     pytest.importorskip("pycocotools")
     for split in ("train", "valid"):
