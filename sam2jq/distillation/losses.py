@@ -30,8 +30,8 @@ def relative_square_error(student: Array, teacher: Array) -> Array:
 def moment_losses(student: Mapping[str, Moments], teacher: Mapping[str, Moments]) -> tuple[list[str], Array]:
     """The names of L layers, and [B, L]: the relative square error of mean and deviation of each layer's outputs.
 
-    student, teacher: {layer: mean and variance, each [B, calls, C]}. It is relative to the teacher's mean square. Layers
-    that only one of the two has, or that differ in calls or width, are left out.
+    student, teacher: {layer: mean and variance, each [B, calls, C]}. The error is relative to the teacher's mean square.
+    Layers that only one of the two has, or that differ in calls or width, are left out.
     """
     shared = [layer for layer in student if layer in teacher and student[layer][0].shape == teacher[layer][0].shape]
     if not shared:
@@ -100,7 +100,8 @@ def distillation_loss(model: SAM2, weights: Mapping[str, float], dtype=jnp.float
         return distances(outputs, example.outputs), outputs.moments
 
     def loss(params: dict, batch: DistillBatch, key: Array | None = None):
-        parts, moments = jax.vmap(partial(example_distances, materialize_weights(materialize_fake_quant(params))))(batch)
+        plain = materialize_weights(materialize_fake_quant(params))
+        parts, moments = jax.vmap(partial(example_distances, plain))(batch)
         parts = jax.tree.map(jnp.mean, parts)
         names, by_layer = moment_losses(moments, batch.outputs.moments)
         losses = by_layer.mean(0) if names else jnp.zeros(1)
