@@ -31,8 +31,7 @@ def moment_losses(student: Mapping[str, Moments], teacher: Mapping[str, Moments]
     """The names of L layers, and [B, L]: the relative square error of mean and deviation of each layer's outputs.
 
     student, teacher: {layer: mean and variance, each [B, calls, C]}. The error is relative to the mean square of the
-    teacher's outputs.
-    Layers that only one of the two has, or that differ in calls or width, are left out.
+    teacher's outputs. Layers that only one of the two has, or that differ in calls or width, are left out.
     """
     shared = [layer for layer in student if layer in teacher and student[layer][0].shape == teacher[layer][0].shape]
     if not shared:

@@ -96,11 +96,11 @@ def materialize_fake_quant(params: dict) -> dict:
 def _materialize_together(weights: list[FakeQuant]) -> list[Array]:
     """`materialize` of each of `weights`, whose groups have one size: a group of an output is a column of one array."""
     grouped = [by_group(w.kernel, w.spec) for w in weights]  # [groups, size, out] each
-    widths = np.array([len(x) * x.shape[2] for x in grouped])
+    widths = [len(x) * x.shape[2] for x in grouped]
     joined = FakeQuant(
         jnp.concatenate([x.swapaxes(0, 1).reshape(x.shape[1], -1) for x in grouped], 1),
         jnp.concatenate([w.clip_ratio.reshape(1, -1) for w in weights], 1),
-        jnp.repeat(jnp.stack([w.bits for w in weights]), widths, total_repeat_length=widths.sum()),
+        jnp.concatenate([jnp.full(width, w.bits) for w, width in zip(weights, widths)]),
         replace(weights[0].spec, group_size=None, per_tensor=False),
     )
     parts = jnp.split(materialize(joined), np.cumsum(widths)[:-1], axis=1)
