@@ -18,7 +18,8 @@ ANCHORS = (
 )
 _WRAPPER = rf"(?:(?:{'|'.join(WRAPPERS)})\.)*"
 _ANCHOR = re.compile(rf"(|.*\.)(?:{'|'.join(rf'[.]{_WRAPPER}'.join(names) for names in ANCHORS)})")
-ADAPTER = re.compile(r"(?<![a-z])(lora|adapters?)(?![a-z])", re.IGNORECASE)  # in the name of a tensor
+# in the name of a tensor; the last two are those of LoRA for SAM
+ADAPTER = re.compile(r"(?<![a-z])(lora|dora|loha|lokr|adapters?|w_[ab]s|linear_[ab])(?![a-z])", re.IGNORECASE)
 PLACES = ("model", "state_dict", "model_state_dict")  # where to look for a state dict that is not one of SAM 2
 DEPTH = 4  # of nested dicts
 

@@ -279,6 +279,18 @@ def test_prompts_one_at_a_time_are_those_together(predictors, monkeypatch):
         chex.assert_trees_all_close(other, together, rtol=1e-4, atol=1e-4)
 
 
+def test_one_mask_for_all_prompts_and_no_prompt_are_decoded_as_together(predictors, monkeypatch):
+    ours = ImagePredictor(predictors[1].model, predictors[1].params)
+    ours._images = predictors[1]._images
+    calls = PROMPTS["batch of points"] | PROMPTS["mask"], PROMPTS["nothing"]
+    together = [ours.predict(**prompt, return_logits=True) for prompt in calls]
+    monkeypatch.setattr(chunking, "CPU_CHUNK_SIZE", 64 * 64 * 8)  # one prompt
+    monkeypatch.setattr(image_module, "_decode", jax.jit(image_module._decode.__wrapped__, static_argnums=0,
+                                                         static_argnames="multimask"))  # fmt: skip
+    for prompt, expected in zip(calls, together):
+        chex.assert_trees_all_close(ours.predict(**prompt, return_logits=True), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_batches_equal_the_original_predictor(predictors):
     original, ours = predictors
     images = [draw_scene(1, 160).image[:120], draw_scene(2, 96).image]
