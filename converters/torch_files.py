@@ -58,6 +58,8 @@ def load_torch(path: str | Path) -> object:
         with safe_globals(inert_classes(names)):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        if "Unsupported operand" in str(error) and zipfile.is_zipfile(path):
+            raise UserError(f"{path} has a pickle protocol above 2: save it again, without pickle_protocol") from error
         raise UserError(
             f"{path} holds more than tensors and could run code when loaded; it was not loaded: "
             "save it again as {'model': state_dict} from a source you trust"

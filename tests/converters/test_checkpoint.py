@@ -198,6 +198,12 @@ def test_objects_beside_the_weights_are_left_out_and_run_no_code(tmp_path, capfd
     assert "this ran" not in capfd.readouterr().out
 
 
+def test_another_pickle_protocol_is_named(tmp_path):
+    torch.save({"model": to_torch(init_params(build("nano"), 0))}, tmp_path / "c.pt", pickle_protocol=4)
+    with pytest.raises(UserError, match="c.pt has a pickle protocol above 2: save it again"):
+        load_checkpoint(str(tmp_path / "c.pt"), build("nano"))
+
+
 def test_a_model_as_an_object_is_named(tmp_path):
     whole = torch.nn.Linear(2, 2)
     torch.save(whole, tmp_path / "whole.pt")
