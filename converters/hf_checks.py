@@ -113,7 +113,7 @@ VIDEO = {
     "memory_fuser_hidden_act": "gelu",
 }
 PIXELS = ("do_convert_rgb", "do_normalize", "do_rescale", "do_resize", "rescale_factor", "resample", "size")
-UNKNOWN_STEPS = ("do_pad", "do_center_crop")  # of other processors
+OTHER_STEPS = ("do_pad", "do_center_crop")  # of other processors
 
 
 def read_config(folder: Path) -> Files:
@@ -165,7 +165,7 @@ def differences(config: dict, model: SAM2, video: bool) -> Iterator[str]:
 def processor_differences(content: dict, model: SAM2) -> Iterator[str]:
     """Yields "key is value, ..." for each key of a processor that prepares images in another way than SAM 2 does."""
     own = processor_config(model, video=False)
-    expected = {key: own["image_processor"][key] for key in PIXELS} | dict.fromkeys(UNKNOWN_STEPS, False)
+    expected = {key: own["image_processor"][key] for key in PIXELS} | dict.fromkeys(OTHER_STEPS, False)
     for key, value in (expected | {"target_size": own["target_size"]}).items():
         if content.get(key) is not None and not equal(content[key], value):
             yield f"{key} is {content[key]}, but images are always prepared as SAM 2 does, with {value}"

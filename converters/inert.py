@@ -36,14 +36,19 @@ def make(module: str, name: str) -> type:
     return type(name, (InertDict if "dict" in name.lower() else Inert,), {"__module__": module, "__qualname__": name})
 
 
-def contains(value: object, is_tensor, depth: int = 8) -> bool:
-    """Whether a tensor is somewhere in `value`: containers and objects, `depth` of them in each other."""
-    if isinstance(value, Inert):
-        value = value.__dict__.get("saved", [])
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    inside = isinstance(value, list | tuple) and depth > 0
-    return is_tensor(value) or (inside and any(contains(part, is_tensor, depth - 1) for part in value))
+def contains(value: object, is_tensor) -> bool:
+    """Whether a tensor is somewhere in `value`, in containers and objects, which may refer to each other."""
+    seen: set[int] = set()
+    left = [value]
+    while left:
+        part = left.pop()
+        if is_tensor(part):
+            return True
+        if id(part) not in seen:
+            seen.add(id(part))
+            inner = part.__dict__.get("saved", []) if isinstance(part, Inert) else part
+            left += inner.values() if isinstance(inner, Mapping) else inner if isinstance(inner, list | tuple) else []
+    return False
 
 
 def class_name(value: object) -> str:

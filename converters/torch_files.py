@@ -44,8 +44,8 @@ def check_archive(path: str | Path) -> None:
 def load_torch(path: str | Path) -> object:
     """The content of a torch file, on the CPU: tensors and plain containers (`weights_only=True`).
 
-    Objects of other classes are `Inert`, without their content.
-    Raises UserError if the file is of another kind, calls functions of Python's or is damaged, also where torch does
+    Objects of other classes are `Inert`: what they were saved from, of which no code is run.
+    Raises UserError if the file is of another kind, calls functions of Python or is damaged, also where torch does
     not notice.
     """
     check_kind(path, "torch")

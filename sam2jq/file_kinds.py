@@ -14,7 +14,7 @@ BEGINNINGS = {
     b"\x93NUMPY": "a numpy array",
     b"\x1f\x8b": "a file compressed by gzip",
     b"ftrt": "a TensorRT engine",
-    b"<?xml": "an XML file",
+    b"<?xml": "an XML file, as servers send for errors",
 }
 ENDINGS = {
     ".gguf": "a GGUF file",

@@ -30,7 +30,7 @@ COMMANDS = {
     "sweep": "quantize with every combination of settings, and compare the runs",
     "inspect": "print the layers and sizes of a package",
 }
-# what jax's defaults are where a shell exports another value for other programs: with it this program's code is refused
+# jax's defaults, in place of what a shell exports for other programs: with other values this program's code is refused
 JAX_DEFAULTS = {
     "JAX_ENABLE_X64": "0",
     "JAX_NUMPY_DTYPE_PROMOTION": "standard",
