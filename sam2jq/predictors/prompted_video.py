@@ -39,11 +39,18 @@ class PromptedVideo:
     sam2's `build_sam2_video_predictor`. non_overlap_masks: a pixel of the results belongs to one object at most, the
     one with the highest logit. add_all_frames_to_correct_as_cond: a prompt on a frame that was tracked before makes it
     a conditioning frame, which tracking again does not overwrite, in place of a correction.
+    clear_non_cond_mem_around_input: where tracking meets a prompted frame, the object's outputs in the seven frames
+    before and after it are no longer used; with several objects only if clear_non_cond_mem_for_multi_obj.
+    max_cond_frames_in_attn: prompted frames whose memories a frame is conditioned on, the closest ones; -1 for all, in
+    sam2 a setting of the model.
     """
 
     fill_hole_area: float
     non_overlap_masks: bool
     add_all_frames_to_correct_as_cond: bool
+    clear_non_cond_mem_around_input: bool
+    clear_non_cond_mem_for_multi_obj: bool
+    max_cond_frames_in_attn: int
 
     @property
     def image_size(self) -> int:
@@ -190,21 +197,10 @@ class PromptedVideo:
             raise UserError(f"no prompt on {which}: add points, a box or a mask")
         first = min(min(obj.cond) for obj in objects) if start_frame_idx is None else start_frame_idx
         first = check_frame(state, first)
-        batch = objects + [objects[-1]] * (self.batch_size(len(objects)) - len(objects))
-        bank = memory_bank(batch, first, reverse)
-        blank = blank_output(objects)
+        bank = None
         for frame in frame_order(first, state.num_frames, max_frame_num_to_track, reverse):
-            cond = stack([obj.cond.get(frame, blank) for obj in batch])
-            is_cond = np.array([frame in obj.cond for obj in batch])
-            features = self._features(state, frame)
-            conditioned = self.condition_frame(features[-1], bank, frame_info(state, frame, reverse))
-            output, bank = self.track_frame(features, conditioned, bank, cond, is_cond)
-            output = self._filled(output)
-            for i, obj in enumerate(objects):
-                obj.reverse[frame] = reverse
-                if not is_cond[i]:
-                    obj.non_cond[frame] = to_numpy(FrameOutput(*(part[i : i + 1] for part in output)))
-            yield frame, state.obj_ids, self._resized(output.mask[: len(objects)], state)
+            masks, bank = self._track(state, objects, frame, reverse, bank)
+            yield frame, state.obj_ids, masks
 
     def clear_all_prompts_in_frame(
         self, inference_state: VideoState, frame_idx: int, obj_id: int, need_output: bool = True
@@ -239,6 +235,39 @@ class PromptedVideo:
         masks = lambda frame: self._masks(inference_state, frame, any_prompt_is_cond(inference_state, frame))
         return inference_state.obj_ids, [(frame, masks(frame)) for frame in frames]
 
+    def _track(
+        self, state: VideoState, objects: list[ObjectState], frame: int, reverse: bool, bank: MemoryBank | None
+    ) -> tuple[np.ndarray, MemoryBank | None]:
+        """The masks of `objects` in a frame, [objects, 1, H, W], whose outputs are stored, and the bank for the next one.
+
+        A bank that is None is made from the stored outputs.
+        """
+        batch = objects + [objects[-1]] * (self.batch_size(len(objects)) - len(objects))
+        bank = memory_bank(batch, frame, reverse, self.max_cond_frames_in_attn) if bank is None else bank
+        blank = blank_output(objects)
+        cond = stack([obj.cond.get(frame, blank) for obj in batch])
+        is_cond = np.array([frame in obj.cond for obj in batch])
+        features = self._features(state, frame)
+        conditioned = self.condition_frame(features[-1], bank, frame_info(state, frame, reverse))
+        output, bank = self.track_frame(features, conditioned, bank, cond, is_cond)
+        output = self._filled(output)
+        clears = self._clears(state)
+        for i, obj in enumerate(objects):
+            obj.reverse[frame] = reverse
+            if not is_cond[i]:
+                obj.non_cond[frame] = to_numpy(FrameOutput(*(part[i : i + 1] for part in output)))
+            elif clears:
+                obj.clear_non_cond_around(frame)
+        selects = 0 <= self.max_cond_frames_in_attn < max(len(obj.cond) for obj in objects)
+        bank = None if selects or (clears and is_cond.any()) else bank
+        return self._resized(output.mask[: len(objects)], state), bank
+
+    def _clears(self, state: VideoState) -> bool:
+        """Whether outputs near prompted frames are removed."""
+        return self.clear_non_cond_mem_around_input and (
+            self.clear_non_cond_mem_for_multi_obj or len(state.objects) == 1
+        )
+
     def _image(self, state: VideoState, frame: int) -> np.ndarray:
         return preprocess_frame(state.video[frame], self.image_size)[None]
 
@@ -252,8 +281,9 @@ class PromptedVideo:
         coords, labels = obj.prompts[frame]
         earlier, conditioned = obj.latest(frame, self._is_cond(obj, frame)), None
         if frame in obj.reverse:
-            bank, info = memory_bank([obj], frame, obj.reverse[frame]), frame_info(state, frame, obj.reverse[frame])
-            conditioned = self.condition_frame(features[-1], bank, info)
+            reverse = obj.reverse[frame]
+            bank = memory_bank([obj], frame, reverse, self.max_cond_frames_in_attn)
+            conditioned = self.condition_frame(features[-1], bank, frame_info(state, frame, reverse))
         return self.prompt_frame(
             features,
             conditioned,
@@ -278,6 +308,8 @@ class PromptedVideo:
             coarse = self._features(state, frame)[-1]
             memorized = to_numpy(self.memorize_prompted(coarse, output))
             (obj.cond if is_cond else obj.non_cond)[frame] = memorized
+            if self._clears(state):
+                obj.clear_non_cond_around(frame)
         obj.pending.clear()
         for frame in obj.cond:
             obj.non_cond.pop(frame, None)

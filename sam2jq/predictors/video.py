@@ -11,7 +11,7 @@ from sam2jq.predictors.bank_arrays import FrameInfo, FrameOutput, MemoryBank
 from sam2jq.predictors.image import float_dtype
 from sam2jq.predictors.pretrained import FromPretrained
 from sam2jq.predictors.prompted_video import PromptedVideo
-from sam2jq.predictors.video_state import padded_count
+from sam2jq.predictors.video_state import check_max_cond_frames, padded_count
 from sam2jq.predictors.video_steps import (
     condition_frame,
     encode_frame,
@@ -49,16 +49,14 @@ class VideoPredictor(PromptedVideo, FromPretrained):
         clear_non_cond_mem_around_input: bool = False,
         add_all_frames_to_correct_as_cond: bool = False,
         *,
+        clear_non_cond_mem_for_multi_obj: bool = False,
+        max_cond_frames_in_attn: int = -1,
         dtype: str = "float32",
     ):
-        """A predictor of `model` with `params`; dtype: of the activations.
+        """A predictor of `model` with `params`; dtype: of the activations; all others as in `PromptedVideo`.
 
-        fill_hole_area, non_overlap_masks, add_all_frames_to_correct_as_cond: as in `PromptedVideo`.
-        Raises UserError for clear_non_cond_mem_around_input, which is not implemented, and for params without the
-        memory, or of another model.
+        Raises UserError for params without the memory, or of another model.
         """
-        if clear_non_cond_mem_around_input:
-            raise UserError("clear_non_cond_mem_around_input=True is not supported; only its default False is")
         check_params(type(self).__name__, model, params)
         if is_image_only(params):
             raise UserError(
@@ -68,6 +66,9 @@ class VideoPredictor(PromptedVideo, FromPretrained):
         self.model, self.params, self.dtype = model, params, float_dtype(dtype)
         self.fill_hole_area, self.non_overlap_masks = fill_hole_area, non_overlap_masks
         self.add_all_frames_to_correct_as_cond = add_all_frames_to_correct_as_cond
+        self.clear_non_cond_mem_around_input = clear_non_cond_mem_around_input
+        self.clear_non_cond_mem_for_multi_obj = clear_non_cond_mem_for_multi_obj
+        self.max_cond_frames_in_attn = check_max_cond_frames(max_cond_frames_in_attn)
 
     @property
     def image_size(self) -> int:

@@ -23,6 +23,11 @@ class ObjectState:
     non_cond: dict[int, FrameOutput] = field(default_factory=dict)
     reverse: dict[int, bool] = field(default_factory=dict)  # direction in which each frame was tracked
 
+    def clear_non_cond_around(self, frame: int) -> None:
+        """Removes the non-conditioning outputs of a frame and of MEMORIES frames before and after it."""
+        for near in range(frame - MEMORIES, frame + MEMORIES + 1):
+            self.non_cond.pop(near, None)
+
     def latest(self, frame: int, is_cond: bool) -> FrameOutput | None:
         """The newest output of a frame, if any; one whose memory is not encoded yet only if it `is_cond` or not."""
         pending, pending_cond = self.pending.get(frame, (None, is_cond))
@@ -54,23 +59,29 @@ class VideoState:
         return self.objects[obj_id]
 
 
-def memory_bank(objects: list[ObjectState], frame: int, reverse: bool) -> MemoryBank:
+def memory_bank(objects: list[ObjectState], frame: int, reverse: bool, max_cond: int = -1) -> MemoryBank:
     """The memories of `objects` for tracking `frame`, as numpy arrays; at least one object has been prompted.
 
-    Conditioning frames are padded to 1, 2, 4, 8, ... with empty ones.
+    max_cond: conditioning frames of an object that are used, see `closest_cond_frames`. A further one counts as a
+    non-conditioning frame, if it is near enough. Conditioning frames are padded to 1, 2, 4, 8, ... with empty ones.
     """
-    cond_count = padded_count(max(len(obj.cond) for obj in objects))
+    cond = [closest_cond_frames(obj.cond, frame, max_cond) for obj in objects]
+    cond_count = padded_count(max(map(len, cond)))
     blank = blank_output(objects)
     step = 1 if reverse else -1
     non_cond_frames = [frame + age * step for age in range(1, POINTERS + 1)]
+
+    def recent(obj: ObjectState, used: dict[int, FrameOutput]) -> dict[int, FrameOutput]:
+        others = {t: output for t, output in obj.cond.items() if t not in used}
+        found = {t: obj.non_cond.get(t) or others.get(t) for t in non_cond_frames}
+        return {t: output for t, output in found.items() if output}
 
     def rows(outputs: list[dict[int, FrameOutput]], frames: list[list[int]], name: str) -> np.ndarray:
         leaf = lambda by_frame, frame: getattr(by_frame.get(frame, blank), name)[0]
         return np.stack([[leaf(by_frame, frame) for frame in row] for by_frame, row in zip(outputs, frames)])
 
-    cond = [obj.cond for obj in objects]
     cond_frames = [[*outputs, *[EMPTY] * (cond_count - len(outputs))] for outputs in cond]
-    non_cond = [obj.non_cond for obj in objects]
+    non_cond = [recent(obj, used) for obj, used in zip(objects, cond)]
     return MemoryBank(
         cond_frames=np.array(cond_frames, np.int32),
         cond_memory=rows(cond, cond_frames, "memory"),
@@ -79,6 +90,19 @@ def memory_bank(objects: list[ObjectState], frame: int, reverse: bool) -> Memory
         non_cond_memory=rows(non_cond, [non_cond_frames[: MEMORIES - 1]] * len(objects), "memory"),
         non_cond_pointer=rows(non_cond, [non_cond_frames] * len(objects), "pointer"),
     )
+
+
+def closest_cond_frames(cond: dict[int, FrameOutput], frame: int, count: int) -> dict[int, FrameOutput]:
+    """At most `count` of the conditioning frames, all if -1: the last before `frame`, the first from it on, the nearest.
+
+    As sam2's `select_closest_cond_frames`, whose `count` is at least 2.
+    """
+    if count == -1 or len(cond) <= count:
+        return cond
+    before, after = [t for t in cond if t < frame], [t for t in cond if t >= frame]
+    chosen = [*([max(before)] if before else []), *([min(after)] if after else [])]
+    others = sorted((t for t in cond if t not in chosen), key=lambda t: abs(t - frame))
+    return {t: cond[t] for t in [*chosen, *others][:count]}
 
 
 def padded_count(count: int) -> int:
@@ -120,6 +144,14 @@ def whole_number(name: str, value) -> int:
         return operator.index(value)
     except TypeError as error:
         raise UserError(f"{name} {value!r}: it must be an int") from error
+
+
+def check_max_cond_frames(count: int) -> int:
+    """`count` as an int. Raises UserError unless it is -1, for all, or at least 2: one before a frame and one after."""
+    count = whole_number("max_cond_frames_in_attn", count)
+    if count != -1 and count < 2:
+        raise UserError(f"max_cond_frames_in_attn {count}: it must be -1, for all, or at least 2")
+    return count
 
 
 def check_frame(state: VideoState, frame: int) -> int:
