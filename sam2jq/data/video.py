@@ -13,6 +13,7 @@ import numpy as np
 from sam2jq.data.containers import check_frame, check_whole, errors_named, open_container
 from sam2jq.data.folders import SUFFIXES, is_image, listed
 from sam2jq.data.images import image_size, read_image
+from sam2jq.data.read_ahead import read_ahead
 from sam2jq.errors import UserError, few
 from sam2jq.files import home
 
@@ -42,7 +43,9 @@ class Video:
 
 
 def open_video(path: str | os.PathLike) -> Video:
-    """The clip in a folder of frames or in a video file; seeking backwards in a file is slow, see `forward_reader`.
+    """The clip in a folder of frames or in a video file, read by a thread that is a few frames ahead.
+
+    Seeking backwards in a file is slow, see `forward_reader`.
 
     Raises FileNotFoundError or UserError if there is no readable clip.
     """
@@ -130,7 +133,7 @@ def open_folder(path: str) -> Video:
     """The clip in a folder of frames. Raises UserError if frames differ in size."""
     files = find_frames(path)
     size = common_size(files, [image_size(file) for file in files])
-    return Video([Path(file).stem for file in files], size, lambda index: read_image(files[index]))
+    return Video([Path(file).stem for file in files], size, read_ahead(lambda i: read_image(files[i]), len(files)))
 
 
 def open_file(path: str) -> Video:
@@ -150,7 +153,7 @@ def open_file(path: str) -> Video:
         with errors_named(path):
             return upright_image(frame_at(index))
 
-    return Video(names, size, read)
+    return Video(names, size, read_ahead(read, len(names)))
 
 
 def decode(path: str) -> Iterator:

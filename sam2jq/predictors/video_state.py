@@ -1,7 +1,7 @@
 """The state of the objects of one clip, between the calls of the video predictor."""
 
 import operator
-from collections.abc import Hashable
+from collections.abc import Hashable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from sam2jq.data.video import Video
 from sam2jq.errors import UserError
 from sam2jq.models.variants import MEMORIES, POINTERS
 from sam2jq.predictors.bank_arrays import EMPTY, FrameInfo, FrameOutput, MemoryBank
+from sam2jq.predictors.spilled_outputs import SpilledOutputs
 
 
 @dataclass
@@ -20,13 +21,28 @@ class ObjectState:
     prompts: dict[int, tuple | None] = field(default_factory=dict)  # points and labels; None for a mask
     pending: dict[int, tuple[FrameOutput, bool]] = field(default_factory=dict)  # memory not encoded; is_cond
     cond: dict[int, FrameOutput] = field(default_factory=dict)
-    non_cond: dict[int, FrameOutput] = field(default_factory=dict)
+    non_cond: MutableMapping[int, FrameOutput] = field(default_factory=dict)
     reverse: dict[int, bool] = field(default_factory=dict)  # direction in which each frame was tracked
 
     def clear_non_cond_around(self, frame: int) -> None:
         """Removes the non-conditioning outputs of a frame and of MEMORIES frames before and after it."""
         for near in range(frame - MEMORIES, frame + MEMORIES + 1):
             self.non_cond.pop(near, None)
+
+    def forget(self, frame: int, reverse: bool) -> None:
+        """Drops what no frame after `frame` can need: outputs but for the last pointers, and memories of these."""
+        step = 1 if reverse else -1
+        kept = {t: self.non_cond[t] for age in range(POINTERS + 1) if (t := frame + age * step) in self.non_cond}
+        for t in kept:
+            if abs(t - frame) >= MEMORIES:
+                kept[t] = kept[t]._replace(mask=None, memory=None)
+        self.non_cond, self.reverse = kept, {frame: reverse}
+
+    def forget_cond(self, frame: int, count: int) -> None:
+        """Drops the conditioning frames that no frame after `frame` can need, if `count` of them are used."""
+        if count != -1:
+            newest = sorted(self.cond)[-count:]
+            self.cond = {t: out for t, out in self.cond.items() if t in newest or frame - t < POINTERS}
 
     def latest(self, frame: int, is_cond: bool) -> FrameOutput | None:
         """The newest output of a frame, if any; one whose memory is not encoded yet only if it `is_cond` or not."""
@@ -37,11 +53,16 @@ class ObjectState:
 
 @dataclass
 class VideoState:
-    """A clip and its objects. Outputs are in host memory; the device holds one frame's arrays."""
+    """A clip and its objects. Outputs are on the host; the device holds one frame's arrays.
+
+    keep_outputs: whether outputs remain that tracking on cannot need, in a temporary file.
+    """
 
     video: Video
+    keep_outputs: bool = True
     objects: dict[int, ObjectState] = field(default_factory=dict)
     features: tuple[int, list] | None = None  # number and feature maps of the frame prompted last
+    last_tracked: int | None = None
 
     @property
     def num_frames(self) -> int:
@@ -50,6 +71,16 @@ class VideoState:
     @property
     def obj_ids(self) -> list[int]:
         return list(self.objects)
+
+    def keeps(self, frame: int) -> bool:
+        """Whether outputs of a frame, and those that a correction of it needs, were not dropped."""
+        return self.keep_outputs or self.last_tracked in (None, frame)
+
+    def add_object(self, obj_id: int) -> ObjectState:
+        """The state of an object, which may be new."""
+        if obj_id not in self.objects:
+            self.objects[obj_id] = ObjectState(non_cond=SpilledOutputs() if self.keep_outputs else {})
+        return self.objects[obj_id]
 
     def object(self, obj_id: int) -> ObjectState:
         """The state of an object. Raises UserError if there is none."""
@@ -93,9 +124,9 @@ def memory_bank(objects: list[ObjectState], frame: int, reverse: bool, max_cond:
 
 
 def closest_cond_frames(cond: dict[int, FrameOutput], frame: int, count: int) -> dict[int, FrameOutput]:
-    """At most `count` of the conditioning frames, all if -1: the last before `frame`, the first from it on, the nearest.
+    """At most `count` of the conditioning frames, all if -1, as sam2's `select_closest_cond_frames` chooses them.
 
-    As sam2's `select_closest_cond_frames`, whose `count` is at least 2.
+    The last one before `frame`, the first one from it on, and then the nearest ones; `count` is at least 2.
     """
     if count == -1 or len(cond) <= count:
         return cond
@@ -159,6 +190,15 @@ def check_frame(state: VideoState, frame: int) -> int:
     frame = whole_number("frame", frame)
     if frame not in range(state.num_frames):
         raise UserError(f"frame {frame}: the clip has frames 0 to {state.num_frames - 1}")
+    return frame
+
+
+def check_kept(state: VideoState, frame: int) -> int:
+    """`check_frame`. Raises UserError too if outputs that a prompt on the frame needs were dropped."""
+    frame = check_frame(state, frame)
+    if not state.keeps(frame):
+        raise UserError(f"frame {frame}: this state drops outputs, so that only the frame tracked last, "
+                        f"{state.last_tracked}, can be prompted: call init_state with keep_outputs=True")  # fmt: skip
     return frame
 
 

@@ -333,7 +333,8 @@ def test_clear_non_cond_mem_around_input_matches_the_original(clip, monkeypatch,
     plain = both(predictors("2.1", "nano", 64)[1:], clip, run)[0]
     if several:
         compare([both(with_options(monkeypatch, **cleared)[1:], clip, run)[0], plain], 0)
-        results = both(with_options(monkeypatch, clear_own, **cleared, clear_non_cond_mem_for_multi_obj=True), clip, run)
+        cleared["clear_non_cond_mem_for_multi_obj"] = True
+        results = both(with_options(monkeypatch, clear_own, **cleared), clip, run)
     else:
         results = both(with_options(monkeypatch, clear_all, **cleared), clip, run)
     compare(results, FINE)
