@@ -1,13 +1,12 @@
 """The outputs of one object in a long clip: the newest in memory, all others in a temporary file."""
 
-import tempfile
 from collections.abc import Iterator, MutableMapping
 from itertools import chain
 from typing import Any
 
 import numpy as np
 
-from sam2jq.files import WriteError
+from sam2jq.files import ScratchFile
 from sam2jq.predictors.bank_arrays import FrameOutput
 
 IN_MEMORY = 32  # outputs; tracking needs POINTERS before a frame
@@ -21,7 +20,7 @@ class SpilledOutputs(MutableMapping[int, FrameOutput]):
         self._slots: dict[int, int] = {}  # the file holds records of one size
         self._free: list[int] = []
         self._like: Any = None  # an output of zeros
-        self._file: Any = None
+        self._file = ScratchFile("outputs of earlier frames")
 
     def __getitem__(self, frame: int) -> FrameOutput:
         return self._newest[frame] if frame in self._newest else self._read(self._slots[frame])
@@ -51,35 +50,22 @@ class SpilledOutputs(MutableMapping[int, FrameOutput]):
         return len(self._slots) + len(self._newest)
 
     def _read(self, slot: int) -> FrameOutput:
-        self._file.seek(slot * record_size(self._like))
-        content = lambda part: np.frombuffer(self._file.read(part.nbytes), part.dtype).reshape(part.shape)
-        return FrameOutput(*map(content, self._like))
+        place, parts = slot * record_size(self._like), []
+        for like in self._like:
+            parts.append(np.frombuffer(self._file.read(place, like.nbytes), like.dtype).reshape(like.shape))
+            place += like.nbytes
+        return FrameOutput(*parts)
 
     def _write(self, output: FrameOutput) -> int:
         """The slot that `output` is written to. Raises WriteError if the disk is full."""
-        self._like = self._like or FrameOutput(*map(np.zeros_like, output))
-        slot = self._free[-1] if self._free else len(self._slots)
-        try:
-            if self._file is None:
-                self._file = tempfile.TemporaryFile(prefix="sam2jq", buffering=0)  # noqa: SIM115
-            self._file.seek(slot * record_size(self._like))
-            for part, like in zip(output, self._like):
-                write_all(self._file, np.asarray(part, like.dtype).tobytes())
-        except OSError as error:
-            raise WriteError(
-                f"cannot write outputs of earlier frames to {tempfile.gettempdir()}: {error.strerror or error}; set "
-                "TMPDIR to another folder, or init_state with keep_outputs=False"
-            ) from error
-        self._free = self._free[:-1]
+        if self._like is None:
+            self._like = FrameOutput(*map(np.zeros_like, output))
+        slot = self._free.pop() if self._free else len(self._slots)
+        content = b"".join(np.asarray(part, like.dtype).tobytes() for part, like in zip(output, self._like))
+        self._file.write(slot * len(content), content)
         return slot
 
 
 def record_size(output: FrameOutput) -> int:
     """Bytes of an output."""
     return sum(part.nbytes for part in output)
-
-
-def write_all(file, content: bytes) -> None:
-    """Writes all of `content`; an unbuffered file may take a part of it, before a full disk is an error."""
-    while content:
-        content = content[file.write(content) :]

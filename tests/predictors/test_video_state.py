@@ -66,7 +66,7 @@ def test_outputs_in_a_file_are_a_dict(seed):
             np.testing.assert_array_equal(got, part)
             assert got.dtype == part.dtype
     size = sum(part.nbytes for part in output(0))
-    assert spilled._file.seek(0, 2) <= (most - IN_MEMORY + 1) * size
+    assert spilled._file._file.seek(0, 2) <= (most - IN_MEMORY + 1) * size
 
 
 def test_a_full_disk_is_one_line():
