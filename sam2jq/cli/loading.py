@@ -3,13 +3,14 @@
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
 
 from sam2jq.cli.compiled import use_compilation_cache
 from sam2jq.cli.run_folder import stage
-from sam2jq.config.run import CacheConfig, EvaluateConfig, ModelConfig, TrackConfig
+from sam2jq.config.run import CacheConfig, EvaluateConfig, ModelConfig, PredictConfig, TrackConfig
 from sam2jq.deploy import OnnxImagePredictor, OnnxVideoPredictor
 from sam2jq.deploy.folder import is_onnx_folder, read_description
 from sam2jq.errors import UserError
@@ -47,17 +48,19 @@ def load_model(config: ModelConfig, cache: CacheConfig, image_size: int | None =
     return load_checkpoint_of(config, image_size)
 
 
-def load_image_predictor(config: TrackConfig | EvaluateConfig) -> tuple[PromptedImage, bool]:
+def load_image_predictor(config: PredictConfig | EvaluateConfig) -> tuple[PromptedImage, bool]:
     """The predictor of a checkpoint or of a folder of ONNX files, and whether its weights are random."""
     return _load_predictor(config, ImagePredictor, OnnxImagePredictor)
 
 
 def load_video_predictor(config: TrackConfig | EvaluateConfig) -> tuple[PromptedVideo, bool]:
     """As `load_image_predictor`, for clips."""
-    return _load_predictor(config, VideoPredictor, OnnxVideoPredictor)
+    if config.memory_bits and is_onnx_folder(config.model.checkpoint):
+        raise UserError("memory_bits: the ONNX files hold memories in float32 only: leave it out, or give a package")
+    return _load_predictor(config, partial(VideoPredictor, memory_bits=config.memory_bits), OnnxVideoPredictor)
 
 
-def _load_predictor(config: TrackConfig | EvaluateConfig, of_params: Callable, of_onnx: Callable):
+def _load_predictor(config: PredictConfig | EvaluateConfig, of_params: Callable, of_onnx: Callable):
     if is_onnx_folder(config.model.checkpoint):
         predictor = of_onnx(config.model.checkpoint, config.engine, **onnx_settings(config))
         return predictor, predictor.random
@@ -65,7 +68,7 @@ def _load_predictor(config: TrackConfig | EvaluateConfig, of_params: Callable, o
     return of_params(model, materialize_weights(checkpoint.params), dtype=config.model.dtype), checkpoint.random
 
 
-def onnx_settings(config: TrackConfig | EvaluateConfig) -> dict:
+def onnx_settings(config: PredictConfig | EvaluateConfig) -> dict:
     """The settings of a predictor of ONNX files. Raises UserError if those of the model contradict the files."""
     about = read_description(config.model.checkpoint)
     for key, value in about["model"].items():

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from sam2jq.config.quant import QuantConfig
 from sam2jq.errors import ConfigError, one_of
-from sam2jq.models.variants import VARIANTS, VERSIONS
+from sam2jq.models.variants import MEMORY_BITS, VARIANTS, VERSIONS
 from sam2jq.quant.field_types import check_types
 
 DEVICES = ("auto", "cpu", "gpu", "cuda", "tpu")
@@ -145,9 +145,15 @@ class Config:
             )
 
 
+def check_memory_bits(bits: int | None) -> None:
+    """Raises ConfigError unless memories can be stored in `bits`."""
+    if bits not in (None, *MEMORY_BITS):
+        raise ConfigError(f"memory_bits must be 8, 4 or null, got {bits}")
+
+
 @dataclass(frozen=True)
-class TrackConfig:
-    """The settings of `track`, beside the file and its prompts."""
+class PredictConfig:
+    """The settings of `segment` and `track`."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
@@ -157,6 +163,18 @@ class TrackConfig:
     def __post_init__(self):
         check_types(self)
         one_of("engine", self.engine, ENGINES)
+
+
+@dataclass(frozen=True)
+class TrackConfig(PredictConfig):
+    """The settings of `track`, beside the file and its prompts."""
+
+    # 8 or 4, in which memories and object pointers of earlier frames are stored; null: bfloat16, as sam2
+    memory_bits: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_memory_bits(self.memory_bits)
 
 
 @dataclass(frozen=True)
@@ -195,7 +213,7 @@ class EverythingConfig:
 
 
 @dataclass(frozen=True)
-class SegmentConfig(TrackConfig):
+class SegmentConfig(PredictConfig):
     """The settings of `segment`, beside the file and its prompts."""
 
     everything: EverythingConfig = field(default_factory=EverythingConfig)
@@ -221,12 +239,17 @@ class EvaluateConfig:
     allow_missing: int = 0
     # write every mask of vos, one PNG per object and frame
     masks: bool = True
+    # 8 or 4, in which vos stores memories and object pointers of earlier frames; null: bfloat16, as sam2
+    memory_bits: int | None = None
     output: OutputConfig = field(default_factory=OutputConfig)
 
     def __post_init__(self):
         check_types(self)
         one_of("task", self.task, TASKS)
         one_of("engine", self.engine, ENGINES)
+        check_memory_bits(self.memory_bits)
+        if self.memory_bits and self.task != "vos":
+            raise ConfigError(f"memory_bits: task {self.task} has no memory: leave it out, or set task to vos")
         if not self.data:
             raise ConfigError("data is not set: give a COCO or SA-V folder, or scenes:0 for synthetic images")
         if self.num_samples is not None and self.num_samples < 1:

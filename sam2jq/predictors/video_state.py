@@ -30,12 +30,12 @@ class ObjectState:
             self.non_cond.pop(near, None)
 
     def forget(self, frame: int, reverse: bool) -> None:
-        """Drops what no frame after `frame` can need: outputs but for the last pointers, and memories of these."""
+        """Drops what no frame after `frame` can need: all but its output, the last pointers and fewer memories."""
         step = 1 if reverse else -1
         kept = {t: self.non_cond[t] for age in range(POINTERS + 1) if (t := frame + age * step) in self.non_cond}
-        for t in kept:
-            if abs(t - frame) >= MEMORIES:
-                kept[t] = kept[t]._replace(mask=None, memory=None)
+        for t, output in kept.items():
+            memory = output.memory if abs(t - frame) < MEMORIES else None
+            kept[t] = output if t == frame else output._replace(mask=None, memory=memory)
         self.non_cond, self.reverse = kept, {frame: reverse}
 
     def forget_cond(self, frame: int, count: int) -> None:
