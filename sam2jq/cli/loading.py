@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from sam2jq.deploy import OnnxImagePredictor, OnnxVideoPredictor
 from sam2jq.deploy.folder import is_onnx_folder, read_description
 from sam2jq.errors import UserError
 from sam2jq.models.sam2 import SAM2, is_image_only
+from sam2jq.predictors.automatic_masks import AutomaticMaskGenerator
 from sam2jq.predictors.image import ImagePredictor
 from sam2jq.predictors.prompted_image import PromptedImage
 from sam2jq.predictors.prompted_video import PromptedVideo
@@ -58,6 +59,17 @@ def load_video_predictor(config: TrackConfig | EvaluateConfig) -> tuple[Prompted
     if config.memory_bits and is_onnx_folder(config.model.checkpoint):
         raise UserError("memory_bits: the ONNX files hold memories in float32 only: leave it out, or give a package")
     return _load_predictor(config, partial(VideoPredictor, memory_bits=config.memory_bits), OnnxVideoPredictor)
+
+
+def load_mask_generators(config: EvaluateConfig) -> tuple[AutomaticMaskGenerator, AutomaticMaskGenerator]:
+    """The generators of all masks of an image of `config.model` and of `config.reference`, which is the same model."""
+    if is_onnx_folder(config.model.checkpoint):
+        raise UserError("task everything: ONNX files have no mask generator yet: give a package or a checkpoint")
+    model, checkpoint = load_model(config.model, config.cache)
+    settings = asdict(config.everything) | {"dtype": config.model.dtype}
+    own = AutomaticMaskGenerator(model, materialize_weights(checkpoint.params), **settings)
+    _, other = load_checkpoint_of(replace(resolved(config.model, model), checkpoint=config.reference))
+    return own, AutomaticMaskGenerator(model, materialize_weights(other.params), **settings)
 
 
 def _load_predictor(config: PredictConfig | EvaluateConfig, of_params: Callable, of_onnx: Callable):
