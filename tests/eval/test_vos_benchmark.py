@@ -1,6 +1,8 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -41,7 +43,7 @@ class GroundTruthPredictor:
     def __init__(self, clip, late):
         self.masks, self.late = clip.masks, late
 
-    def init_state(self, video):
+    def init_state(self, video, keep_outputs):
         return {"first": [], "video": video}
 
     def add_new_mask(self, state, frame, name, mask):
@@ -95,6 +97,35 @@ def test_overlapping_masks_of_label_images_go_to_the_higher_logit(tmp_path):
     for obj in range(2):
         np.testing.assert_array_equal(np.stack(list(written.values())) == obj + 1, expected[:, obj])
         assert scores[str(obj + 1)] == video_scores(expected[:, obj], drawn.masks[:, obj], from_first_mask=True)
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_a_long_clip_is_not_held_in_memory(exclusive):
+    """Of all masks those of annotated frames are kept, and an object that comes later is tracked beside the others."""
+    drawn, length = draw_clip(11, FRAMES, SIDE), 40 * FRAMES
+    shown = SimpleNamespace(masks=np.concatenate([drawn.masks] * (length // FRAMES)))
+    video = video_of(np.zeros((length, SIDE, SIDE, 3), np.uint8))
+    late = FRAMES * 3
+    truth = {
+        "1": {i: shown.masks[i, 0] for i in range(0, length, FRAMES)},
+        "2": {i: shown.masks[i, 1] for i in range(late, length, FRAMES)},
+    }
+
+    class Predictor(GroundTruthPredictor):
+        def propagate_in_video(self, state):
+            for frame in range(state["start"], length):
+                alive.append((frame, sum(each() is not None for each in made)))
+                masks = np.stack([self.masks[frame, int(name) - 1] for name in state["first"]])[:, None] - 0.5
+                made.append(ref(masks))
+                yield frame, state["first"], masks
+
+    made, alive, written = [], [], []
+    clip = LabeledClip("v", lambda: video, lambda bad: truth, exclusive=exclusive)
+    scores = track_objects(Predictor(shown, 0), clip, lambda obj, frame, mask: written.append((frame, obj)))
+    assert [frame for frame, _ in alive] == sorted(frame for frame, _ in alive)
+    assert max(count for _, count in alive) <= 3
+    assert len(written) == (length if exclusive else 2 * length - late)
+    assert scores["2"].j == (1 if not exclusive else pytest.approx(1, abs=0.2))
 
 
 def test_davis_scores_are_means_over_all_frames_but_the_first_and_the_last():
