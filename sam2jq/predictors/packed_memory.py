@@ -1,9 +1,9 @@
 """Memories and object pointers of tracked clips in 8 or 4 bits.
 
-A token x [C], a pointer or one position of a memory, becomes bytes: integer codes of `bits` bits, and the token's scale.
-The codes are of x, or of x h / sqrt(C) with a Hadamard matrix h, which spreads outliers over all channels: of what has
-the smaller error, and a negative scale says that it is the second. The memory bank holds bytes in place of floats, and
-only `condition_on_memory` reads them. Bytes of 0 are a token of zeros.
+A token x [C], a pointer or one position of a memory, becomes bytes: integer codes of `bits` bits, and a scale. They are
+those of x, or of x h / sqrt(C) with a Hadamard matrix h, which spreads outliers over all channels, if its error is
+smaller; then the scale is negative. The memory bank holds bytes in place of floats, and only `condition_on_memory`
+reads them. Bytes of 0 are a token of zeros.
 """
 
 import jax
