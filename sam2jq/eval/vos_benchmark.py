@@ -106,7 +106,7 @@ def track_labels(predictor: VideoPredictor, video: Video, truth: Masks, write: C
     of objects are their labels.
     """
     predicted = {obj: {frame: np.zeros(video.size, bool) for frame in masks} for obj, masks in truth.items()}
-    first, blank = len(video), np.zeros(video.size, np.uint8)
+    first, blank = len(video), np.zeros(video.size, np.min_scalar_type(max(map(int, truth), default=0)))
     for frame, rows in groupby(track_logits(predictor, video, first_masks(truth)), key=lambda row: row[0]):
         first = min(first, frame)
         labels, best = blank.copy(), np.zeros(video.size, np.float32)
