@@ -13,8 +13,8 @@ BLOCK = 16  # frames read at once where they are read in falling order
 def read_ahead(read: Callable[[int], Any], length: int) -> Callable[[int], Any]:
     """`read`, called by one thread only, that is AHEAD items ahead as soon as two are asked for in rising order.
 
-    Where they are asked for in falling order, blocks of BLOCK are read in rising order: a video file is decoded from
-    its start for an earlier frame. At most BLOCK + 2 items are kept. An error of `read` is raised for its index only.
+    Where they are asked for in falling order, blocks of BLOCK are read in rising order, as video files are decoded. At
+    most BLOCK + 2 items are kept. An error of `read` is raised for its index only.
     """
     pool, lock = ThreadPoolExecutor(1, "read_ahead"), threading.Lock()
     items: dict[int, Future] = {}
