@@ -23,7 +23,7 @@ def evaluate_clips(
 
     "left_out" is {clip or clip/object: why it has no score}: its files cannot be read, or no scored frame shows it.
     write: called with the clip's name, the object, the frame's name and the bool mask [H, W] of every frame; for clips
-    with label images once for a frame, with "" and the labels, uint8 [H, W].
+    with label images once for a frame, with "" and the labels, unsigned [H, W].
     Raises UserError if no object has a score.
     """
     scores, left_out = {}, {}

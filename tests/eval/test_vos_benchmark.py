@@ -11,7 +11,7 @@ from PIL import Image
 
 from sam2jq.cli.main import main
 from sam2jq.data.labeled import LabeledClip
-from sam2jq.data.masks import write_labels
+from sam2jq.data.masks import read_labels, write_labels
 from sam2jq.data.sav import read_mask, write_mask
 from sam2jq.data.sources import find_clips, find_samples
 from sam2jq.data.synthetic.scenes import draw_clip, draw_scene
@@ -128,6 +128,20 @@ def test_a_long_clip_is_not_held_in_memory(exclusive):
     assert max(count for _, count in alive) <= 3
     assert len(written) == (length if exclusive else 2 * length - late)
     assert scores["2"].j == (1 if not exclusive else pytest.approx(1, abs=0.2))
+
+
+def test_labels_above_255_are_written_as_greys(tmp_path):
+    drawn = draw_clip(11, FRAMES, SIDE)
+
+    class Known(GroundTruthPredictor):
+        def propagate_in_video(self, state):
+            for frame in range(FRAMES):
+                yield frame, state["first"], self.masks[frame, :1, None] - 0.5
+
+    clip = label_clip(True, lambda bad: {"1001": dict(enumerate(drawn.masks[:, 0]))}, drawn)
+    write = lambda obj, frame, labels: write_labels(tmp_path / f"{frame}.png", labels)
+    assert track_objects(Known(drawn, 0), clip, write)["1001"].j == 1
+    np.testing.assert_array_equal(read_labels(str(tmp_path / "00002.png")), 1001 * drawn.masks[2, 0])
 
 
 def test_davis_scores_are_means_over_all_frames_but_the_first_and_the_last():
