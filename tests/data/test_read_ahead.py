@@ -5,7 +5,9 @@ import threading
 import numpy as np
 import pytest
 
+from sam2jq.data import video as video_module
 from sam2jq.data.read_ahead import AHEAD, BLOCK, read_ahead
+from sam2jq.data.video import open_video
 
 
 def recorded(length: int = 60):
@@ -66,3 +68,37 @@ def test_an_error_is_that_of_its_own_frame():
     with pytest.raises(ValueError, match="frame 41"):
         read(41)
     assert read(42) == 420
+
+
+CODECS = {
+    ".mp4": ("libx264", {"bf": "3", "sc_threshold": "0", "x264-params": "open-gop=1"}),
+    ".mkv": ("libx264", {"bf": "2", "sc_threshold": "0"}),
+    ".avi": ("mpeg4", {}),
+    ".webm": ("libvpx-vp9", {"cpu-used": "8", "deadline": "realtime"}),
+}
+
+
+@pytest.mark.parametrize("suffix", CODECS)
+def test_a_video_is_read_backwards_from_its_key_frames(tmp_path, monkeypatch, suffix):
+    """With frames that refer to later ones, where the codec has them: each frame is as when it is read forwards, and
+    about one and a half times as many are decoded as for reading the blocks alone."""
+    av, decoded = pytest.importorskip("av"), []
+    monkeypatch.setattr(video_module, "check_frame", lambda frame, path, index: decoded.append(index))
+    codec, options = CODECS[suffix]
+    path, shades = str(tmp_path / f"long{suffix}"), np.random.default_rng(0).integers(0, 255, (150, 8, 8, 3), np.uint8)
+    with av.open(path, "w") as container:
+        stream = container.add_stream(codec, rate=24, options=options)
+        stream.width = stream.height = 64
+        stream.pix_fmt, stream.gop_size = "yuv420p", 12
+        for shade in shades.repeat(8, 1).repeat(8, 2):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(shade, format="rgb24")))
+        container.mux(stream.encode())
+    video = open_video(path)
+    forwards = list(video)
+    assert len(forwards) == len(decoded) / 2 == 150
+    decoded.clear()
+    for index in reversed(range(150)):
+        np.testing.assert_array_equal(video[index], forwards[index])
+    assert (len(decoded) < 2 * 150) == (suffix != ".avi")
+    for index in np.random.default_rng(1).integers(0, 150, 30):
+        np.testing.assert_array_equal(video[index], forwards[index])

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam2jq.data import video as video_module
 from sam2jq.data.video import find_frames, open_video
 from sam2jq.data.video_frames import count_frames
 from sam2jq.errors import UserError
@@ -66,40 +65,6 @@ def test_frames_can_be_read_in_any_order(clip):
     for index in [12, -13]:
         with pytest.raises(IndexError):
             video[index]
-
-
-@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi", ".webm"])
-def test_a_video_is_read_backwards_from_its_key_frames(tmp_path, monkeypatch, suffix):
-    """With frames that refer to later ones, where the codec has them: each frame is as when it is read forwards, and
-    about one and a half times as many are decoded as for reading the blocks alone."""
-    av, decoded = pytest.importorskip("av"), []
-    monkeypatch.setattr(video_module, "check_frame", lambda frame, path, index: decoded.append(index))
-    codec, options = CODECS[suffix]
-    path, shades = str(tmp_path / f"long{suffix}"), np.random.default_rng(0).integers(0, 255, (150, 8, 8, 3), np.uint8)
-    with av.open(path, "w") as container:
-        stream = container.add_stream(codec, rate=24, options=options)
-        stream.width = stream.height = 64
-        stream.pix_fmt, stream.gop_size = "yuv420p", 12
-        for shade in shades.repeat(8, 1).repeat(8, 2):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(shade, format="rgb24")))
-        container.mux(stream.encode())
-    video = open_video(path)
-    forwards = list(video)
-    assert len(forwards) == len(decoded) / 2 == 150
-    decoded.clear()
-    for index in reversed(range(150)):
-        np.testing.assert_array_equal(video[index], forwards[index])
-    assert (len(decoded) < 2 * 150) == (suffix != ".avi")
-    for index in np.random.default_rng(1).integers(0, 150, 30):
-        np.testing.assert_array_equal(video[index], forwards[index])
-
-
-CODECS = {
-    ".mp4": ("libx264", {"bf": "3", "sc_threshold": "0", "x264-params": "open-gop=1"}),
-    ".mkv": ("libx264", {"bf": "2", "sc_threshold": "0"}),
-    ".avi": ("mpeg4", {}),
-    ".webm": ("libvpx-vp9", {"cpu-used": "8", "deadline": "realtime"}),
-}
 
 
 def test_a_modified_frame_does_not_change_the_video(clip):

@@ -1,54 +1,22 @@
-from functools import cache, partial
-
 import jax
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from converters.exports.vanilla import build_original
 from sam2jq import VideoPredictor
 from sam2jq.data.synthetic.scenes import draw_clip
 from sam2jq.errors import UserError
 from sam2jq.predictors import video_steps
 from sam2jq.predictors.memory_bank import FrameInfo, condition_on_memory
 from sam2jq.predictors.video_state import memory_bank
-from tests.conftest import twin
 
-FRAMES = 12
-LIMIT = 1e-3  # of the logits: float32, and memories rounded to bfloat16 in both
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    """A folder of losslessly equal frames for both: jpg files, since the original reads nothing else."""
-    folder = tmp_path_factory.mktemp("clip")
-    for i, frame in enumerate(draw_clip(3, FRAMES).frames):
-        Image.fromarray(frame[:, :200]).save(folder / f"{i:05d}.jpg", quality=95)
-    return str(folder)
-
-
-@cache
-def predictors(version: str, name: str = "nano", image_size: int | None = None):
-    """The original video predictor and ours, on the same weights."""
-    weights = twin(name, version, image_size)
-    original = build_original(name, version, image_size, video=True)
-    original.load_state_dict(weights.torch.state_dict())
-    return original, VideoPredictor(weights.model, weights.params)
+from .pairs import LIMIT, both, compare, predictors
 
 
 @pytest.fixture
 def pair():
     return predictors("2.1")
-
-
-def both(pair, clip, run):
-    """What `run(predictor, state)` yields from both, [[(frame, ids, masks)]]."""
-    results = []
-    for predictor in pair:
-        state = predictor.init_state(clip)
-        results.append([(frame, list(ids), np.asarray(masks)) for frame, ids, masks in run(predictor, state)])
-    return results
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +32,6 @@ def prompted_alone(clip):
             yield [(frame, list(ids), np.asarray(masks))]
 
     return run
-
-
-def compare(results, limit=LIMIT):
-    original, ours = results
-    assert [row[:2] for row in ours] == [row[:2] for row in original]
-    for (frame, _, expected), (_, _, got) in zip(original, ours):
-        assert got.shape == expected.shape
-        assert np.abs(got - expected).max() <= limit, frame
-        assert got.std() > max(10 * limit, LIMIT)  # there is something to compare
 
 
 @pytest.mark.parametrize("version", ["2.1", pytest.param("2.0", marks=pytest.mark.slow)])
@@ -248,97 +207,6 @@ def test_corrections_masks_and_both_directions_match_the_original(pair, clip):
         yield predictor.add_new_points_or_box(state, 2, 9, points=[[0.3, 0.3]], labels=[1], normalize_coords=False)
 
     compare(both(pair, clip, run))
-
-
-FINE = 1e-4  # at 64 pixels the memories of random weights change logits by 1e-3
-
-
-def largest_difference(rows, others) -> float:
-    return max(np.abs(masks - other).max() for (*_, masks), (*_, other) in zip(rows, others))
-
-
-def with_options(monkeypatch, clear=None, **options):
-    """The original and ours at 64 pixels with `options`; clear: what the original calls around prompted frames.
-
-    The installed sam2 lacks that method: with clear_non_cond_mem_around_input it raises AttributeError.
-    """
-    original, ours = predictors("2.1", "nano", 64)
-    for name, value in options.items():
-        monkeypatch.setattr(original, name, value, raising=name != "clear_non_cond_mem_for_multi_obj")
-    if clear:
-        monkeypatch.setattr(original, "_clear_obj_non_cond_mem_around_input", partial(clear, original), raising=False)
-    return original, VideoPredictor(ours.model, ours.params, **options)
-
-
-def clear_all(original, state, frame, obj):
-    """What the older predictor calls, with one memory for all objects, and still a method of the newer one."""
-    original._clear_non_cond_mem_around_input(state, frame)
-
-
-def clear_own(original, state, frame, obj):
-    for near in range(frame - original.num_maskmem, frame + original.num_maskmem + 1):
-        state["output_dict_per_obj"][obj]["non_cond_frame_outputs"].pop(near, None)
-
-
-def corrected_twice(predictor, state):
-    """One object prompted on frame 0 and corrected on 5 and 9, tracked after each prompt, and backwards."""
-    yield predictor.add_new_points_or_box(state, 0, 1, points=[[60, 80]], labels=[1])
-    yield from predictor.propagate_in_video(state, max_frame_num_to_track=10)
-    for frame, x in ((5, 80), (9, 100)):
-        yield predictor.add_new_points_or_box(state, frame, 1, points=[[x, 90]], labels=[1])
-    yield from predictor.propagate_in_video(state, start_frame_idx=1)
-    yield predictor.add_new_points_or_box(state, 3, 1, points=[[20, 30]], labels=[0])
-    yield from predictor.propagate_in_video(state, start_frame_idx=8, reverse=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"max_cond_frames_in_attn": 2}, {"clear_non_cond_mem_around_input": True}])
-def test_corrections_as_conditioning_frames_match_the_original(clip, monkeypatch, options):
-    everywhere = {"add_all_frames_to_correct_as_cond": True}
-    pair = with_options(monkeypatch, clear_all, **everywhere, **options)
-    results = both(pair, clip, corrected_twice)
-    compare(results, FINE)
-    if options:
-        plain = both(with_options(monkeypatch, **everywhere)[1:], clip, corrected_twice)[0]
-        assert largest_difference(results[1], plain) > 5 * FINE
-
-
-@pytest.mark.slow
-def test_max_cond_frames_in_attn_matches_the_original(clip, monkeypatch):
-    """Three prompted frames of which two are used; the third counts as a non-conditioning frame."""
-
-    def run(predictor, state):
-        for frame, x in ((0, 60), (2, 80), (6, 100)):
-            yield predictor.add_new_points_or_box(state, frame, 1, points=[[x, 80]], labels=[1])
-        yield from predictor.propagate_in_video(state, max_frame_num_to_track=9)
-
-    results = both(with_options(monkeypatch, max_cond_frames_in_attn=2), clip, run)
-    compare(results, FINE)
-    assert largest_difference(results[1], both(predictors("2.1", "nano", 64)[1:], clip, run)[0]) > 5 * FINE
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("several", [False, True])
-def test_clear_non_cond_mem_around_input_matches_the_original(clip, monkeypatch, several):
-    """With several objects nothing is cleared, unless an option says so."""
-
-    def run(predictor, state):
-        yield predictor.add_new_points_or_box(state, 0, 1, points=[[60, 80]], labels=[1])
-        if several:
-            yield predictor.add_new_points_or_box(state, 0, 2, points=[[100, 90]], labels=[1])
-        yield predictor.add_new_points_or_box(state, 3, 1, points=[[80, 80]], labels=[1])
-        yield from predictor.propagate_in_video(state, max_frame_num_to_track=6)
-
-    cleared = {"clear_non_cond_mem_around_input": True}
-    plain = both(predictors("2.1", "nano", 64)[1:], clip, run)[0]
-    if several:
-        compare([both(with_options(monkeypatch, **cleared)[1:], clip, run)[0], plain], 0)
-        cleared["clear_non_cond_mem_for_multi_obj"] = True
-        results = both(with_options(monkeypatch, clear_own, **cleared), clip, run)
-    else:
-        results = both(with_options(monkeypatch, clear_all, **cleared), clip, run)
-    compare(results, FINE)
-    assert largest_difference(results[1], plain) > 5 * FINE
 
 
 def test_a_whole_clip_compiles_one_step(pair):
