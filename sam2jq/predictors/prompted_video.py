@@ -1,4 +1,7 @@
-"""What the predictors of clips share: the prompts, and the outputs of each object; without jax and torch."""
+"""What the predictors of clips share: the prompts, and the outputs of each object; without jax and torch.
+
+S is the model's image side.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -114,6 +114,10 @@ def test_a_state_that_drops_outputs_refuses_what_needs_them():
         next(predictor.propagate_in_video(state))
     with pytest.raises(UserError, match="frame 4: this state drops outputs, so that only the frame tracked last, 5,"):
         predictor.add_new_points_or_box(state, 4, **click)
+    predictor.add_new_points_or_box(state, 5, obj_id=2, points=[[1, 1]], labels=[1])  # the frame tracked last
+    assert predictor.remove_object(state, 2)[1][0][0] == 5
     predictor.reset_state(state)
     predictor.add_new_points_or_box(state, 4, **click)
+    predictor.add_new_points_or_box(state, 4, obj_id=2, points=[[1, 1]], labels=[1])
     assert len(tracked(state, predictor)) == 116
+    assert predictor.remove_object(state, 2) == ([1], [])  # the masks of frame 4 were dropped
