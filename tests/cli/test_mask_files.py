@@ -18,7 +18,7 @@ from sam2jq.cli.mask_files import FrameMasks, check_palette, clip_masks, json_re
 from sam2jq.cli.track import from_the_last
 from sam2jq.config.run import EverythingConfig
 from sam2jq.data import draw_clip
-from sam2jq.data.coco_masks import decode_mask
+from sam2jq.data.coco_masks import decode_mask, encode_mask
 from sam2jq.data.masks import read_labels
 from sam2jq.data.sa1b import sa1b_image
 from sam2jq.data.sav import annotated_mask
@@ -211,7 +211,8 @@ def test_a_full_disk_is_one_line_and_leaves_no_masks(tmp_path, flag):
             for frame in FRAMES:
                 add(frame)
 
-    with pytest.raises(WriteError, match=rf"^cannot write [^:]*{flag}: [^:]*$"), file_limit(1000):
+    where = "masks to [^:]*" if flag == "json" else f"[^:]*{flag}"  # a json's masks wait in a temporary file
+    with pytest.raises(WriteError, match=rf"^cannot write {where}: [^:]*$"), file_limit(1000):
         write()
     assert list(tmp_path.iterdir()) == []
 
@@ -266,6 +267,24 @@ def test_masks_in_reverse_wait_in_a_file():
         np.testing.assert_array_equal(got.masks, expected.masks)
         np.testing.assert_array_equal(got.labels, expected.labels)
     assert back[0][1].labels.dtype == np.int16
+
+
+def test_the_json_of_a_clip_is_that_of_all_masks_at_once(tmp_path):
+    args = Namespace(**dict.fromkeys(("masks", "palette", "npz")), json=str(tmp_path / "m.json"))
+    with clip_masks(args, "a/clip.mp4", list("01234"), [3, 7]) as add:
+        for frame in FRAMES:
+            add(frame)
+    content = json.loads((tmp_path / "m.json").read_text())
+    assert list(content) == ["videos", "categories", "annotations"]
+    assert content["videos"][0] | {"name": "clip.mp4", "width": 128, "height": 96, "length": 5} == content["videos"][0]
+    for i, annotation in enumerate(content["annotations"]):
+        fixed = {"id": (3, 7)[i], "video_id": 1, "category_id": 1, "iscrowd": 0}
+        assert {key: annotation[key] for key in fixed} == fixed
+        masks = [*NOISE[:, i], None]
+        assert annotation["segmentations"] == [None if mask is None else encode_mask(mask) for mask in masks]
+        assert annotation["areas"] == [None if mask is None else mask.sum() for mask in masks]
+        assert annotation["bboxes"][4] is None
+        assert len(annotation["bboxes"][0]) == 4
 
 
 def test_colors_of_objects_stay_apart():
