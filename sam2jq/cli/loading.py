@@ -14,6 +14,7 @@ from sam2jq.config.run import CacheConfig, EvaluateConfig, ModelConfig, PredictC
 from sam2jq.deploy import OnnxImagePredictor, OnnxVideoPredictor
 from sam2jq.deploy.folder import is_onnx_folder, read_description
 from sam2jq.errors import UserError
+from sam2jq.models.precision import float_dtype
 from sam2jq.models.sam2 import SAM2, is_image_only
 from sam2jq.predictors.automatic_masks import AutomaticMaskGenerator
 from sam2jq.predictors.image import ImagePredictor
@@ -107,10 +108,10 @@ def load_checkpoint_of(config: ModelConfig, image_size: int | None = None):
 
 
 def resolved(config: ModelConfig, model: SAM2) -> ModelConfig:
-    """`config` with the name, version and image size of the model that was loaded."""
+    """`config` with the name, version and image size of the model that was loaded, and the dtype it computes in."""
     from sam2jq.api import describe_model
 
-    return replace(config, **describe_model(model))
+    return replace(config, **describe_model(model), dtype=float_dtype(config.dtype))
 
 
 def with_image_size(model: SAM2, image_size: int) -> SAM2:
