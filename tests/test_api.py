@@ -60,7 +60,7 @@ sam2jq.save({str(tmp_path / "small.safetensors")!r}, model, small)
 again, _ = sam2jq.load({str(tmp_path / "small.safetensors")!r})
 assert again == model
 for path, call in (("small.pt", lambda p: sam2jq.save(p, model, small)), ("there.pt", sam2jq.load)):
-    open({str(tmp_path / "there.pt")!r}, "w").close()
+    open({str(tmp_path / "there.pt")!r}, "wb").write(b"PK\\3\\4")
     try:
         call({str(tmp_path)!r} + "/" + path)
     except sam2jq.UserError as error:

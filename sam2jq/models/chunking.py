@@ -34,7 +34,7 @@ def cpu_chunked_map(f: Callable, x, width: int):
     accelerator fills its cores with all rows.
     """
     rows = cpu_chunk_rows(width)
-    if len(jax.tree.leaves(x)[0]) <= rows:
+    if all(len(leaf) <= rows for leaf in jax.tree.leaves(x)):  # also for no array at all
         return f(x)
     return jax.lax.platform_dependent(x, cpu=lambda x: chunked_map(f, x, rows), default=f)
 

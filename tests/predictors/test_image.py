@@ -13,6 +13,7 @@ from sam2jq.data import draw_scene
 from sam2jq.errors import UserError
 from sam2jq.models import chunking
 from sam2jq.models.decoder import Decoded
+from sam2jq.models.precision import float_dtype
 from sam2jq.models.sam2 import abstract_params
 from sam2jq.predictors import image as image_module
 from sam2jq.tree import flatten, unflatten
@@ -109,6 +110,17 @@ def test_bfloat16_activations_stay_close(predictors):
     assert str(half.get_image_embedding().dtype) == "bfloat16"
     got, expected = (p.predict(**POINT, return_logits=True)[0] for p in (half, ours))
     assert 0 < relative(got, expected) < 0.012
+    mlps = [leaf.dtype for path, leaf in flatten(half.params).items() if "/mlp/" in path and path.endswith("/kernel")]
+    assert mlps
+    assert set(mlps) == {np.dtype("bfloat16")}
+
+
+def test_accelerators_compute_in_bfloat16_unless_told_otherwise(monkeypatch):
+    assert float_dtype("auto") == "float32"
+    for backend in ("gpu", "tpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        assert float_dtype("auto") == "bfloat16"
+    assert float_dtype("float32") == "float32"
 
 
 def test_no_points_beside_boxes_are_the_boxes_alone(predictors):
