@@ -66,6 +66,7 @@ def load_mask_generators(config: EvaluateConfig) -> tuple[AutomaticMaskGenerator
     """The generators of all masks of an image of `config.model` and of `config.reference`, which is the same model."""
     if is_onnx_folder(config.model.checkpoint):
         raise UserError("task everything: ONNX files have no mask generator yet: give a package or a checkpoint")
+    refuse_engine(config)
     model, checkpoint = load_model(config.model, config.cache)
     settings = asdict(config.everything) | {"dtype": config.model.dtype}
     own = AutomaticMaskGenerator(model, materialize_weights(checkpoint.params), **settings)
