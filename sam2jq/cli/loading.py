@@ -66,6 +66,7 @@ def load_mask_generators(config: EvaluateConfig) -> tuple[AutomaticMaskGenerator
     """The generators of all masks of an image of `config.model` and of `config.reference`, which is the same model."""
     if is_onnx_folder(config.model.checkpoint):
         raise UserError("task everything: ONNX files have no mask generator yet: give a package or a checkpoint")
+    refuse_engine(config)
     model, checkpoint = load_model(config.model, config.cache)
     settings = asdict(config.everything) | {"dtype": config.model.dtype}
     own = AutomaticMaskGenerator(model, materialize_weights(checkpoint.params), **settings)
@@ -77,8 +78,16 @@ def _load_predictor(config: PredictConfig | EvaluateConfig, of_params: Callable,
     if is_onnx_folder(config.model.checkpoint):
         predictor = of_onnx(config.model.checkpoint, config.engine, **onnx_settings(config))
         return predictor, predictor.random
+    refuse_engine(config)
     model, checkpoint = load_model(config.model, config.cache)
     return of_params(model, materialize_weights(checkpoint.params), dtype=config.model.dtype), checkpoint.random
+
+
+def refuse_engine(config: PredictConfig | EvaluateConfig) -> None:
+    """Raises UserError if an engine of ONNX files is set for a checkpoint, which jax runs."""
+    if config.engine != "auto":
+        raise UserError(f"engine {config.engine}: it runs folders of ONNX files, and {config.model.checkpoint} is "
+                        "none: leave it out, or give what sam2jq export --to onnx wrote")  # fmt: skip
 
 
 def onnx_settings(config: PredictConfig | EvaluateConfig) -> dict:

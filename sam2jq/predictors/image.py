@@ -42,8 +42,10 @@ def decode(
 def _decode(model: SAM2, params: dict, features, points, masks, point_mask, *, multimask: bool) -> Decoded:
     settings = {"multimask": multimask, "method": "decode_masks"}
     run = lambda prompts: model.apply({"params": params}, features, *prompts, **settings)
-    # a prompt's widest array is the image of the decoder, upscaled to stride 4
-    return cpu_chunked_map(run, (points, masks, point_mask), math.prod(features[0].shape[1:]))
+    width = math.prod(features[0].shape[1:])  # of the widest array, the decoder's upscaled image
+    if points is not None and masks is not None and len(masks) < len(points[0]):  # one for all prompts
+        return cpu_chunked_map(lambda x: run((x[0], masks, x[1])), (points, point_mask), width)
+    return cpu_chunked_map(run, (points, masks, point_mask), width)
 
 
 class ImagePredictor(PromptedImage, FromPretrained):
