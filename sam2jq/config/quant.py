@@ -6,6 +6,7 @@ from sam2jq.errors import ConfigError, one_of
 from sam2jq.quant.algorithms.activations import InputsConfig, OutputsConfig
 from sam2jq.quant.algorithms.gptq import GptqConfig
 from sam2jq.quant.algorithms.lowrank import LowRankConfig
+from sam2jq.quant.algorithms.reconstruct import ReconstructConfig
 from sam2jq.quant.algorithms.rotate import RotationConfig
 from sam2jq.quant.algorithms.smooth import SmoothConfig
 from sam2jq.quant.field_types import check_types
@@ -105,6 +106,8 @@ class QuantConfig:
     opts: OutputsConfig = field(default_factory=OutputsConfig)
     smooth: SmoothSection = field(default_factory=SmoothSection)
     rotation: RotationConfig = field(default_factory=RotationConfig)
+    # train the codes of the trunk's blocks; null: do not
+    reconstruct: ReconstructConfig | None = None
     # a package or run whose bits the layers take and, where ipts.dtype is set, the bits of their inputs
     bits_from: str = ""
     # multiply integer codes in layers whose weight and input are both quantized
@@ -114,8 +117,5 @@ class QuantConfig:
         check_types(self)
         if self.bits_from and any(part.mixed or part.bits for part in (self.wgts, self.ipts)):
             raise ConfigError("bits_from: the package sets all bits: leave bits and targets of wgts and ipts out")
-        if self.calib.sequential and (self.wgts.mixed or self.ipts.mixed):
-            raise ConfigError(
-                "calib.sequential: bits for a target are chosen in one pass: run that first, then this with the bits "
-                "in its config.yaml"
-            )
+        if self.reconstruct and "int" not in self.wgts.dtype:
+            raise ConfigError(f"reconstruct: wgts.dtype must be sintN or uintN, got {self.wgts.dtype}")
