@@ -54,10 +54,12 @@ class WeightsConfig:
     skips: list[str] = field(default_factory=list)
     # {dotted prefix: bits}; the longest prefix wins
     bits: dict[str, int] = field(default_factory=dict)
-    # mean bits per weight; each layer without `bits` gets the width that its output error asks for
+    # mean bits per weight; each layer without `bits` gets the width that `bits_by` asks for
     target_bits: float | None = None
     # size of the package in MB, in place of target_bits
     target_mb: float | None = None
+    # what a target compares: outputs (the error of each layer's output), or masks (how much each layer changes them)
+    bits_by: str = "outputs"
     # the rounding algorithm; null: gptq if kernel_gptq is set, else nearest
     rounding: str | None = None
     # settings of GPTQ; {} uses GPTQ with its defaults
@@ -74,6 +76,7 @@ class WeightsConfig:
         parse_spec(self.dtype, self.group_shapes)
         one_of("scale_dtype", self.scale_dtype, ("float32", "bfloat16"))
         check_bits(self.bits, self.target_bits)
+        one_of("bits_by", self.bits_by, ("outputs", "masks"))
         if self.mixed and ("int" not in self.dtype or (self.target_bits is not None and self.target_mb is not None)):
             raise ConfigError("target_bits and target_mb: give one of them, and an integer dtype")
         if self.ridge < 0:

@@ -14,6 +14,7 @@ from sam2jq.ptq.bit_targets import choose_bits, choose_input_bits, choose_unsign
 from sam2jq.ptq.calibration import Clips, collect
 from sam2jq.ptq.recipe import activation_specs, build_transforms, weight_specs
 from sam2jq.ptq.reconstruction import RECONSTRUCT, TRUNK, OnStage, reconstruct_trunk
+from sam2jq.ptq.sensitivity import mask_changes
 from sam2jq.ptq.stats_cache import CODE
 from sam2jq.quant.algorithms.rotate import draw_signs, fold_heads, layer_seed
 from sam2jq.quant.algorithms.smooth import Smoothed, recover_alpha_beta
@@ -107,7 +108,11 @@ def quantize_params(
                 plain = materialize_params(current)
                 found = calibrated(model, plain, clips, needs | stages.needs, cache, collected)
             stats |= {layer: found[layer] for layer in group if layer in found}
-        chosen = choose_targets(config, flatten(params), found, group if allow_unsigned else [], on_stage)
+        changes = None
+        if config.wgts.mixed and config.wgts.bits_by == "masks":
+            with on_stage("masks", "how much each layer changes them when it is rounded"):
+                changes = changes_of_masks(model, params, config, found, clips, seed)
+        chosen = choose_targets(config, flatten(params), found, changes, group if allow_unsigned else [], on_stage)
         if chosen != config:
             config = chosen
             stages = build_transforms(config, shapes, TRUNK_LINEAR, seed, group)
@@ -145,15 +150,21 @@ def target_needs(config: QuantConfig) -> frozenset[str]:
 
 
 def choose_targets(
-    config: QuantConfig, flat: dict, stats: dict[str, Stats], unsigned: Iterable[str], on_stage: OnStage
+    config: QuantConfig,
+    flat: dict,
+    stats: dict[str, Stats],
+    changes: dict[str, float] | None,
+    unsigned: Iterable[str],
+    on_stage: OnStage,
 ) -> QuantConfig:
     """`config` with the settings that calibration decides: bits for a target, and inputs that are unsigned.
 
-    flat: {path: array} of the params; unsigned: the layers whose inputs may become unsigned.
+    flat: {path: array} of the params; changes: of the masks, as `choose_bits` takes them; unsigned: the layers whose
+    inputs may become unsigned.
     """
     if config.wgts.mixed:
         with on_stage("bits", describe(config, "bits")):
-            config = replace(config, wgts=choose_bits(config.wgts, flat, stats))
+            config = replace(config, wgts=choose_bits(config.wgts, flat, stats, changes))
     if unsigned:
         rounded = activation_specs(config.ipts, weight_specs(config.wgts, map(layer_name, kernels(flat))))
         candidates = {layer: stats[layer] for layer in unsigned if layer in rounded}
@@ -162,6 +173,20 @@ def choose_targets(
         with on_stage("input bits", describe(config, "input bits")):
             config = choose_input_bits(config, flat, stats)
     return config
+
+
+def changes_of_masks(
+    model: SAM2, params: dict, config: QuantConfig, stats: dict[str, Stats], clips: Clips, seed: int
+) -> dict[str, float]:
+    """{layer: `mask_changes`} when each layer is rounded to the bits of the config without targets."""
+    wgts = replace(config.wgts, target_bits=None, target_mb=None)
+    plain = flatten(params)
+    shapes = {layer_name(path): kernel.shape for path, kernel in kernels(plain).items()}
+    stages = build_transforms(replace(config, wgts=wgts), shapes, TRUNK_LINEAR, seed)
+    rounded = kernels(flatten(materialize_params(stages.apply(params, stats))))
+    layers = weight_specs(wgts, shapes)
+    changes = {layer_name(path): w - plain[path] for path, w in rounded.items() if layer_name(path) in layers}
+    return mask_changes(model, params, changes, clips)
 
 
 def fold_rotations(model: SAM2, params: dict, config: QuantConfig, seed: int) -> dict:
@@ -234,7 +259,7 @@ def describe(config: QuantConfig, name: str) -> str:
         case "bits":
             target = config.wgts.target_bits
             goal = f"{config.wgts.target_mb} MB" if target is None else f"{target} bits a weight"
-            return f"{goal}, by each layer's output error"
+            return f"{goal}, by {'output errors' if config.wgts.bits_by == 'outputs' else 'changes of the masks'}"
         case "input bits":
             return f"{config.ipts.target_bits} bits an input, by each layer's output error"
         case "inputs":

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from sam2jq.errors import UserError
 from sam2jq.files import atomic_write, code_fingerprint
 from sam2jq.models.hiera import Block, BlockSpec, Hiera
 from sam2jq.models.sam2 import SAM2, trunk_of
@@ -67,7 +68,7 @@ def reconstruct_trunk(
             if i in chosen:
                 with on_stage(RECONSTRUCT, f"block {i + 1} of {len(specs)}") as notes:
                     path = kept and kept[0] / f"{fingerprint_of(trained, full_trunk, i, config, kept[1])}.npz"
-                    data = BlockData(maps, full_maps, outputs)
+                    data = BlockData(maps, outputs)
                     train = partial(reconstruct_block, forward, trained[name], data, config)
                     trained[name], before, after = read_or_train(path, trained[name], train)
                     notes.append(f"error {before:.4f} -> {after:.4f}{'' if after < before else ', kept as it was'}")
@@ -109,6 +110,8 @@ def write_maps(folder: Path | None, maps: Iterable[Array]) -> np.ndarray:
         for array in maps:
             file.write(np.asarray(array, np.float32).tobytes())
             shape = array.shape[1:]
+        if not shape:
+            raise UserError("reconstruct: there is no image")
         file.flush()
         return np.memmap(file, np.float32, "r").reshape(-1, *shape)
 
