@@ -172,10 +172,8 @@ def square_error(outputs: Array, expected: Array) -> Array:
 
 def mean_error(forward: Forward, start: dict, trained: dict, data: BlockData, images: range) -> float:
     """The mean `square_error` of these images, one by one, with the inputs of the quantized model."""
-    at = lambda array, i: array[i : i + 1]
-    return float(
-        np.mean([image_error(forward, start, trained, at(data.inputs, i), at(data.outputs, i)) for i in images])
-    )
+    error = lambda i: image_error(forward, start, trained, *(array[i : i + 1] for array in data))
+    return float(np.mean([error(i) for i in images]))
 
 
 @partial(jax.jit, static_argnames="forward")
