@@ -111,7 +111,7 @@ def quantize_params(
         changes = None
         if config.wgts.mixed and config.wgts.bits_by == "masks":
             with on_stage("masks", "how much each layer changes them when it is rounded"):
-                changes = changes_of_masks(model, params, config, found, clips, seed)
+                changes = changes_of_masks(model, params, config, found, clips, seed, cache=cache)
         chosen = choose_targets(config, flatten(params), found, changes, group if allow_unsigned else [], on_stage)
         if chosen != config:
             config = chosen
@@ -176,9 +176,9 @@ def choose_targets(
 
 
 def changes_of_masks(
-    model: SAM2, params: dict, config: QuantConfig, stats: dict[str, Stats], clips: Clips, seed: int
+    model: SAM2, params: dict, config: QuantConfig, stats: dict[str, Stats], clips: Clips, seed: int, **settings
 ) -> dict[str, float]:
-    """{layer: `mask_changes`} when each layer is rounded to the bits of the config without targets."""
+    """`mask_changes` when each layer is rounded to the bits of the config without targets; settings: its `cache`."""
     wgts = replace(config.wgts, target_bits=None, target_mb=None)
     plain = flatten(params)
     shapes = {layer_name(path): kernel.shape for path, kernel in kernels(plain).items()}
@@ -186,7 +186,7 @@ def changes_of_masks(
     rounded = kernels(flatten(materialize_params(stages.apply(params, stats))))
     layers = weight_specs(wgts, shapes)
     changes = {layer_name(path): w - plain[path] for path, w in rounded.items() if layer_name(path) in layers}
-    return mask_changes(model, params, changes, clips)
+    return mask_changes(model, params, changes, clips, **settings)
 
 
 def fold_rotations(model: SAM2, params: dict, config: QuantConfig, seed: int) -> dict:

@@ -71,7 +71,7 @@ def reconstruct_trunk(
                     data = BlockData(maps, outputs)
                     train = partial(reconstruct_block, forward, trained[name], data, config)
                     trained[name], before, after = read_or_train(path, trained[name], train)
-                    notes.append(f"error {before:.4f} -> {after:.4f}{'' if after < before else ', kept as it was'}")
+                    notes.append(f"error {before:.3g} -> {after:.3g}{'' if after < before else ', kept as it was'}")
             maps, full_maps = to_file(each_map(forward, materialize_weights(trained[name]), maps)), outputs
         return params | {TRUNK: trained}
 

@@ -6,29 +6,53 @@ first order the masks change by J d. For a random z with independent entries of 
 2102.05426).
 """
 
+import json
 from collections.abc import Mapping
 from functools import partial
 from itertools import islice
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sam2jq.files import atomic_write, code_fingerprint
 from sam2jq.models.sam2 import SAM2
 from sam2jq.ptq.calibration import Clips, calibration_forward
-from sam2jq.tree import flatten, kernels, layer_name
+from sam2jq.ptq.stats_cache import CODE
+from sam2jq.tree import fingerprint, flatten, kernels, layer_name
 
 Array = jax.Array
 CLIPS, DRAWS = 32, 2  # clips that are looked at, and backward passes for each
 MIN_AREA = 16  # pixels of a mask at stride 4; smaller ones count as if they had so many
 
 
-def mask_changes(model: SAM2, params: dict, changes: Mapping[str, Array], clips: Clips) -> dict[str, float]:
+def mask_changes(
+    model: SAM2,
+    params: dict,
+    changes: Mapping[str, Array],
+    clips: Clips,
+    *,
+    cache: tuple[Path, object] | None = None,
+) -> dict[str, float]:
     """{layer: expected squared change of the masks if its kernel alone changes by changes[layer]}, to first order.
 
     Masks are probabilities over the square root of their area, so that the square is about the share of a mask's pixels
     that change; estimated IoUs and object scores count beside them. Memory does not grow with the number of clips.
+    cache: a folder where the result is kept, and a key that tells the clips from others.
     """
+    if cache is None:
+        return measure_changes(model, params, changes, clips)
+    code = code_fingerprint(*CODE, "ptq/sensitivity.py")
+    path = cache[0] / f"{fingerprint({'params': params, 'changes': dict(changes)}, code, model, cache[1])}.json"
+    if not path.is_file():
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(measure_changes(model, params, changes, clips)))
+    return json.loads(path.read_text())
+
+
+def measure_changes(model: SAM2, params: dict, changes: Mapping[str, Array], clips: Clips) -> dict[str, float]:
+    """`mask_changes` without a cache."""
     changes, sums = {layer: np.asarray(d) for layer, d in changes.items()}, dict.fromkeys(changes, 0.0)
     layers, count = frozenset(changes), 0
     for clip in islice(clips(0), CLIPS):

@@ -8,7 +8,7 @@ import pytest
 
 import sam2jq
 from sam2jq import build, init_params
-from sam2jq.config.quant import GptqConfig, QuantConfig, ReconstructConfig, WeightsConfig
+from sam2jq.config.quant import QuantConfig, ReconstructConfig, WeightsConfig
 from sam2jq.data import draw_scene, preprocess
 from sam2jq.errors import ConfigError, UserError
 from sam2jq.ptq.reconstruction import reconstruct_trunk, write_maps
@@ -96,7 +96,7 @@ def test_changes_of_masks_are_those_of_finite_differences(full):
 
 @pytest.mark.slow
 def test_a_reconstructed_package_is_read_as_it_was_written(full, tmp_path):
-    wgts = WeightsConfig("uint2", target_bits=2.5, bits_by="masks", scale_dtype="bfloat16", kernel_gptq=GptqConfig())
+    wgts = WeightsConfig("uint2", target_bits=2.5, bits_by="masks", scale_dtype="bfloat16")
     small, _ = sam2jq.quantize(MODEL, full, QuantConfig(wgts=wgts, reconstruct=STEPS), "scenes:1", num_images=2)
     sam2jq.save(tmp_path / "package.safetensors", MODEL, small)
     _, read = sam2jq.load(tmp_path / "package.safetensors")
