@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sam2jq.data.containers import open_container
+from sam2jq.data.containers import main_stream, open_container
 from sam2jq.data.video import VIDEO_SUFFIXES
 from sam2jq.errors import UserError
 from sam2jq.files import atomic_write, check_target
@@ -44,7 +44,7 @@ def frame_rate(clip: str) -> Fraction:
     if not (clip.lower().endswith(VIDEO_SUFFIXES) and Path(clip).is_file()):
         return RATE
     with open_container(clip) as container:
-        return container.streams.video[0].average_rate or RATE
+        return main_stream(container).average_rate or RATE
 
 
 @contextmanager

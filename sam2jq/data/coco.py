@@ -1,8 +1,11 @@
 """Instance masks in COCO's format, as COCO, LVIS and Roboflow lay them out.
 
-ROOT/annotations/instances*.json, lvis*.json     with images anywhere below ROOT
+ROOT/annotations/instances*.json, lvis*.json     with images anywhere below ROOT; other names only without these
+ROOT/annotations_trainval2017/annotations/...    the same, as COCO's archive unpacks into a folder of its own
 ROOT/lvis*.json, instances*.json                 the same
 ROOT/<split>/_annotations.coco.json              of Roboflow, with the images beside; also in ROOT itself
+
+ROOT may also be a folder that holds only one such folder.
 """
 
 from collections import defaultdict
@@ -14,7 +17,16 @@ import numpy as np
 from sam2jq.data.coco_masks import check_mask, decode_mask
 from sam2jq.data.folders import subfolders
 from sam2jq.data.images import check_size, image_size
-from sam2jq.data.listed import ImageIndex, check_ids, file_name, find_image, index_images, read_json
+from sam2jq.data.listed import (
+    ImageIndex,
+    annotation_files,
+    check_ids,
+    coco_root,
+    find_image,
+    image_names,
+    index_images,
+    read_json,
+)
 from sam2jq.errors import UserError, few
 
 PARTS = ("categories", "images", "annotations")
@@ -65,13 +77,18 @@ def coco_images(root: str) -> list[CocoImage]:
 
 
 def check_missing(missing: dict[Path, list[str]], allowed: int) -> None:
-    """Raises FileNotFoundError if more than `allowed` images are missing; missing: {json: names}."""
-    count = sum(map(len, missing.values()))
-    if count > allowed:
-        names = next(iter(missing.values()))
+    """Raises FileNotFoundError if more than `allowed` files are missing; missing: {json: names of its images}.
+
+    Also {image: [name of its json]}, in SA-1B's layout.
+    """
+    names = [name for each in missing.values() for name in each]
+    if len(names) > allowed:
+        jsons = sum(name.endswith(".json") for name in names)
+        parts = {"images with instances": len(names) - jsons, "json files of images": jsons}
         raise FileNotFoundError(
-            f"{', '.join(map(str, missing))}: {count} images with instances are missing, or lie only in a folder "
-            f"of another split, such as {names[0]}; put them there, or set allow_missing to {count} to leave them out"
+            f"{few(missing)}: {' and '.join(f'{count} {part}' for part, count in parts.items() if count)} are missing, "
+            f"or lie only in a folder of another split, such as {names[0]}; put them there, or set allow_missing to "
+            f"{len(names)} to leave them out"
         )
 
 
@@ -81,7 +98,8 @@ def find_coco(root: str) -> CocoFolder:
     A json is left out if none of its images is there and another json has some.
     Raises FileNotFoundError or UserError if there is no image, or a json is missing or invalid.
     """
-    files, index = instance_files(Path(root)), index_images(Path(root))
+    folder = coco_root(Path(root), has_instances)
+    files, index = instance_files(folder), index_images(folder)
     found = {file: locate(file, index) for file in files}
     if not any(present or absent for present, absent in found.values()):
         raise UserError(f"{', '.join(map(str, files))}: no image with an instance")
@@ -108,30 +126,41 @@ def find_coco(root: str) -> CocoFolder:
 def locate(file: Path, index: ImageIndex) -> tuple[list[CocoImage], list[str]]:
     """The images of one json file with at least one instance, and the names of those that are missing."""
     present, absent = [], []
-    for image in listed_images(file):
-        path = find_image(index, image.path, file)
+    for names, image in listed_images(file):
+        path = find_image(index, names, file)
         if path is None:
-            absent.append(image.path)
+            absent.append(names[0])
         else:
             present.append(image._replace(path=str(path)))
     return present, absent
 
 
 def is_coco(root: Path) -> bool:
-    """Whether a folder holds json files in COCO's format, by their names."""
-    return any(root.glob("annotations/[!.]*.json")) or bool(root.is_dir() and beside_images(root))
+    """Whether a folder, or the only one in it that may, holds json files in COCO's format, by their names."""
+    return has_instances(coco_root(root, has_instances))
+
+
+def has_instances(root: Path) -> bool:
+    """Whether a folder holds a folder annotations with json files, or json files as `beside_images` finds them."""
+    return root.is_dir() and bool(annotation_files(root) or beside_images(root))
 
 
 def instance_files(root: Path) -> list[Path]:
     """The json files with instances of a COCO folder. Raises FileNotFoundError if there is none."""
-    folder = root / "annotations"
-    files = [path for pattern in PATTERNS for path in sorted(folder.glob(pattern))]
+    files = [path for pattern in PATTERNS for path in annotation_files(root, pattern)]
     if not files and root.is_dir():
         files = beside_images(root)
-    if not files and not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; give a COCO folder: annotations/instances*.json and images")
     if not files:
-        raise FileNotFoundError(f"{folder}: holds no instances*.json, the annotations with masks; put it there")
+        others = [*annotation_files(root), *sorted(root.glob("[!.]*.json"))]
+        files = [path for path in others if not missing_parts(read_json(path))]
+    if not files and not (root / "annotations").is_dir():
+        raise FileNotFoundError(
+            f"{root / 'annotations'}: no such folder; give a COCO folder: annotations/instances*.json and images"
+        )
+    if not files:
+        raise FileNotFoundError(
+            f"{root / 'annotations'}: holds no instances*.json, the annotations with masks; put it there"
+        )
     return files
 
 
@@ -141,19 +170,24 @@ def beside_images(root: Path) -> list[Path]:
     return files + [path for folder in (root, *subfolders(root)) if (path := folder / ROBOFLOW).is_file()]
 
 
-def listed_images(file: Path) -> list[CocoImage]:
-    """The images of one json file with at least one instance; `path` is the name in the file.
+def missing_parts(content) -> list[str]:
+    """Those of PARTS that the content of a json file lacks."""
+    return [part for part in PARTS if not isinstance(content, dict) or part not in content]
+
+
+def listed_images(file: Path) -> list[tuple[list[str], CocoImage]]:
+    """The images of one json file with at least one instance, each after its `image_names`; `path` is the first.
 
     Raises UserError that names the file and the annotation if one is invalid.
     """
     content, by_image = read_json(file), defaultdict(list)
-    if lacking := [part for part in PARTS if not isinstance(content, dict) or part not in content]:
+    if lacking := missing_parts(content):
         raise UserError(
             f"{file}: not in COCO's format for instances, it has no {few(map(repr, lacking))}; download it again"
         )
     try:
         categories = by_id(file, "category", [(entry["id"], entry["name"]) for entry in content["categories"]])
-        images = by_id(file, "image", [(entry["id"], name_and_size(file, entry)) for entry in content["images"]])
+        images = by_id(file, "image", [(entry["id"], names_and_size(file, entry)) for entry in content["images"]])
         for annotation in content["annotations"]:
             if not is_crowd(file, annotation):
                 check_annotation(file, annotation, categories, images)
@@ -163,7 +197,11 @@ def listed_images(file: Path) -> list[CocoImage]:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{file}: not in COCO's format for instances ({error!r}); download it again") from error
-    return [CocoImage(*images[id], by_image[id], categories, file) for id in images if id in by_image]
+    return [
+        (names, CocoImage(names[0], size, by_image[id], categories, file))
+        for id, (names, size) in images.items()
+        if id in by_image
+    ]
 
 
 def by_id(file: Path, what: str, entries: list[tuple[int, object]]) -> dict:
@@ -175,14 +213,16 @@ def by_id(file: Path, what: str, entries: list[tuple[int, object]]) -> dict:
     return found
 
 
-def name_and_size(file: Path, entry: dict) -> tuple[str, tuple[int, int]]:
-    """The path and the (H, W) of an entry of "images". Raises UserError if the path leads out of the folder."""
-    name = file_name(entry, file)
-    if name is None:
+def names_and_size(file: Path, entry: dict) -> tuple[list[str], tuple[int, int]]:
+    """The `image_names` and the (H, W) of an entry of "images". Raises UserError if it has none of them."""
+    names = image_names(entry, file)
+    if not names:
         raise UserError(f"{file}: image {entry['id']} has no file_name, a text; add it")
     if lacking := [key for key in ("height", "width") if not isinstance(entry.get(key), int)]:
-        raise UserError(f"{file}: image {entry['id']} ({name}) has no {few(lacking)}, a whole number of pixels; add it")
-    return name, (entry["height"], entry["width"])
+        raise UserError(
+            f"{file}: image {entry['id']} ({names[0]}) has no {few(lacking)}, a whole number of pixels; add it"
+        )
+    return names, (entry["height"], entry["width"])
 
 
 def is_crowd(file: Path, annotation: dict) -> bool:
@@ -200,8 +240,8 @@ def check_annotation(file: Path, annotation: dict, categories: dict[int, str], i
     id, image = annotation["id"], annotation["image_id"]
     check_known(file, id, "category", annotation["category_id"], categories)
     check_known(file, id, "image", image, images)
-    name, size = images[image]
-    check_mask(f"{file}: {name}", id, annotation["segmentation"], size)
+    names, size = images[image]
+    check_mask(f"{file}: {names[0]}", id, annotation["segmentation"], size)
 
 
 def check_known(file: Path, annotation: int, what: str, id, known: dict) -> None:

@@ -4,6 +4,7 @@ import numpy as np
 
 from sam2jq.errors import UserError
 
+NORMALIZED = (-0.5, 1.5)  # no polygon in pixels lies within it; normalized ones leave 0..1 a little by rounding
 FARTHEST = 1e5  # pixels; pycocotools takes memory in proportion to the length of an edge
 
 
@@ -30,7 +31,8 @@ def check_segmentation(segmentation, size: tuple[int, int]) -> None:
                 )
             for polygon in polygons:
                 check_polygon(polygon)
-            if polygons and max(size) > 1 and all(0 <= value <= 1 for polygon in polygons for value in polygon):
+            least, most = NORMALIZED
+            if polygons and max(size) > 1 and all(least < value < most for polygon in polygons for value in polygon):
                 raise UserError("its polygons lie within 0..1; give pixels: multiply x by the width, y by the height")
         case {"size": [height, width], "counts": list() | str()}:
             if (height, width) != size:

@@ -31,6 +31,11 @@ def open_container(path: str) -> Iterator:
         yield container
 
 
+def main_stream(container):
+    """The video stream that players show, and SAM 2 reads: FFmpeg's choice of several, the default one first."""
+    return container.streams.best("video")
+
+
 @contextmanager
 def errors_named(path: str) -> Iterator[None]:
     """A block in which PyAV reads `path`. Its errors become UserErrors with the file's name."""
@@ -59,7 +64,7 @@ def check_whole(path: str) -> None:
         if container.format.name == QUICKTIME:
             return
         count = 0
-        for packet in container.demux(video=0):
+        for packet in container.demux(main_stream(container)):
             if packet.is_corrupt:
                 raise UserError(f"{path}: cut or damaged in frame {count:05d}; {RETRY}")
             count += packet.size > 0

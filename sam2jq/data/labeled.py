@@ -10,7 +10,7 @@ import numpy as np
 
 from sam2jq.data.coco import CocoImage, check_missing, find_coco, readable_instances
 from sam2jq.data.davis import LabeledVideo, label_masks, label_videos
-from sam2jq.data.images import check_size, image_size, read_image
+from sam2jq.data.images import check_size, image_size, is_turned, read_image
 from sam2jq.data.sa1b import sa1b_files, sa1b_image
 from sam2jq.data.sav import VosVideo, object_masks, vos_videos
 from sam2jq.data.video import Video, find_frames, open_video
@@ -31,7 +31,10 @@ class LabeledImage(NamedTuple):
 
 
 class Found(NamedTuple):
-    """missing: {json: names of its images that are not there}; notes: a line on every json that is left out."""
+    """missing: {json: names of its images that are not there}, of SA-1B also {image: [name of its missing json]}.
+
+    notes: a line on every json that is left out.
+    """
 
     images: list[LabeledImage]
     missing: dict[Path, list[str]]
@@ -61,9 +64,13 @@ def allow_some_missing(found: Found, allowed: int, say: Callable[[str], None]) -
     check_missing(found.missing, allowed)
     for note in found.notes:
         say(note)
-    if count := sum(map(len, found.missing.values())):
-        name = next(iter(found.missing.values()))[0]
-        say(f"{count} annotated images are missing and left out, such as {name}")
+    names = [name for each in found.missing.values() for name in each]
+    for what, some in (
+        ("annotated images are missing and", [name for name in names if not name.endswith(".json")]),
+        ("images have no json and are", [name for name in names if name.endswith(".json")]),
+    ):
+        if some:
+            say(f"{len(some)} {what} left out, such as {some[0]}")
     return found.images
 
 
@@ -99,6 +106,11 @@ def check_file_size(path: str, expected: tuple[int, int], whose: str) -> None:
         size = image_size(path)
     except (UserError, OSError):
         return
+    if size != expected and size == expected[::-1] and is_turned(path):
+        raise UserError(
+            f"{path}: {size[1]} x {size[0]} pixels are stored, but {whose} {expected[1]} x {expected[0]}, as viewers "
+            "turn it by its EXIF orientation; save it upright, without that tag"
+        )
     check_size(path, size, expected, whose)
 
 
@@ -123,7 +135,7 @@ def davis_labeled_clips(spec: str, split: str, count: int | None) -> list[Labele
     """The videos of a split of a DAVIS, MOSE or YouTube-VOS folder with the masks of their objects."""
 
     def masks(video: LabeledVideo, bad: Callable | None = None) -> dict[str, dict[int, np.ndarray]]:
-        return label_masks(video.labels, open_video(video.frames).size)
+        return label_masks(video, open_video(video.frames).size, bad)
 
     videos = label_videos(spec, split)[:count]
     for video in videos:

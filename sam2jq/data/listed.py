@@ -4,15 +4,15 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from sam2jq.data.folders import images_below
+from sam2jq.data.folders import MASK_WORDS, images_below, is_image, listed
 from sam2jq.errors import UserError, few
 
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}  # {word in a name: its split}
-SPLITS |= dict.fromkeys(("val", "valid", "validation", "minival"), "val")
+SPLITS |= dict.fromkeys(("val", "valid", "validation", "minival", "eval", "evaluation"), "val")
 
 
 def read_json(path: Path):
@@ -52,10 +52,26 @@ def check_file_name(name: str, file: Path) -> str:
     return name
 
 
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file in UTF-8. Raises UserError that names it if it is not."""
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text in UTF-8 ({error.reason} {error.start}); save it in UTF-8") from error
+
+
 def read_names(path: Path) -> list[str]:
-    """The names of files or folders in a text file, one per line, as `check_file_name` takes them."""
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
-    return [check_file_name(line.strip(), path) for line in lines if line.strip()]
+    """The names of files or folders in a text file, one per line, as `check_file_name` takes them.
+
+    Raises UserError if a name is there twice.
+    """
+    lines: dict[str, int] = {}
+    for number, line in enumerate(read_lines(path), 1):
+        if name := line.strip():
+            first = lines.setdefault(check_file_name(name, path), number)
+            if first != number:
+                raise UserError(f"{path}: lines {first} and {number} are both {name!r}; remove one of them")
+    return list(lines)
 
 
 def check_relative_path(name: str, file: Path) -> str:
@@ -73,17 +89,42 @@ def check_relative_path(name: str, file: Path) -> str:
     return str(path)
 
 
-def file_name(entry: dict, file: Path) -> str | None:
-    """The relative path of an image in the list "images" of COCO's format; None if the entry has no name.
+def image_names(entry: dict, file: Path) -> list[str]:
+    """The relative paths that an image in the list "images" of COCO's format may have; [] if the entry has no name.
 
-    It is "file_name" or, as in LVIS, the end of "coco_url", such as val2017/000000397133.jpg.
+    It is "file_name" or, as in LVIS, the end of "coco_url", such as val2017/000000397133.jpg. LVIS 0.5 has both, of
+    which "file_name" is that in COCO of 2014.
     """
     match entry:
+        case {"file_name": str(name), "coco_url": str(url)} if name.startswith("COCO_") and "/" in url:
+            names = [name, end_of(url)]
         case {"file_name": str(name)}:
-            return check_relative_path(name, file)
+            names = [name]
         case {"coco_url": str(url)}:
-            return check_relative_path("/".join(url.split("/")[-2:]), file)
-    return None
+            names = [end_of(url)]
+        case _:
+            names = []
+    return [check_relative_path(name, file) for name in names]
+
+
+def end_of(url: str) -> str:
+    """The last folder and the name in an url."""
+    return "/".join(url.split("/")[-2:])
+
+
+def annotation_files(root: Path, pattern: str = "[!.]*.json") -> list[Path]:
+    """The json files in root/annotations or else, as COCO's archives unpack, annotations_trainval2017/annotations."""
+    folders = ("annotations", "annotations*", "annotations*/annotations")
+    found = (sorted(root.glob(f"{folder}/{pattern}")) for folder in folders)
+    return next(filter(None, found), [])
+
+
+def coco_root(root: Path, is_coco: Callable[[Path], bool]) -> Path:
+    """`root`, or the one folder in it if `is_coco` holds for that alone: an archive was unpacked into `root`."""
+    content = [] if is_coco(root) or not root.is_dir() else listed(root)
+    folders = [path for path in content if path.is_dir()]
+    alone = len(folders) == 1 and not any(is_image(path.name) for path in content)
+    return folders[0] if alone and is_coco(folders[0]) else root
 
 
 def coco_files(root: Path) -> list[str] | None:
@@ -91,13 +132,14 @@ def coco_files(root: Path) -> list[str] | None:
 
     Raises FileNotFoundError if none of them is there, UserError if a name fits several files.
     """
-    names = {file: set(listed_names(file)) for file in sorted(root.glob("annotations/[!.]*.json"))}
-    if not any(names.values()):
+    root = coco_root(root, lambda folder: bool(annotation_files(folder)))
+    listed = [(file, names) for file in annotation_files(root) for names in listed_names(file)]
+    if not listed:
         return None
     index = index_images(root)
-    found = {find_image(index, name, file) for file, listed in names.items() for name in listed} - {None}
+    found = {find_image(index, names, file) for file, names in listed} - {None}
     if not found:
-        every = set().union(*names.values())
+        every = {names[0] for _, names in listed}
         raise FileNotFoundError(
             f"{root}: none of the {len(every)} images that annotations/*.json name lies below this folder; "
             f"put the images (such as {min(every)}) there"
@@ -105,12 +147,12 @@ def coco_files(root: Path) -> list[str] | None:
     return sorted(map(str, found))
 
 
-def listed_names(path: Path) -> list[str]:
-    """The name of every image in the list "images" of a json file; empty for other content, such as SA-V's."""
+def listed_names(path: Path) -> list[list[str]]:
+    """The `image_names` of the list "images" of a json file; empty for other content, such as SA-V's."""
     match read_json(path):
         case {"images": [*entries]}:
-            names = [file_name(entry, path) for entry in entries if isinstance(entry, dict)]
-            return [name for name in names if name is not None]
+            names = [image_names(entry, path) for entry in entries if isinstance(entry, dict)]
+            return [each for each in names if each]
         case _:
             return []
 
@@ -132,34 +174,61 @@ def index_images(root: Path) -> ImageIndex:
     return ImageIndex(root, dict(paths))
 
 
-def find_image(index: ImageIndex, name: str, file: Path) -> Path | None:
-    """The image that `file` calls `name`; None if it is missing.
+def find_image(index: ImageIndex, names: list[str], file: Path) -> Path | None:
+    """The image that `file` calls by one of `names`, the first that is there; None if it is missing.
 
     It lies anywhere below the root or, unless `file` lies in a folder annotations*, below the folder of `file`. It is
-    not in a folder of another split: instances_train.json does not name val/1.jpg. Of several, the one in a folder of
-    the split that the json is named after is taken. Raises UserError with the candidates if several are left.
+    not in a folder of another split or fold: instances_train.json does not name val/1.jpg. Of several, the one in a
+    folder whose name is in that of the json is taken. Raises UserError with the candidates if none or several are so.
     """
+    return next((path for name in names if (path := find_named(index, name, file))), None)
+
+
+def find_named(index: ImageIndex, name: str, file: Path) -> Path | None:
+    """As `find_image`, for one name."""
     base = index.root if file.parent.name.lower().startswith("annotations") else file.parent
-    split, words = split_words(file.stem), set(file.stem.split("_"))
     folders = lambda path: path.relative_to(index.root).parts[: -len(PurePosixPath(name).parts)]
-    splits = lambda path: {word for folder in folders(path) for word in split_words(folder)}
-    found = [path for path in index.paths.get(name, ()) if path.is_relative_to(base)]
-    found = [path for path in found if len(split) != 1 or splits(path) <= split]
-    preferences = (
-        lambda path: "/" in name and path == base / name,
-        lambda path: path.parent == file.parent,
-        lambda path: bool(words & set(folders(path))),  # such as val2017
-        lambda path: bool(split & splits(path)),
-    )
-    for preferred in preferences:
-        if len(found) > 1:
-            found = [path for path in found if preferred(path)] or found
+    words_in = lambda path, words: set().union(*map(words, folders(path)))
+    candidates = found = [path for path in index.paths.get(name, ()) if path.is_relative_to(base)]
+    for words in (split_words, fold_words):
+        if own := words(file.stem):
+            own = own | words(name)  # COCO_val2014_1.jpg is a part of train2017
+            found = [path for path in found if words_in(path, words) <= own]
+    if len(candidates) < 2 or not found:
+        return found[0] if found else None
+    json_words, splits = f" {words_of(file.stem)} ", split_words(file.stem)
+
+    def rank(path: Path) -> tuple:
+        return (
+            MASK_WORDS.isdisjoint(map(str.lower, folders(path))),
+            "/" in name and path == base / name,
+            path.parent == file.parent,
+            sum(f" {words_of(folder)} " in json_words for folder in folders(path)),  # such as val2017
+            bool(splits & words_in(path, split_words)),
+        )
+
+    best = max(map(rank, found))
+    if len(found) == len(candidates) or any(best[1:]):
+        found = [path for path in found if rank(path) == best]
+    else:  # the others are of other splits, but nothing says that these are of the json's own
+        found = candidates
     if len(set(map(os.path.realpath, found))) > 1:
-        shown = few(found)
-        raise UserError(f"{file}: {name} fits {len(found)} files: {shown}; keep one, or write its folder into the json")
-    return found[0] if found else None
+        raise UserError(
+            f"{file}: {name} fits {len(found)} files: {few(found)}; keep one, or write its folder into the json"
+        )
+    return found[0]
+
+
+def words_of(name: str) -> str:
+    """The words and numbers in the name of a file or folder, in lower case: "instances val2017"."""
+    return " ".join(re.findall("[a-z0-9]+", name.lower()))
 
 
 def split_words(name: str) -> set[str]:
     """The splits in the name of a file or folder: {"val"} for instances_val2017 and for valid."""
     return {SPLITS[word] for word in re.split("[^a-z]+", name.lower()) if word in SPLITS}
+
+
+def fold_words(name: str) -> set[str]:
+    """The folds of cross-validation in the name of a file or folder: {"1"} for fold1 and instances_fold_1."""
+    return set(re.findall("fold[^a-z0-9]?([0-9]+)", name.lower()))

@@ -21,11 +21,19 @@ def is_annotation(path: Path) -> bool:
 
 
 def sa1b_files(root: str) -> tuple[list[Path], dict[Path, list[str]]]:
-    """The images with a json beside them, sorted, and {json: [name of the image]} of those whose image is missing."""
-    images = {path.with_suffix(""): path for path in images_below(Path(root))}
+    """The images with a json beside them, sorted, and {json: [name of the image]} of those whose image is missing.
+
+    Also {image: [name of the json]} of those whose json is missing.
+    """
+    images: dict[Path, Path] = {}
+    for path in images_below(Path(root)):
+        if (other := images.setdefault(path.with_suffix(""), path)) != path:
+            raise UserError(f"{path}: {other.name} beside it belongs to the same json; remove one of them")
     files = sorted(path for content in walk(Path(root)) for path in content if is_annotation(path))
-    found = [images[file.with_suffix("")] for file in files if file.with_suffix("") in images]
-    return found, {file: [f"{file.stem}.jpg"] for file in files if file.with_suffix("") not in images}
+    found = [images.pop(file.with_suffix("")) for file in files if file.with_suffix("") in images]
+    left = {path.with_suffix("") for path in found}
+    missing = {file: [f"{file.stem}.jpg"] for file in files if file.with_suffix("") not in left}
+    return found, missing | {path: [f"{path.stem}.json"] for path in images.values()}
 
 
 def sa1b_image(path: Path) -> CocoImage:

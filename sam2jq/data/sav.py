@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sam2jq.data.folders import SAV_FRAMES, clip_folders, listed, subfolders
+from sam2jq.data.folders import SAV_FRAMES, clip_folders, is_image, listed, subfolders
 from sam2jq.data.images import open_image
 from sam2jq.data.listed import check_file_name, read_names
-from sam2jq.data.masks import read_labels, write_labels
+from sam2jq.data.masks import has_soft_edges, read_labels, write_labels
 from sam2jq.data.video import find_frames
 from sam2jq.errors import UserError, few
 
@@ -63,13 +63,17 @@ def split_folder(root: Path, split: str) -> Path:
 
 
 def listed_videos(folder: Path) -> list[str]:
-    """The videos in <split>/<split>.txt, else in <split>.txt beside the split's folder, else all frame folders.
+    """The videos in <split>/<split>.txt, else in <split>.txt beside the split's folder, else all with frames or masks.
 
     Raises UserError if there is none, or if a line is not the name of a folder.
     """
     name = f"{folder.name}.txt"
     path = next(filter(Path.is_file, [folder / name, folder.parent / name]), folder / SAV_FRAMES)
-    names = read_names(path) if path.is_file() else [check_file_name(clip.name, path) for clip in clip_folders(path)]
+    if path.is_file():
+        names = read_names(path)
+    else:
+        masks = [masks for masks in subfolders(folder / SAV_MASKS) if subfolders(masks)]
+        names = sorted({check_file_name(clip.name, path) for clip in [*clip_folders(path), *masks]})
     if not names:
         raise UserError(f"{path}: names no video; {SAV_FRAMES} needs a folder of frames for each")
     return names
@@ -85,14 +89,23 @@ def vos_video(name: str, frames: Path, masks: Path) -> VosVideo:
 
 
 def find_masks(folder: Path, index: dict[str, int]) -> dict[int, str]:
-    """{frame index: mask file} of one object; index: {file name without ending: frame index}."""
-    files = [path for path in listed(folder) if path.suffix.lower() == ".png"]
+    """{frame index: mask file} of one object; index: {file name without ending: frame index}.
+
+    Raises UserError for an image that is no png, or belongs to no frame or to that of another file.
+    """
+    files = [path for path in listed(folder) if is_image(path.name)]
+    if others := [path.name for path in files if path.suffix.lower() != ".png"]:
+        raise UserError(f"{folder}: holds {few(others, 3)}; masks must be png files: convert them, or move them away")
     if not files:
         raise FileNotFoundError(f"{folder}: holds no mask; put masks such as 00000.png there or remove the folder")
     unknown = [file.name for file in files if file.stem not in index]
     if unknown:
         raise UserError(f"{folder}: no frame belongs to {few(unknown)}; add the frames or remove the masks")
-    return dict(sorted((index[file.stem], str(file)) for file in files))
+    masks = {index[file.stem]: str(file) for file in files}
+    if len(masks) < len(files):
+        twice = [file.name for file in files if str(file) not in masks.values()]
+        raise UserError(f"{folder}: {twice[0]} and another file are masks of one frame; remove one of them")
+    return dict(sorted(masks.items()))
 
 
 def object_masks(
@@ -128,19 +141,27 @@ def read_mask(path: str, size: tuple[int, int] | None = None) -> np.ndarray:
 def annotated_mask(path: str, size: tuple[int, int] | None = None) -> np.ndarray:
     """bool [H, W], true where the file of one object's mask is not 0, as in SAM 2; empty where the object is absent.
 
-    Raises UserError as `read_labels` does, for a palette image of several objects, and for several values without 0.
+    A mask with soft edges is read so, too. Raises UserError as `read_labels` does, for several objects, and for several
+    values without 0.
     """
     labels = read_labels(path, size)
     values = np.unique(labels).tolist()
-    with open_image(path) as image:
-        objects = [value for value in values if value > 0] if image.mode == "P" else []
-    if len(objects) > 1:
-        shown = ", ".join(map(str, objects[:5]))
-        raise UserError(f"{path}: holds {len(objects)} objects, {shown}; a mask file in SA-V's layout holds one")
     if len(values) > 1 and 0 not in values:
         shown = few(values, 5)
         raise UserError(f"{path}: holds the values {shown}, and no 0; a mask must be 0 where the object is not")
+    objects = [value for value in values if value > 0]
+    if len(objects) > 1 and (has_palette(path) or not has_soft_edges(labels)):
+        raise UserError(
+            f"{path}: holds {len(objects)} objects, {few(objects, 5)}; a mask file in SA-V's layout holds one: save "
+            "the one that is meant, or a mask with soft edges or traces of JPEG, as 0 and 1"
+        )
     return labels != 0
+
+
+def has_palette(path: str) -> bool:
+    """Whether the values of an image file are indices of a palette."""
+    with open_image(path) as image:
+        return image.mode == "P"
 
 
 def write_mask(path: str | Path, mask: np.ndarray) -> None:

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sam2jq.data.coco import is_coco
+from sam2jq.data.coco import has_instances, is_coco
 from sam2jq.data.davis import davis_frame_folders, is_davis
-from sam2jq.data.folders import SUFFIXES, clip_folders, frame_folders, images_below, is_image
+from sam2jq.data.folders import SUFFIXES, check_no_masks, clip_folders, frame_folders, images_below, is_image, listed
 from sam2jq.data.images import read_image
 from sam2jq.data.labeled import (
     Found,
@@ -60,9 +60,10 @@ class Source(NamedTuple):
     labeled_clips: Callable[[str, str, int | None], list[LabeledClip]] | None = None
 
 
-def source_of(spec: str) -> Source:
-    """The first entry of SOURCES that matches `spec`."""
-    return next(source for source in SOURCES.values() if source.matches(spec))
+def source_of(spec: str, part: str = "images") -> Source:
+    """The first entry of SOURCES that matches `spec` and has the `part`, a field of Source; else the last entry."""
+    sources = (source for source in SOURCES.values() if getattr(source, part) and source.matches(spec))
+    return next(sources, SOURCES["folder"])
 
 
 def find_images(spec: str | os.PathLike, num_samples: int | None, seed: int) -> list[str]:
@@ -74,8 +75,8 @@ def find_images(spec: str | os.PathLike, num_samples: int | None, seed: int) -> 
       COCO    annotations/*.json with "images": [{"file_name"}]: these images, anywhere below the folder;
       plain   all images below. SA-1B is such a folder: sa_*.jpg, and sa_*.json, which are ignored;
       videos  without any image: every frame of the video files below, such as SA-V's sav_000/sav_000001.mp4.
-    Hidden files and folders, and sub folders called annotations* (they hold masks) are skipped, links are followed.
-    Raises UserError if `num_samples` is below 1.
+    Hidden files and folders, and sub folders called annotations* or Segmentation* (they hold masks) are skipped, links
+    are followed. Raises UserError if `num_samples` is below 1, or a folder may hold masks, such as masks beside images.
     """
     if num_samples is not None and num_samples < 1:
         raise UserError(f"{spec}: num_samples must be at least 1, got {num_samples}; leave it out to take every image")
@@ -95,8 +96,8 @@ def find_samples(
     Raises FileNotFoundError if more are missing, UserError if an image has another size than its masks.
     """
     spec = home(os.fspath(spec))
-    labeled_images = source_of(spec).labeled_images or coco_labeled_images  # whose error says what the folder lacks
-    found = labeled_images(spec, count)
+    source = source_of(spec, "labeled_images")
+    found = (source.labeled_images or coco_labeled_images)(spec, count)  # the latter's error says what is lacking
     return allow_some_missing(found, allow_missing, say) if isinstance(found, Found) else found
 
 
@@ -106,7 +107,7 @@ def find_clips(spec: str | os.PathLike, split: str, count: int | None) -> list[L
     All when `count` is None. split: "" for the layout's validation split. Raises UserError if no object has a score.
     """
     spec = home(os.fspath(spec))
-    return (source_of(spec).labeled_clips or sav_labeled_clips)(spec, split, count)
+    return (source_of(spec, "labeled_clips").labeled_clips or sav_labeled_clips)(spec, split, count)
 
 
 def read_images(names: tuple[str, ...]) -> list[np.ndarray]:
@@ -173,6 +174,7 @@ def folder_images(spec: str, count: int | None) -> list[str]:
     images = [] if root.is_file() else images_below(root)
     if not images and (videos := videos_below(root)):
         return [frame_name(video, index) for video in videos for index in range(count_frames(video))]
+    check_no_masks(root, images)
     return images_in([root], spec)
 
 
@@ -204,7 +206,11 @@ def folder_windows(spec: str, count: int | None, frames: int, stride: int) -> li
     if Path(spec).is_file() and not is_video(spec):
         raise UserError(f"{spec}: not a video file; allowed: a folder of clips or a file in {' '.join(VIDEO_SUFFIXES)}")
     roots = frame_folders(Path(spec)) or ([] if Path(spec).is_file() else [Path(spec)])
-    clips = [path for root in roots for path in clip_folders(root)]
+    clips = []
+    for root in roots:
+        found, images = clip_folders(root), [path for path in listed(root) if is_image(path.name)]
+        check_no_masks(root, [*images, *(clip / "0" for clip in found)])
+        clips += found
     length = (frames - 1) * stride + 1
     items = []
     for clip in clips:
@@ -241,7 +247,7 @@ SOURCES = {  # the first that matches is used
         labeled_clips=sav_labeled_clips,
     ),
     "COCO folder": Source(
-        lambda spec: bool(spec) and is_coco(Path(spec)),
+        lambda spec: bool(spec) and is_coco(Path(spec)) and (has_instances(Path(spec)) or not is_davis(Path(spec))),
         coco_image_names,
         folder_windows,
         labeled_images=coco_labeled_images,

@@ -6,12 +6,13 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
-from sam2jq.data.containers import check_frame, check_whole, errors_named, open_container
-from sam2jq.data.folders import SUFFIXES, is_image, listed
+from sam2jq.data.containers import check_frame, check_whole, errors_named, main_stream, open_container
+from sam2jq.data.folders import SUFFIXES, UNREAD, is_image, listed
 from sam2jq.data.images import image_size, read_image
 from sam2jq.errors import UserError, few
 from sam2jq.files import home
@@ -69,13 +70,18 @@ def find_frames(path: str) -> list[str]:
 
     SAM 2 accepts no other names. They are sorted in natural order: frame2.jpg before frame10.jpg.
     Raises FileNotFoundError if there is no image, UserError if only some names are numbers (others may be masks), or
-    two files have the same name with different endings, or the same number.
+    two files have the same name with different endings, or the same number, or a frame is of a type that is not read.
     """
     if not Path(path).is_dir():
         raise FileNotFoundError(f"{path}: no such folder; give a folder of frames")
-    files = [file for file in listed(Path(path)) if is_image(file.name)]
+    content = listed(Path(path))
+    files = [file for file in content if is_image(file.name)]
     if not files:
         raise FileNotFoundError(f"{path}: holds no frame; looked for {' '.join(SUFFIXES)} in it, not in folders below")
+    stems = {file.stem for file in files}
+    unread = [file.name for file in content if file.suffix.lower() in UNREAD and file.stem not in stems]
+    if unread:
+        raise UserError(f"{path}: {few(unread, 3)} cannot be read; convert all frames to jpg or png, or move it away")
     others = [file.name for file in files if frame_number(file) is None]
     numbered = not others
     if 0 < len(others) < len(files):
@@ -95,10 +101,21 @@ def find_frames(path: str) -> list[str]:
 def check_names(path: str, names: list[str]) -> None:
     """Raises UserError if the names of frames without a whole number have no certain order, or are not all of frames.
 
-    Natural order takes 1.12 for later than 1.2, and a mask or a depth map beside its frame for the next frame.
+    Natural order takes 1.12 for later than 1.2, t-1 for later than t0, and a mask or a depth map beside its frame for
+    the next frame.
     """
-    if fractions := [name for name in names if re.fullmatch(r"\d+\.\d+", Path(name).stem)]:
-        raise UserError(f"{path}: {fractions[0]} has a number with a fraction; number the frames 0, 1, 2, ...")
+    way_out = "number the frames 0, 1, 2, ..."
+    fraction, by_name = r"(\d+(?:\.\d+)?)", lambda name: natural_order(Path(name))
+    if sorted(names, key=by_name) != sorted(names, key=lambda name: natural_order(Path(name), fraction)):
+        name = next(name for name in names if re.search(r"\d\.\d", name))
+        raise UserError(f"{path}: {name} has a number with a fraction; {way_out}")
+    signs = defaultdict(dict)  # {text without signs: {text: a name}}, with 0 for each number
+    for name in names:
+        text = re.sub(r"\d+", "0", Path(name).stem)
+        signs[re.sub(r"[-+](?=0)", "", text)].setdefault(text, name)
+    for alike in signs.values():
+        if len(alike) > 1:
+            raise UserError(f"{path}: {alike[min(alike)]} has a sign where other names have none or another; {way_out}")
     masks = [name for name in names if "mask" in Path(name).stem.lower()]
     if 0 < len(masks) < len(names):
         raise UserError(f"{path}: {few(masks, 3)} looks like a mask beside the frames; move masks to another folder")
@@ -120,10 +137,13 @@ def frame_number(file: Path) -> int | None:
         return None
 
 
-def natural_order(file: Path) -> tuple:
-    """A sort key under which whole numbers in a name compare as numbers."""
-    texts_and_numbers = re.split(r"(\d+)", file.stem)
-    return [int(part) if part.isdecimal() else part for part in texts_and_numbers], file.name
+def natural_order(file: Path, number: str = r"(\d+)") -> tuple:
+    """A sort key under which numbers in a name compare as numbers, and capitals as small letters.
+
+    number: the pattern of a number, as a group.
+    """
+    texts_and_numbers = re.split(number, file.stem.lower())
+    return [part if i % 2 == 0 else Fraction(part) for i, part in enumerate(texts_and_numbers)], file.name
 
 
 def open_folder(path: str) -> Video:
@@ -154,12 +174,12 @@ def open_file(path: str) -> Video:
 
 
 def decode(path: str) -> Iterator:
-    """Yields the `av.VideoFrame`s of a file's first video stream in display order.
+    """Yields the `av.VideoFrame`s of a file's `main_stream` in display order.
 
     Raises UserError if PyAV is not installed, the file is not readable, or a frame is damaged.
     """
     with open_container(path) as container:
-        for index, frame in enumerate(container.decode(video=0)):
+        for index, frame in enumerate(container.decode(main_stream(container))):
             check_frame(frame, path, index)
             display_axes(frame, path)
             yield frame

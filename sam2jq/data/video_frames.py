@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sam2jq.data.containers import check_whole, open_container
+from sam2jq.data.containers import check_whole, main_stream, open_container
 from sam2jq.data.folders import walk
 from sam2jq.data.video import VIDEO_SUFFIXES, decode, frame_reader, upright_image
 from sam2jq.tree import fingerprint
@@ -43,8 +43,9 @@ def count_frames(video: Path) -> int:
     """
     check_whole(str(video))
     with open_container(str(video)) as container:
-        if container.streams.video[0].frames:
-            return sum(packet.size > 0 and not packet.is_discard for packet in container.demux(video=0))
+        stream = main_stream(container)
+        if stream.frames:
+            return sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
     return sum(1 for _ in decode(str(video)))
 
 

@@ -14,7 +14,7 @@ import optax
 from sam2jq.distillation.targets import DistillBatch, ModelOutputs, forward_with_capture
 from sam2jq.models.sam2 import SAM2
 from sam2jq.quant.algorithms.activations import materialize_weights
-from sam2jq.quant.algorithms.fake_quant import fake_quant_layers
+from sam2jq.quant.algorithms.fake_quant import fake_quant_layers, materialize_fake_quant
 from sam2jq.training.losses import soft_dice
 
 Array = jax.Array
@@ -27,22 +27,25 @@ def relative_square_error(student: Array, teacher: Array) -> Array:
     return jnp.square(student - teacher).sum() / (jnp.square(teacher).sum() + 1e-12)
 
 
-def moment_losses(student: Mapping[str, Moments], teacher: Mapping[str, Moments]) -> dict[str, Array]:
-    """{layer: []}: the relative square error of mean and standard deviation of each layer's outputs.
+def moment_losses(student: Mapping[str, Moments], teacher: Mapping[str, Moments]) -> tuple[list[str], Array]:
+    """The names of L layers, and [B, L]: the relative square error of mean and deviation of each layer's outputs.
 
-    student, teacher: {layer: mean and variance, each [calls, C]}. It is relative to the teacher's mean square. Layers
-    that only one of the two has, or that differ in calls or width, are left out.
+    student, teacher: {layer: mean and variance, each [B, calls, C]}. The error is relative to the mean square of the
+    teacher's outputs. Layers that only one of the two has, or that differ in calls or width, are left out.
     """
     shared = [layer for layer in student if layer in teacher and student[layer][0].shape == teacher[layer][0].shape]
-
-    def loss(layer: str) -> Array:
-        (mean, variance), (mean_t, variance_t) = student[layer], teacher[layer]
-        deviation, deviation_t = jnp.sqrt(variance + 1e-12), jnp.sqrt(variance_t + 1e-12)
-        energy = jnp.square(mean_t) + jnp.square(deviation_t)
-        error = jnp.square(mean - mean_t) + jnp.square(deviation - deviation_t)
-        return error.sum() / (energy.sum() + 1e-12)
-
-    return {layer: loss(layer) for layer in shared}
+    if not shared:
+        return [], jnp.zeros((0, 0))
+    # all layers as one array, since operations on each layer alone are hundreds of kernels to compile
+    row = lambda moment: moment.reshape(len(moment), -1)  # [B, calls * C]
+    joined = lambda moments, i: jnp.concatenate([row(moments[layer][i]) for layer in shared], 1)
+    (mean, variance), (mean_t, variance_t) = ((joined(of, 0), joined(of, 1)) for of in (student, teacher))
+    deviation, deviation_t = jnp.sqrt(variance + 1e-12), jnp.sqrt(variance_t + 1e-12)
+    energy = jnp.square(mean_t) + jnp.square(deviation_t)
+    error = jnp.square(mean - mean_t) + jnp.square(deviation - deviation_t)
+    layers = np.repeat(np.arange(len(shared)), [student[layer][0][0].size for layer in shared])
+    by_layer = lambda x: jax.ops.segment_sum(x.T, layers, len(shared), indices_are_sorted=True).T
+    return shared, by_layer(error) / (by_layer(energy) + 1e-12)
 
 
 def mask_distance(student: Array, teacher: Array) -> Array:
@@ -94,15 +97,16 @@ def distillation_loss(model: SAM2, weights: Mapping[str, float], dtype=jnp.float
 
     def example_distances(params: dict, example: DistillBatch):
         outputs = forward_with_capture(model, params, example.frames.astype(dtype), example.prompts, capture)
-        return distances(outputs, example.outputs), moment_losses(outputs.moments, example.outputs.moments)
+        return distances(outputs, example.outputs), outputs.moments
 
     def loss(params: dict, batch: DistillBatch, key: Array | None = None):
-        parts, by_layer = jax.vmap(partial(example_distances, materialize_weights(params)))(batch)
-        parts, shared = jax.tree.map(jnp.mean, parts), list(by_layer)
-        # one vector: means of the layers one by one are hundreds of kernels to compile
-        losses = jnp.stack(list(by_layer.values()) or [jnp.zeros(1)]).mean(1)
+        plain = materialize_weights(materialize_fake_quant(params))
+        parts, moments = jax.vmap(partial(example_distances, plain))(batch)
+        parts = jax.tree.map(jnp.mean, parts)
+        names, by_layer = moment_losses(moments, batch.outputs.moments)
+        losses = by_layer.mean(0) if names else jnp.zeros(1)
         parts["layers"] = losses.mean()
-        index = [shared.index(name) if name in by_layer else -1 for name in fake_quant_layers(params)]
+        index = [names.index(name) if name in names else -1 for name in fake_quant_layers(params)]
         layers = jnp.append(losses, parts["features"])[np.array(index, int)]
         return sum(weights[part] * parts[part] for part in PARTS), {"parts": parts, "layers": layers}
 

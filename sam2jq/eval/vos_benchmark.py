@@ -23,7 +23,7 @@ def evaluate_clips(
 
     "left_out" is {clip or clip/object: why it has no score}: its files cannot be read, or no scored frame shows it.
     write: called with the clip's name, the object, the frame's name and the bool mask [H, W] of every frame; for clips
-    with label images once for a frame, with "" and the labels, uint8 [H, W].
+    with label images once for a frame, with "" and the labels, unsigned [H, W].
     Raises UserError if no object has a score.
     """
     scores, left_out = {}, {}
@@ -105,7 +105,8 @@ def track_labels(predictor: VideoPredictor, video: Video, truth: Masks, write: C
     This is how SAM 2 makes one label image of several objects (`non_overlap_masks` in its vos_inference.py). The names
     of objects are their labels.
     """
-    labels = [np.zeros(video.size, np.uint8) for _ in range(len(video))]
+    dtype = np.min_scalar_type(max(map(int, truth), default=0))
+    labels = [np.zeros(video.size, dtype) for _ in range(len(video))]
     best = [np.zeros(video.size, np.float16) for _ in range(len(video))]
     for frame, obj, logits in track_logits(predictor, video, first_masks(truth)):
         higher = logits > best[frame]

@@ -64,6 +64,15 @@ def test_an_image_of_another_size_is_found_before_any_is_read(tmp_path):
     assert names_of(find_samples(spec, None)) == ["1.jpg", "2.jpg"]
 
 
+def test_a_photo_whose_annotations_are_for_its_upright_view_is_named(tmp_path):
+    spec = two_splits(tmp_path, ["val2017/1.jpg"], {"val": ["1.jpg"]})
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn by 90 degrees
+    Image.new("RGB", SIZE).save(tmp_path / "val2017/1.jpg", exif=exif)
+    with pytest.raises(UserError, match="1.jpg: 20 x 30 pixels are stored, .* for 30 x 20, as viewers .*; save"):
+        find_samples(spec, None)
+
+
 def test_roboflow_exports_have_their_json_beside_the_images(tmp_path):
     pytest.importorskip("pycocotools")
     for split in ("train", "valid"):
@@ -106,8 +115,17 @@ def test_sa1b_has_a_json_of_run_lengths_beside_each_image(tmp_path):
         path.write_text(json.dumps({"image": image, "annotations": masks}))
     with pytest.raises(FileNotFoundError, match=r"sa_3.json: 1 images .* such as sa_3.jpg"):
         find_samples(str(tmp_path), None)
+    write_image(tmp_path / "sa_000020/sa_4.jpg")
+    with pytest.raises(FileNotFoundError, match="sa_4.jpg: 1 images .* and 1 json files of images .* to 2 to leave"):
+        find_samples(str(tmp_path), None, allow_missing=1)
+    said = []
+    assert names_of(find_samples(str(tmp_path), None, 2, said.append)) == ["sa_1.jpg", "sa_2.jpg"]
+    assert said == [
+        "1 annotated images are missing and left out, such as sa_3.jpg",
+        "1 images have no json and are left out, such as sa_4.json",
+    ]
+    (tmp_path / "sa_000020/sa_4.jpg").unlink()
     samples = find_samples(str(tmp_path), None, allow_missing=1)
-    assert names_of(samples) == ["sa_1.jpg", "sa_2.jpg"]
     np.testing.assert_array_equal(samples[0].read()[1], np.stack([MASK, ~MASK]))
     assert len(find_images(str(tmp_path), None, 0)) == 2
     masks[0]["segmentation"] = [[1, 2, 3, 4]]
@@ -200,6 +218,13 @@ def test_a_list_counts_wherever_it_lies(tmp_path, place):
         assert [clip.name for clip in find_clips(tmp_path, split, None)] == ["dog"]
 
 
+def test_label_images_of_a_video_without_frames_are_named(tmp_path):
+    write_label_clip(tmp_path / "JPEGImages/a", tmp_path / "Annotations/a")
+    write_label_clip(tmp_path / "elsewhere", tmp_path / "Annotations/b")
+    with pytest.raises(FileNotFoundError, match=r"JPEGImages/b: no such folder \(1 are missing\); put it there"):
+        find_clips(str(tmp_path), "", None)
+
+
 def test_255_is_void_in_label_images_and_the_object_in_those_of_davis_2016(tmp_path):
     for index in range(3):
         write_image(tmp_path / f"JPEGImages/480p/dog/{index}.jpg")
@@ -230,4 +255,12 @@ def test_one_id_for_two_objects_of_sa1b_is_an_error(tmp_path):
     content = {"image": image, "annotations": [{"id": 5, "segmentation": rle(MASK)}] * 2}
     (tmp_path / "sa_1.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="sa_1.json: annotation 5 is there twice"):
+        find_samples(str(tmp_path), None)
+
+
+def test_two_images_of_one_json_of_sa1b_are_an_error(tmp_path):
+    write_image(tmp_path / "sa_1.jpg")
+    write_image(tmp_path / "sa_1.png")
+    (tmp_path / "sa_1.json").write_text("{}")
+    with pytest.raises(UserError, match="sa_1.png: sa_1.jpg beside it belongs to the same json; remove one"):
         find_samples(str(tmp_path), None)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam2jq.data.masks import read_labels
+from sam2jq.data.masks import check_sharp, read_labels
 from sam2jq.data.sav import annotated_mask, object_masks, read_mask, vos_videos, write_mask
 from sam2jq.data.video import find_frames
 from sam2jq.errors import UserError
@@ -165,6 +165,17 @@ def test_a_mask_without_its_frame_is_an_error(root):
         vos_videos(str(root), "sav_val")
 
 
+def test_masks_that_are_not_png_or_twice_are_named(root):
+    folder = root / "sav_val/Annotations_6fps/v/000"
+    shutil.copy(folder / "00000.png", folder / "00000.PNG")
+    with pytest.raises(UserError, match="000: 00000.PNG and another file are masks of one frame; remove one"):
+        vos_videos(str(root), "sav_val")
+    (folder / "00000.PNG").unlink()
+    Image.fromarray(random_mask()).save(folder / "00001.bmp")
+    with pytest.raises(UserError, match="000: holds 00001.bmp; masks must be png files: convert them, or move them"):
+        vos_videos(str(root), "sav_val")
+
+
 def test_foreign_and_empty_folders_are_no_clips_and_no_objects(root):
     for folder in ("JPEGImages_24fps/.ipynb_checkpoints", "JPEGImages_24fps/__MACOSX", "JPEGImages_24fps/empty"):
         (root / "sav_val" / folder).mkdir()
@@ -172,6 +183,26 @@ def test_foreign_and_empty_folders_are_no_clips_and_no_objects(root):
     (root / "sav_val/JPEGImages_24fps/Thumbs.db").touch()
     assert names(root) == ["u", "v"]
     assert list(vos_videos(str(root), "sav_val")[1].objects) == ["000", "001"]
+
+
+def test_a_video_twice_in_a_list_is_an_error(root):
+    """Its objects would count twice in the score."""
+    (root / "sav_val.txt").write_text("u\n\nv\nu \n")
+    with pytest.raises(UserError, match=r"sav_val.txt: lines 1 and 4 are both 'u'; remove one of them"):
+        vos_videos(str(root), "sav_val")
+
+
+def test_masks_of_a_video_without_frames_are_named(root):
+    """Its objects would be missing in the score."""
+    write_mask(root / "sav_val/Annotations_6fps/w/000/00000.png", random_mask())
+    with pytest.raises(FileNotFoundError, match="sav_val: has no folder JPEGImages_24fps/w; put it there"):
+        vos_videos(str(root), "sav_val")
+
+
+def test_a_list_that_is_not_in_utf_8_is_named(root):
+    (root / "sav_val.txt").write_text("u\n", encoding="utf-16")
+    with pytest.raises(UserError, match=r"sav_val.txt: not a text in UTF-8 \(invalid start byte 0\); save it in UTF-8"):
+        vos_videos(str(root), "sav_val")
 
 
 def test_an_empty_list_is_an_error(root):
@@ -216,12 +247,74 @@ def test_a_mask_whose_palette_is_inverted_is_an_error(tmp_path):
     np.testing.assert_array_equal(read_mask(str(tmp_path / "ours.png")), mask)
 
 
-def test_a_mask_saved_as_jpeg_is_refused_whatever_its_name(tmp_path):
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"format": "JPEG"}, "JPEG"),
+        ({"format": "JPEG2000", "irreversible": True, "quality_layers": [20]}, "JPEG2000"),
+        ({"format": "TIFF", "compression": "jpeg"}, "JPEG in a TIFF"),
+    ],
+)
+def test_a_mask_in_a_lossy_format_is_refused_whatever_its_name(tmp_path, options, name):
     mask = np.zeros((32, 32), np.uint8)
     mask[8:20, 8:20] = 255
-    Image.fromarray(mask).save(tmp_path / "mask.png", format="JPEG")
-    with pytest.raises(UserError, match="JPEG changes the values"):
+    Image.fromarray(mask).save(tmp_path / "mask.png", **options)
+    with pytest.raises(UserError, match=f"mask.png: {name} changes the values"):
         read_labels(str(tmp_path / "mask.png"))
+
+
+def test_a_mask_in_a_lossless_tiff_is_read(tmp_path):
+    Image.fromarray(np.eye(*SIZE, dtype=np.uint8)).save(tmp_path / "mask.tif", compression="tiff_lzw")
+    np.testing.assert_array_equal(read_labels(str(tmp_path / "mask.tif")), np.eye(*SIZE))
+
+
+def disc_mask(scale: float = 1, resample=Image.Resampling.BILINEAR) -> np.ndarray:
+    """uint8, 255 in a disc, resized."""
+    y, x = np.mgrid[:64, :64]
+    disc = Image.fromarray(np.where((x - 30) ** 2 + (y - 33) ** 2 < 400, 255, 0).astype(np.uint8))
+    return np.array(disc.resize((round(64 * scale),) * 2, resample))
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.7, 3])
+@pytest.mark.parametrize("resample", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC])
+def test_a_soft_label_image_is_refused_and_a_soft_mask_is_the_object_where_it_is_not_0(tmp_path, scale, resample):
+    soft, path = disc_mask(scale, resample), str(tmp_path / "soft.png")
+    Image.fromarray(soft).save(path)
+    with pytest.raises(UserError, match=r"soft.png: most of its .* are no objects but soft edges.*; resize the"):
+        check_sharp(path, read_labels(path))
+    np.testing.assert_array_equal(read_mask(path), soft > 0)
+    check_sharp(path, disc_mask(scale, Image.Resampling.NEAREST))
+
+
+def test_a_label_image_with_thin_objects_is_sharp():
+    labels = np.zeros((20, 30), np.int64)
+    for label in range(1, 6):
+        labels[3 * label, 2:9] = labels[3 * label, 12:14] = labels[3 * label + 1, 12:14] = label
+    check_sharp("thin.png", labels)
+    labels[17] = 6
+    labels[:, 29] = 7
+    check_sharp("thin.png", labels)
+
+
+@pytest.mark.parametrize(
+    ("rows", "objects"), [([1, 1, 1, 0, 2, 2], "1, 2"), ([1, 1, 1, 255, 0, 0], "1, 255"), ([2, 2, 2, 0, 1, 0], "1, 2")]
+)
+def test_grey_labels_of_several_objects_are_no_mask_of_one(tmp_path, rows, objects):
+    path = str(tmp_path / "0.png")
+    Image.fromarray(np.repeat(np.array(rows, np.uint8)[:, None], SIZE[1], 1)).save(path)
+    with pytest.raises(UserError, match=f"0.png: holds 2 objects, {objects}; .* one: save the one that is meant"):
+        read_mask(path)
+
+
+@pytest.mark.parametrize("quality", [50, 80, 95])
+def test_a_png_made_from_a_jpeg_is_no_mask(tmp_path, quality):
+    """JPEG leaves small values around the object, which would be a part of it."""
+    Image.fromarray(disc_mask()).save(tmp_path / "0.jpg", quality=quality)
+    Image.open(tmp_path / "0.jpg").save(tmp_path / "0.png")
+    with pytest.raises(UserError, match=r"0.png: holds \d+ objects"):
+        read_mask(str(tmp_path / "0.png"))
+    with pytest.raises(UserError, match="0.png: most of its .* are no objects but soft edges, .* JPEG"):
+        check_sharp("0.png", read_labels(str(tmp_path / "0.png")))
 
 
 def test_a_mask_to_track_holds_an_object_and_one_of_the_data_may_be_empty(tmp_path):

@@ -10,6 +10,8 @@ from sam2jq.data.loader import find_items
 from sam2jq.data.sources import SOURCES, LabeledImage, Source, find_clips, find_images, find_samples, source_of
 from sam2jq.errors import UserError
 
+from .test_images import names_in, write_images
+
 
 @pytest.fixture
 def coco(tmp_path):
@@ -70,3 +72,45 @@ def test_a_new_dataset_is_one_entry(monkeypatch):
     np.testing.assert_array_equal(masks, scene.masks)
     with pytest.raises(FileNotFoundError, match="give the SA-V folder"):
         find_clips("toy:", "sav_val", None)
+
+
+def test_the_masks_of_voc_are_no_photographs(tmp_path):
+    masks = ["SegmentationClass/1.png", "SegmentationObject/1.png", "SegmentationClassAug/1.png", "Annotations/1.png"]
+    write_images(tmp_path, "JPEGImages/1.jpg", "JPEGImages/2.jpg", *masks)
+    assert names_in(tmp_path) == ["JPEGImages/1.jpg", "JPEGImages/2.jpg"]
+    assert len(find_images(str(tmp_path / "SegmentationClass"), None, 0)) == 1
+
+
+@pytest.mark.parametrize("folder", ["masks", "train_masks", "Labels", "ground_truth", "gtFine/val", "masks_png"])
+def test_a_folder_of_masks_beside_images_is_refused_by_name(tmp_path, folder):
+    write_images(tmp_path, "images/1.png", "images/2.png", f"{folder}/1.png")
+    place = tmp_path / folder.partition("/")[0]
+    for find in (lambda: names_in(tmp_path), lambda: find_items(str(tmp_path), None, 0, frames=1)):
+        with pytest.raises(UserError, match=f"{place}: holds masks or the like .* such as images/1.png; give the"):
+            find()
+    assert names_in(tmp_path / "images") == ["1.png", "2.png"]
+
+
+def test_a_folder_of_masks_beside_clips_is_refused_by_name(tmp_path):
+    write_images(tmp_path, *(f"{folder}/{i}.png" for folder in ("clip", "masks") for i in range(2)))
+    with pytest.raises(UserError, match="masks: holds masks or the like by its name"):
+        find_items(str(tmp_path), None, 0, frames=2)
+    assert len(find_items(str(tmp_path / "clip"), None, 0)) == 2
+    write_images(tmp_path / "clip", "masks/0.png", "masks/1.png")
+    with pytest.raises(UserError, match="clip/masks: holds masks or the like by its name"):
+        find_items(str(tmp_path / "clip"), None, 0, frames=2)
+
+
+@pytest.mark.parametrize("name", ["cat (1)_mask.png", "cat (1)_mask_1.png", "cat (1)-gt.png"])
+def test_a_mask_beside_its_image_is_refused_by_name(tmp_path, name):
+    write_images(tmp_path, "cat (1).png", name)
+    with pytest.raises(UserError, match=r"by its name a mask or the like of cat \(1\) in the same folder; move masks"):
+        names_in(tmp_path)
+
+
+def test_images_of_people_with_masks_are_images(tmp_path):
+    names = ["mask_1.jpg", "man_with_mask.jpg", "unmasked/1.jpg", "unmasked/masked.jpg"]
+    write_images(tmp_path, *names)
+    assert names_in(tmp_path) == names[1::-1] + names[2:]
+    write_images(tmp_path / "faces", "with_mask/1.jpg", "without_mask/1.jpg")
+    assert len(names_in(tmp_path / "faces")) == 2

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from sam2jq.data.video import find_frames, open_video
+from sam2jq.data.video_frames import count_frames
 from sam2jq.errors import UserError
 
 SIZE = (32, 48)
@@ -71,6 +72,26 @@ def test_a_modified_frame_does_not_change_the_video(clip):
     video = open_video(path)
     video[4][:] = 0
     np.testing.assert_array_equal(video[4], frames[4])
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_of_several_streams_the_one_that_players_show_is_read(tmp_path, suffix):
+    """A small preview lies before the clip itself, which is marked as the default."""
+    av = pytest.importorskip("av")
+    path, frames = tmp_path / f"clip.{suffix}", random_frames(5)
+    with av.open(path, "w") as container:
+        streams = [container.add_stream("libx264rgb", rate=24, options={"qp": "0"}) for _ in range(2)]
+        streams[1].disposition = av.stream.Disposition.default
+        for stream, scale in zip(streams, (2, 1)):
+            stream.height, stream.width, stream.pix_fmt = SIZE[0] // scale, SIZE[1] // scale, "rgb24"
+        for frame in frames:
+            for stream, pixels in zip(streams, (frame[::2, ::2], frame)):
+                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+                container.mux(stream.encode(picture))
+        for stream in streams:
+            container.mux(stream.encode(None))
+    np.testing.assert_array_equal(list(open_video(path)), frames)
+    assert count_frames(path) == 5
 
 
 @pytest.mark.parametrize("clockwise", [90, 180, 270])
@@ -181,6 +202,10 @@ def test_two_names_of_one_number_are_an_error(tmp_path):
         ["00000.jpg", "00001.jpeg", "00100.PNG"],
         ["frame2.jpg", "frame10.jpg", "shot1.jpg"],
         ["a.jpg", "shot_3.jpg", "shot_20.jpg"],
+        ["t-1.jpg", "t-2.jpg", "t-10.jpg"],
+        ["Frame_1.jpg", "frame_2.jpg", "FRAME_10.jpg"],
+        ["shot2.0009.png", "shot2.0010.png", "shot10.0001.png"],
+        ["t_0.25.png", "t_0.50.png", "t_1.00.png"],
     ],
 )
 def test_numbers_in_names_order_the_frames(tmp_path, names):
@@ -190,6 +215,15 @@ def test_numbers_in_names_order_the_frames(tmp_path, names):
     (tmp_path / "notes.txt").touch()
     assert [Path(frame).name for frame in find_frames(path)] == names
     assert open_video(path).names == [Path(name).stem for name in names]
+
+
+def test_a_frame_of_a_type_that_is_not_read_is_named(tmp_path):
+    path = write_frames(tmp_path, ["0.jpg", "1.jpg", "3.jpg"], random_frames(3))
+    (tmp_path / "1.dng").touch()  # the raw data of a frame
+    assert len(find_frames(path)) == 3
+    (tmp_path / "2.heic").touch()
+    with pytest.raises(UserError, match="2.heic cannot be read; convert all frames to jpg or png"):
+        find_frames(path)
 
 
 @pytest.mark.parametrize("other", ["mask_1.png", "overlay.jpg"])
@@ -203,6 +237,12 @@ def test_names_without_a_number_beside_numbers_are_an_error(tmp_path, other):
     ("names", "message"),
     [
         (["1.1.jpg", "1.12.jpg", "1.2.jpg"], "1.1.jpg has a number with a fraction"),
+        (
+            ["frame_0.25.png", "frame_0.5.png", "frame_1.0.png"],
+            "frame_0.25.png has a number with a fraction",
+        ),
+        (["t-1.png", "t0.png", "t1.png"], "t-1.png has a sign where other names have none or another; number the"),
+        (["t+1.png", "t+2.png", "t-2.png"], "t.[12].png has a sign where other names have none or another"),
         (["a_0.jpg", "a_0_mask.png", "a_1.jpg"], "a_0_mask.png looks like a mask beside the frames"),
         (["s_000.png", "s_000_L.png", "s_001.png"], "s_000.png, s_000_L.png have the same number; move what is no"),
         (["0_color.jpg", "0_depth.png"], "0_color.jpg, 0_depth.png have the same number"),

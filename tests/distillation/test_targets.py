@@ -29,28 +29,50 @@ def array(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
+def losses_of(student, teacher):
+    """{layer: []}: `moment_losses` of one example."""
+    batched = lambda moments: {layer: tuple(x[None] for x in one) for layer, one in moments.items()}
+    names, losses = moment_losses(batched(student), batched(teacher))
+    return dict(zip(names, losses[0])) if names else {}
+
+
 def test_a_layer_s_loss_sees_its_channels():
     """The original took the width for the channels: to permute them cost nothing there."""
     moments = array(6)[None], jnp.abs(array(6, seed=1))[None]
-    assert moment_losses({"a": moments}, {"a": moments})["a"] == 0
-    assert moment_losses({"a": tuple(x[:, ::-1] for x in moments)}, {"a": moments})["a"] > 0.1
+    assert losses_of({"a": moments}, {"a": moments})["a"] == 0
+    assert losses_of({"a": tuple(x[:, ::-1] for x in moments)}, {"a": moments})["a"] > 0.1
 
 
 def test_calls_of_a_layer_do_not_cancel():
     expected = jnp.zeros((2, 4)), jnp.ones((2, 4))
     got = jnp.array([[1.0], [-1.0]]) * jnp.ones((2, 4)), expected[1]
-    assert moment_losses({"a": got}, {"a": expected})["a"] == pytest.approx(1)
+    assert losses_of({"a": got}, {"a": expected})["a"] == pytest.approx(1)
 
 
 def test_layers_that_only_one_has_or_of_another_width_are_left_out():
     four, eight = (jnp.ones((1, 4)),) * 2, (jnp.ones((1, 8)),) * 2
-    assert set(moment_losses({"a": four, "b": four, "c": four}, {"a": four, "b": eight})) == {"a"}
+    assert set(losses_of({"a": four, "b": four, "c": four}, {"a": four, "b": eight})) == {"a"}
+    assert losses_of({"a": four}, {"b": four}) == {}
 
 
 def test_a_layer_s_loss_is_relative_to_its_scale():
     scaled = lambda seed, factor: (factor * array(1, 8, seed=seed), jnp.square(factor * array(1, 8, seed=seed + 2)))
-    loss = lambda factor: moment_losses({"a": scaled(0, factor)}, {"a": scaled(1, factor)})["a"]
+    loss = lambda factor: losses_of({"a": scaled(0, factor)}, {"a": scaled(1, factor)})["a"]
     np.testing.assert_allclose(loss(1e-3), loss(1.0), rtol=1e-3)
+
+
+def test_the_losses_of_layers_of_any_width_are_those_of_each_layer_alone():
+    moments = lambda seed: {
+        name: (array(3, *shape, seed=seed), jnp.abs(array(3, *shape, seed=seed + 1)))
+        for name, shape in {"a": (2, 5), "b": (1, 7), "c": (2, 3)}.items()
+    }
+    student, teacher = moments(0), moments(2)
+    names, losses = moment_losses(student, teacher)
+    assert names == ["a", "b", "c"]
+    for name, got in zip(names, losses.T):
+        (mean, variance), (mean_t, variance_t) = ([np.asarray(x) for x in of[name]] for of in (student, teacher))
+        error = (mean - mean_t) ** 2 + (variance**0.5 - variance_t**0.5) ** 2
+        np.testing.assert_allclose(got, error.sum((1, 2)) / (mean_t**2 + variance_t).sum((1, 2)), rtol=1e-5)
 
 
 def test_affinity_does_not_depend_on_width_nor_rotation():

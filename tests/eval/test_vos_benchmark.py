@@ -9,6 +9,7 @@ from PIL import Image
 
 from sam2jq.cli.main import main
 from sam2jq.data.labeled import LabeledClip
+from sam2jq.data.masks import read_labels, write_labels
 from sam2jq.data.sav import read_mask, write_mask
 from sam2jq.data.sources import find_clips, find_samples
 from sam2jq.data.synthetic.scenes import draw_clip, draw_scene
@@ -95,6 +96,20 @@ def test_overlapping_masks_of_label_images_go_to_the_higher_logit(tmp_path):
     for obj in range(2):
         np.testing.assert_array_equal(np.stack(list(written.values())) == obj + 1, expected[:, obj])
         assert scores[str(obj + 1)] == video_scores(expected[:, obj], drawn.masks[:, obj], from_first_mask=True)
+
+
+def test_labels_above_255_are_written_as_greys(tmp_path):
+    drawn = draw_clip(11, FRAMES, SIDE)
+
+    class Known(GroundTruthPredictor):
+        def propagate_in_video(self, state):
+            for frame in range(FRAMES):
+                yield frame, state["first"], self.masks[frame, :1, None] - 0.5
+
+    clip = label_clip(True, lambda bad: {"1001": dict(enumerate(drawn.masks[:, 0]))}, drawn)
+    write = lambda obj, frame, labels: write_labels(tmp_path / f"{frame}.png", labels)
+    assert track_objects(Known(drawn, 0), clip, write)["1001"].j == 1
+    np.testing.assert_array_equal(read_labels(str(tmp_path / "00002.png")), 1001 * drawn.masks[2, 0])
 
 
 def test_davis_scores_are_means_over_all_frames_but_the_first_and_the_last():

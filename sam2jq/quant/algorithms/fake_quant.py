@@ -5,6 +5,7 @@ Since bits are arrays and not constants, one compiled training step serves every
 
 import dataclasses
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -70,6 +71,41 @@ def _(w: FakeQuant) -> Array:
         grouped, scale, zero_point = grouped[0], scale[0], zero_point[0]
     codes = round_to_grid(grouped, scale, zero_point, trace_spec(w.spec, w.bits))
     return from_groups((codes - zero_point) * scale, w.kernel.shape)
+
+
+def materialize_fake_quant(params: dict) -> dict:
+    """`params` with every FakeQuant as the float array that `materialize` gives.
+
+    Weights that share a spec and a group size are computed as one array: XLA's time to compile and to load the training
+    step grows with the number of its kernels, of which rounding layer by layer makes a fifth.
+    """
+    flat = flatten(params)
+    weights = {path: base_weight(node) for path, node in kernels(flat).items()}
+    alike, arrays = defaultdict(list), {}
+    for path, w in weights.items():
+        if isinstance(w, FakeQuant) and w.spec.scales == "e4m3":  # a scale depends on the whole tensor
+            arrays[path] = materialize(w)
+        elif isinstance(w, FakeQuant):
+            alike[split_bits(w.spec)[0], by_group(w.kernel, w.spec).shape[1]].append(path)
+    for paths in alike.values():
+        arrays |= zip(paths, _materialize_together([weights[path] for path in paths]))
+    replace_at = lambda path, node: map_base_weight(node, None, lambda w, _: arrays.get(path, w))
+    return unflatten(flat | {path: replace_at(path, node) for path, node in kernels(flat).items()})
+
+
+def _materialize_together(weights: list[FakeQuant]) -> list[Array]:
+    """`materialize` of each of `weights`, whose groups have one size: a group of an output is a column of one array."""
+    grouped = [by_group(w.kernel, w.spec) for w in weights]  # [groups, size, out] each
+    widths = [len(x) * x.shape[2] for x in grouped]
+    joined = FakeQuant(
+        jnp.concatenate([x.swapaxes(0, 1).reshape(x.shape[1], -1) for x in grouped], 1),
+        jnp.concatenate([w.clip_ratio.reshape(1, -1) for w in weights], 1),
+        jnp.concatenate([jnp.full(width, w.bits) for w, width in zip(weights, widths)]),
+        replace(weights[0].spec, group_size=None, per_tensor=False),
+    )
+    parts = jnp.split(materialize(joined), np.cumsum(widths)[:-1], axis=1)
+    columns = lambda part, x: part.reshape(x.shape[1], len(x), -1).swapaxes(0, 1)
+    return [from_groups(columns(part, x), w.kernel.shape) for part, x, w in zip(parts, grouped, weights)]
 
 
 def to_fake_quant(w: Array | QTensor, spec: QuantSpec) -> FakeQuant:

@@ -12,6 +12,7 @@ from sam2jq.quant.algorithms.fake_quant import (
     bits_of,
     fake_quant_layers,
     init_fake_quant,
+    materialize_fake_quant,
     stop_gradient_where,
     to_fake_quant,
     to_qtensor,
@@ -23,6 +24,7 @@ from sam2jq.quant.algorithms.smooth import Smoothed
 from sam2jq.quant.leaves import materialize, matmul
 from sam2jq.quant.qtensor import QTensor, dequantize, quantize
 from sam2jq.quant.spec import QuantSpec
+from sam2jq.tree import flatten
 
 SPECS = [
     QuantSpec(4),
@@ -70,6 +72,28 @@ def test_a_quantized_weight_starts_to_learn_where_it_stands(spec):
     w = to_fake_quant(q, QuantSpec(8))
     assert w.spec == spec
     np.testing.assert_allclose(materialize(w), dequantize(q), rtol=1e-6, atol=1e-7)
+
+
+def test_weights_that_are_rounded_together_are_those_rounded_alone():
+    """Values and gradients, with incomplete groups, several specs and leaves around."""
+    shapes = {"a": (40, 6), "b": (3, 3, 4, 8), "c": (64, 2), "d": (16, 5)}
+    groups = QuantSpec(4, symmetric=False, group_size=16)
+    specs = {"a": groups, "b": replace(groups, bits=3), "c": QuantSpec(3), "d": groups}
+    one = lambda seed, name: to_fake_quant(weight(*shapes[name], seed=seed), specs[name])
+    params = {name: {"kernel": one(seed, name)} for seed, name in enumerate(shapes)}
+    params["d"]["kernel"] = ActQuantized(params["d"]["kernel"], None, None, QuantSpec(8))
+    params["t"] = {"kernel": to_fake_quant(weight(7, 3), QuantSpec(4, per_tensor=True)), "bias": jnp.ones(3)}
+    params["u"] = {"kernel": to_fake_quant(weight(7, 3), QuantSpec(4, per_tensor=True))}
+
+    def total(materialize_all):
+        def fn(params):
+            leaves = flatten(materialize_all(params))
+            return sum(jnp.sin(jnp.asarray(x) * (1 + i)).sum() for i, x in enumerate(jax.tree.leaves(leaves)))
+
+        return jax.value_and_grad(fn)(params)
+
+    together, alone = total(lambda p: materialize_weights(materialize_fake_quant(p))), total(materialize_weights)
+    jax.tree.map(lambda got, expected: np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6), together, alone)
 
 
 def test_every_weight_that_the_grid_reaches_gets_the_gradient_of_what_it_stands_for():
