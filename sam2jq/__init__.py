@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from sam2jq.models.sam2 import SAM2, VARIANTS, abstract_params, build, init_params
     from sam2jq.predictors.automatic_masks import AutomaticMaskGenerator
     from sam2jq.predictors.image import ImagePredictor
+    from sam2jq.predictors.stream import StreamPredictor
     from sam2jq.predictors.video import VideoPredictor
     from sam2jq.ptq.recipe import layers, weight_specs
     from sam2jq.quant.algorithms.activations import InputsConfig, quantize_activations, quantize_outputs
@@ -34,6 +35,7 @@ _MODULES = {
     "models.sam2": ("SAM2", "VARIANTS", "abstract_params", "build", "init_params"),
     "predictors.automatic_masks": ("AutomaticMaskGenerator",),
     "predictors.image": ("ImagePredictor",),
+    "predictors.stream": ("StreamPredictor",),
     "predictors.video": ("VideoPredictor",),
     "ptq.recipe": ("layers", "weight_specs"),
     "quant.algorithms.activations": ("InputsConfig", "quantize_activations", "quantize_outputs"),
@@ -64,6 +66,7 @@ __all__ = [
     "QuantSpec",
     "RotationConfig",
     "SmoothConfig",
+    "StreamPredictor",
     "Transform",
     "UserError",
     "VideoPredictor",

@@ -3,11 +3,13 @@
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from sam2jq.errors import UserError
 
@@ -65,6 +67,36 @@ def write_errors(path: Path, temporary: Path) -> Iterator[None]:
         if other or isinstance(error, WriteError):
             raise
         raise WriteError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+class ScratchFile:
+    """A file in the folder of temporary files, made when it is first written, and deleted with this object.
+
+    what: its content, for errors.
+    """
+
+    def __init__(self, what: str):
+        self._what = what
+        self._file: Any = None
+
+    def write(self, place: int, content: bytes) -> None:
+        """Writes `content` at byte `place`. Raises WriteError if the disk is full."""
+        try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(prefix="sam2jq", buffering=0)  # noqa: SIM115
+            self._file.seek(place)
+            while content:  # before a full disk is an error, a part is written
+                content = content[self._file.write(content) :]
+        except OSError as error:
+            raise WriteError(
+                f"cannot write {self._what} to {tempfile.gettempdir()}: {error.strerror or error}; set TMPDIR to "
+                "another folder"
+            ) from error
+
+    def read(self, place: int, size: int) -> bytes:
+        """The `size` bytes that were written at `place`."""
+        self._file.seek(place)
+        return self._file.read(size)
 
 
 def check_folder_target(path: str | Path) -> Path:

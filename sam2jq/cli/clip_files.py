@@ -1,12 +1,14 @@
 """Pictures of a clip written as one file, by its ending: an mp4, an animated GIF, or a strip of frames."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import GifImagePlugin, Image, ImageChops
 
 from sam2jq.data.containers import main_stream, open_container
 from sam2jq.data.video import VIDEO_SUFFIXES
@@ -48,21 +50,57 @@ def frame_rate(clip: str) -> Fraction:
 
 
 @contextmanager
-def clip_file(path: Path, rate: Fraction) -> Iterator[Pictures]:
-    """Yields a function that takes each picture and writes it to `path`; nothing is left of it if the block raises."""
-    if path.suffix.lower() == ".mp4":
-        with atomic_write(path) as temporary, mp4(temporary, rate) as add:
-            yield add
-        return
-    pictures: list[Image.Image] = []
-    yield pictures.append
-    with atomic_write(path) as temporary:
-        if path.suffix.lower() == ".gif":
-            milliseconds = round(1000 / rate)
-            animation = {"save_all": True, "append_images": pictures[1:], "duration": milliseconds, "loop": 0}
-            pictures[0].save(temporary, format="GIF", **animation)
-        else:
-            figures.strip(pictures).save(temporary, format=figures.FORMATS[path.suffix.lower()])
+def clip_file(path: Path, rate: Fraction, count: int) -> Iterator[Pictures]:
+    """Yields a function that takes each of `count` pictures and writes it to `path`, which appears if none fails."""
+    match path.suffix.lower():
+        case ".mp4":
+            write = partial(mp4, rate=rate)
+        case ".gif":
+            write = partial(gif, rate=rate)
+        case suffix:
+            write = partial(strip, count=count, format=figures.FORMATS[suffix])
+    with atomic_write(path) as temporary, write(temporary) as add:
+        yield add
+
+
+@contextmanager
+def strip(path: Path, count: int, format: str) -> Iterator[Pictures]:
+    """Yields a function that takes each of `count` pictures; those that a strip shows are written at the end."""
+    shown, numbers = figures.shown_frames(count), itertools.count()
+    pictures: dict[int, Image.Image] = {}
+
+    def add(picture: Image.Image) -> None:
+        if (number := next(numbers)) in shown:
+            pictures[number] = picture
+
+    yield add
+    figures.strip(pictures).save(path, format=format)
+
+
+@contextmanager
+def gif(path: Path, rate: Fraction) -> Iterator[Pictures]:
+    """Yields a function that writes each picture, or the rectangle of it that differs from the one before.
+
+    PIL's own writer holds all pictures in memory.
+    """
+    before: Image.Image | None = None
+    milliseconds = round(1000 / rate)
+    with path.open("wb") as file:
+
+        def add(picture: Image.Image) -> None:
+            nonlocal before
+            if before is None:
+                box = (0, 0, *picture.size)
+                header, _ = GifImagePlugin.getheader(Image.new("P", picture.size), info={"loop": 0})
+                file.write(b"".join(header))
+            else:
+                box = ImageChops.difference(picture, before).getbbox() or (0, 0, 1, 1)
+            colors = picture.crop(box).convert("P", palette=Image.Palette.ADAPTIVE)
+            file.writelines(GifImagePlugin.getdata(colors, box[:2], duration=milliseconds, include_color_table=True))
+            before = picture
+
+        yield add
+        file.write(b";")
 
 
 @contextmanager

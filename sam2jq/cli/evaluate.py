@@ -1,4 +1,4 @@
-"""`sam2jq evaluate`: mIoU of prompted objects on images, or J&F of tracked objects on videos."""
+"""`sam2jq evaluate`: mIoU of prompted objects on images, J&F of tracked objects, or all masks against a reference."""
 
 import argparse
 import json
@@ -10,13 +10,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from sam2jq.cli.arguments import add_config
-from sam2jq.cli.loading import load_image_predictor, load_video_predictor
+from sam2jq.cli.loading import load_image_predictor, load_mask_generators, load_video_predictor
 from sam2jq.cli.run_folder import job_folder, job_path, stage
 from sam2jq.config import loader
 from sam2jq.config.run import EvaluateConfig
+from sam2jq.data.images import read_image
 from sam2jq.data.masks import write_labels
 from sam2jq.data.sav import write_mask
-from sam2jq.data.sources import find_clips, find_samples
+from sam2jq.data.sources import find_clips, find_images, find_samples
+from sam2jq.eval.everything_benchmark import compare_everything
 from sam2jq.eval.image_benchmark import evaluate_images
 from sam2jq.eval.vos_benchmark import evaluate_clips
 from sam2jq.report import text
@@ -42,22 +44,29 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
 
 def evaluate(config: EvaluateConfig, folder: Path) -> dict:
     """The scores of the checkpoint on the data that `config` names; masks of videos are written into `folder`."""
-    images = config.task == "image"
+    unscored = {}
     with stage("data", config.data):
-        if images:
-            say = partial(log.warning, "note        %s")
-            samples, unscored = find_samples(config.data, config.num_samples, config.allow_missing, say), {}
-        else:
-            samples = find_clips(config.data, config.split, config.num_samples)
-            unscored = {f"{clip.name}/{obj}": why for clip in samples for obj, why in clip.unscored.items()}
+        match config.task:
+            case "image":
+                say = partial(log.warning, "note        %s")
+                samples = find_samples(config.data, config.num_samples, config.allow_missing, say)
+            case "everything":
+                names = find_images(config.data, config.num_samples, seed=0)
+                samples = [(name, partial(read_image, name)) for name in names]
+            case _:
+                samples = find_clips(config.data, config.split, config.num_samples)
+                unscored = {f"{clip.name}/{obj}": why for clip in samples for obj, why in clip.unscored.items()}
     log_left_out(unscored)
-    predictor, _ = load_image_predictor(config) if images else load_video_predictor(config)
-    progress = tqdm(samples, leave=False, disable=None)
-    with stage("evaluate", f"{len(samples)} {'images' if images else 'clips'}"):
-        if images:
-            results = evaluate_images(predictor, progress)
-        else:
-            results = evaluate_clips(predictor, progress, mask_writer(folder) if config.masks else None)
+    match config.task:
+        case "image":
+            score = partial(evaluate_images, load_image_predictor(config)[0])
+        case "everything":
+            score = partial(compare_everything, *load_mask_generators(config))
+        case _:
+            write = mask_writer(folder) if config.masks else None
+            score = partial(evaluate_clips, load_video_predictor(config)[0], write=write)
+    with stage("evaluate", f"{len(samples)} {'clips' if config.task == 'vos' else 'images'}"):
+        results = score(tqdm(samples, leave=False, disable=None))
     log_left_out({name: why for name, why in results["left_out"].items() if name not in unscored})
     return results
 

@@ -2,18 +2,20 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import jax
 
 from sam2jq.cli.compiled import use_compilation_cache
 from sam2jq.cli.run_folder import stage
-from sam2jq.config.run import CacheConfig, EvaluateConfig, ModelConfig, TrackConfig
+from sam2jq.config.run import CacheConfig, EvaluateConfig, ModelConfig, PredictConfig, TrackConfig
 from sam2jq.deploy import OnnxImagePredictor, OnnxVideoPredictor
 from sam2jq.deploy.folder import is_onnx_folder, read_description
 from sam2jq.errors import UserError
 from sam2jq.models.sam2 import SAM2, is_image_only
+from sam2jq.predictors.automatic_masks import AutomaticMaskGenerator
 from sam2jq.predictors.image import ImagePredictor
 from sam2jq.predictors.prompted_image import PromptedImage
 from sam2jq.predictors.prompted_video import PromptedVideo
@@ -47,17 +49,30 @@ def load_model(config: ModelConfig, cache: CacheConfig, image_size: int | None =
     return load_checkpoint_of(config, image_size)
 
 
-def load_image_predictor(config: TrackConfig | EvaluateConfig) -> tuple[PromptedImage, bool]:
+def load_image_predictor(config: PredictConfig | EvaluateConfig) -> tuple[PromptedImage, bool]:
     """The predictor of a checkpoint or of a folder of ONNX files, and whether its weights are random."""
     return _load_predictor(config, ImagePredictor, OnnxImagePredictor)
 
 
 def load_video_predictor(config: TrackConfig | EvaluateConfig) -> tuple[PromptedVideo, bool]:
     """As `load_image_predictor`, for clips."""
-    return _load_predictor(config, VideoPredictor, OnnxVideoPredictor)
+    if config.memory_bits and is_onnx_folder(config.model.checkpoint):
+        raise UserError("memory_bits: the ONNX files hold memories in float32 only: leave it out, or give a package")
+    return _load_predictor(config, partial(VideoPredictor, memory_bits=config.memory_bits), OnnxVideoPredictor)
 
 
-def _load_predictor(config: TrackConfig | EvaluateConfig, of_params: Callable, of_onnx: Callable):
+def load_mask_generators(config: EvaluateConfig) -> tuple[AutomaticMaskGenerator, AutomaticMaskGenerator]:
+    """The generators of all masks of an image of `config.model` and of `config.reference`, which is the same model."""
+    if is_onnx_folder(config.model.checkpoint):
+        raise UserError("task everything: ONNX files have no mask generator yet: give a package or a checkpoint")
+    model, checkpoint = load_model(config.model, config.cache)
+    settings = asdict(config.everything) | {"dtype": config.model.dtype}
+    own = AutomaticMaskGenerator(model, materialize_weights(checkpoint.params), **settings)
+    _, other = load_checkpoint_of(replace(resolved(config.model, model), checkpoint=config.reference))
+    return own, AutomaticMaskGenerator(model, materialize_weights(other.params), **settings)
+
+
+def _load_predictor(config: PredictConfig | EvaluateConfig, of_params: Callable, of_onnx: Callable):
     if is_onnx_folder(config.model.checkpoint):
         predictor = of_onnx(config.model.checkpoint, config.engine, **onnx_settings(config))
         return predictor, predictor.random
@@ -65,7 +80,7 @@ def _load_predictor(config: TrackConfig | EvaluateConfig, of_params: Callable, o
     return of_params(model, materialize_weights(checkpoint.params), dtype=config.model.dtype), checkpoint.random
 
 
-def onnx_settings(config: TrackConfig | EvaluateConfig) -> dict:
+def onnx_settings(config: PredictConfig | EvaluateConfig) -> dict:
     """The settings of a predictor of ONNX files. Raises UserError if those of the model contradict the files."""
     about = read_description(config.model.checkpoint)
     for key, value in about["model"].items():

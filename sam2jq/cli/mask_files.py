@@ -17,7 +17,7 @@ from sam2jq.data.coco_masks import encode_mask
 from sam2jq.data.masks import write_labels
 from sam2jq.data.sav import write_mask
 from sam2jq.errors import UserError
-from sam2jq.files import atomic_folder, atomic_write, check_folder_target, check_target
+from sam2jq.files import ScratchFile, atomic_folder, atomic_write, check_folder_target, check_target
 from sam2jq.predictors.crops import width_height
 
 MOST_LABELS = 255  # objects in a palette PNG; 0 is no object
@@ -151,27 +151,43 @@ def palette_pngs(path: str, clip: str, names: list[str], objects: list[int]) -> 
 
 @contextmanager
 def coco_json(path: str, clip: str, names: list[str], objects: list[int]) -> Iterator[Sink]:
-    """Writes a json as of YouTube-VIS: per object a list of run lengths, with null for frames that were not tracked."""
-    blank = lambda: [None] * len(names)
-    annotations = [
-        {"id": number, "video_id": 1, "category_id": 1, "iscrowd": 0}
-        | {"segmentations": blank(), "bboxes": blank(), "areas": blank()}
-        for number in objects
-    ]
+    """Writes a json as of YouTube-VIS: per object a list of run lengths, with null for frames that were not tracked.
+
+    It has the frames of each object together, so all masks wait in a temporary file.
+    """
     video = {"id": 1, "file_names": names, "length": len(names), "name": Path(clip).name}
-    index = {name: i for i, name in enumerate(names)}
+    scratch, places, end = ScratchFile("masks"), {}, 0
 
     def add(frame: FrameMasks) -> None:
+        nonlocal end
         video.update(height=frame.labels.shape[0], width=frame.labels.shape[1])
-        for annotation, mask in zip(annotations, frame.masks):
-            facts, at = mask_facts(mask), index[frame.name]
-            annotation["segmentations"][at] = encode_mask(mask)
-            annotation["bboxes"][at], annotation["areas"][at] = facts["bbox"], facts["area"]
+        for number, mask in zip(objects, frame.masks):
+            facts = mask_facts(mask)
+            values = {"segmentations": encode_mask(mask), "bboxes": facts["bbox"], "areas": facts["area"]}
+            content = json.dumps(values).encode()
+            scratch.write(end, content)
+            places[number, frame.name] = end, len(content)
+            end += len(content)
+
+    def values(number: int, key: str) -> Iterator[str]:
+        for name in names:
+            place = places.get((number, name))
+            yield json.dumps(json.loads(scratch.read(*place))[key]) if place else "null"
 
     with atomic_write(path) as temporary:
         yield add
-        content = {"videos": [video], "categories": [{"id": 1, "name": "object"}], "annotations": annotations}
-        temporary.write_text(json.dumps(content))
+        with temporary.open("w") as file:
+            categories = [{"id": 1, "name": "object"}]
+            file.write(json.dumps({"videos": [video], "categories": categories})[:-1] + ', "annotations": [')
+            for i, number in enumerate(objects):
+                about = {"id": number, "video_id": 1, "category_id": 1, "iscrowd": 0}
+                file.write(", " * (i > 0) + json.dumps(about)[:-1])
+                for key in ("segmentations", "bboxes", "areas"):
+                    file.write(f', "{key}": [')
+                    file.writelines(", " * (j > 0) + value for j, value in enumerate(values(number, key)))
+                    file.write("]")
+                file.write("}")
+            file.write("]}")
 
 
 @contextmanager

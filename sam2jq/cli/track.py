@@ -1,8 +1,9 @@
 """`sam2jq track`: objects through a video, from clicks, boxes or masks on some of its frames."""
 
 import argparse
+import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from sam2jq.data.sav import read_mask
 from sam2jq.data.sources import scene_video
 from sam2jq.data.video import Video, open_video
 from sam2jq.errors import UserError
+from sam2jq.files import ScratchFile
 from sam2jq.predictors.prompted_video import PromptedVideo
 from sam2jq.predictors.video_state import VideoState
 from sam2jq.report import figures
@@ -48,15 +50,17 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
     masks = [read_mask(prompt.mask, video.size) if prompt.mask else None for prompt in prompts]
     config = loader.load(None, flags, TrackConfig)
     predictor, random = load_video_predictor(config)
-    state = predictor.init_state(video)
+    state = predictor.init_state(video, keep_outputs=False)
     for prompt, mask in zip(prompts, masks):
         add_prompt(predictor, state, prompt, mask)
+    frames = [prompt.frame for prompt in prompts]
+    start = max(frames) if args.reverse else min(frames)
     with (
         stage("track", f"{len(video)} frames of {args.clip}"),
-        clip_file(out, frame_rate(args.clip)) as add_picture,
+        clip_file(out, frame_rate(args.clip), start + 1 if args.reverse else len(video) - start) as add_picture,
         clip_masks(args, args.clip, video.names, state.obj_ids) as add_masks,
     ):
-        for frame, tracked in track(predictor, state, args.reverse, max(prompt.frame for prompt in prompts)):
+        for frame, tracked in track(predictor, state, start, args.reverse):
             picture = figures.overlay(video[frame], tracked.masks)
             draw_frame_prompts(picture, [prompt for prompt in prompts if prompt.frame == frame])
             if random:
@@ -80,17 +84,31 @@ def draw_frame_prompts(picture, prompts: list[Prompt]) -> None:
         figures.draw_prompts(picture, prompt.points, prompt.labels, prompt.box)
 
 
-def track(predictor: PromptedVideo, state: VideoState, reverse: bool, last: int) -> Iterator[tuple[int, FrameMasks]]:
-    """Yields the number and the masks of each tracked frame, in the order of the clip.
+def track(predictor: PromptedVideo, state: VideoState, start: int, reverse: bool) -> Iterator[tuple[int, FrameMasks]]:
+    """Yields the number and the masks of each frame tracked from `start` on, in the order of the clip.
 
-    Forward from the first prompted frame on; in reverse from the `last` one, with all masks in memory.
+    In reverse they wait in a temporary file until the first one is found.
     """
-    start = last if reverse else None
     found = (
         (frame, frame_masks(state.video, frame, objects, logits[:, 0]))
         for frame, objects, logits in predictor.propagate_in_video(state, start, reverse=reverse)
     )
-    return reversed(list(found)) if reverse else found
+    return from_the_last(found) if reverse else found
+
+
+def from_the_last(found: Iterable[tuple[int, FrameMasks]]) -> Iterator[tuple[int, FrameMasks]]:
+    """`found` in reverse order, through a temporary file."""
+    file, end = ScratchFile("masks"), 0
+    places = []
+    for frame, (name, masks, labels) in found:
+        content = io.BytesIO()
+        np.savez_compressed(content, masks=masks, labels=labels)
+        file.write(end, content.getvalue())
+        places.append((frame, name, end, content.tell()))
+        end += content.tell()
+    for frame, name, place, size in reversed(places):
+        arrays = np.load(io.BytesIO(file.read(place, size)))
+        yield frame, FrameMasks(name, arrays["masks"], arrays["labels"])
 
 
 def frame_masks(video: Video, frame: int, objects: list[int], logits: np.ndarray) -> FrameMasks:

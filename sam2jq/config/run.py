@@ -4,12 +4,12 @@ from dataclasses import dataclass, field
 
 from sam2jq.config.quant import QuantConfig
 from sam2jq.errors import ConfigError, one_of
-from sam2jq.models.variants import VARIANTS, VERSIONS
+from sam2jq.models.variants import MEMORY_BITS, VARIANTS, VERSIONS
 from sam2jq.quant.field_types import check_types
 
 DEVICES = ("auto", "cpu", "gpu", "cuda", "tpu")
 FLOATS = ("float32", "bfloat16", "float16")
-TASKS = ("image", "vos")
+TASKS = ("image", "vos", "everything")
 ENGINES = ("auto", "openvino", "onnxruntime")
 
 
@@ -54,6 +54,41 @@ def same_size(key: str, size: int | None, model_key: str, model_size: int | None
 
 
 @dataclass(frozen=True)
+class EverythingConfig:
+    """The settings of AutomaticMaskGenerator: the section `everything` of `segment`, `evaluate` and `measure`."""
+
+    # clicks in a row and in a column
+    points_per_side: int = 32
+    # clicks in one call of the model
+    points_per_batch: int = 64
+    # masks with a lower estimated IoU are left out
+    pred_iou_thresh: float = 0.8
+    # masks with a lower stability are left out: the IoU of the masks at logits of + and - stability_score_offset
+    stability_score_thresh: float = 0.95
+    # logits around the threshold of masks
+    stability_score_offset: float = 1.0
+    # of masks whose boxes have a higher IoU, one remains
+    box_nms_thresh: float = 0.7
+    # layers of crops that are searched, too: 4 crops in the first one, 16 in the second
+    crop_n_layers: int = 0
+    # box_nms_thresh between crops
+    crop_nms_thresh: float = 0.7
+    # overlap of the first layer's crops, relative to the image's shorter side
+    crop_overlap_ratio: float = 512 / 1500
+    # points_per_side is divided by it in each further layer
+    crop_n_points_downscale_factor: int = 1
+    # holes and regions up to this many pixels of a mask in low resolution are removed
+    min_mask_region_area: int = 0
+    # each mask is refined once
+    use_m2m: bool = False
+    # three masks per click, or one
+    multimask_output: bool = True
+
+    def __post_init__(self):
+        check_types(self)
+
+
+@dataclass(frozen=True)
 class MeasureConfig:
     """Images and clips with ground truth, for scores before and after: the section `measure`."""
 
@@ -69,6 +104,10 @@ class MeasureConfig:
     split: str = ""
     # number of clips, from the first; null: all
     num_clips: int | None = None
+    # number of images, of those for mIoU if there are, else of calibration's, in which the masks of `segment
+    # --everything` are compared with those of full precision
+    num_everything: int = 0
+    everything: EverythingConfig = field(default_factory=EverythingConfig)
 
     def __post_init__(self):
         check_types(self)
@@ -78,8 +117,9 @@ class MeasureConfig:
                 raise ConfigError(f"num_{name} is not set: there is no end of synthetic scenes, give a number")
             if number is not None and number < 1:
                 raise ConfigError(f"num_{name} must be at least 1, got {number}")
-        if self.allow_missing < 0:
-            raise ConfigError(f"allow_missing must be at least 0, got {self.allow_missing}")
+        for name in ("allow_missing", "num_everything"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -145,9 +185,15 @@ class Config:
             )
 
 
+def check_memory_bits(bits: int | None) -> None:
+    """Raises ConfigError unless memories can be stored in `bits`."""
+    if bits not in (None, *MEMORY_BITS):
+        raise ConfigError(f"memory_bits must be 8, 4 or null, got {bits}")
+
+
 @dataclass(frozen=True)
-class TrackConfig:
-    """The settings of `track`, beside the file and its prompts."""
+class PredictConfig:
+    """The settings of `segment` and `track`."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
@@ -160,42 +206,19 @@ class TrackConfig:
 
 
 @dataclass(frozen=True)
-class EverythingConfig:
-    """The settings of `segment --everything`, those of AutomaticMaskGenerator: the section `everything`."""
+class TrackConfig(PredictConfig):
+    """The settings of `track`, beside the file and its prompts."""
 
-    # clicks in a row and in a column
-    points_per_side: int = 32
-    # clicks in one call of the model
-    points_per_batch: int = 64
-    # masks with a lower estimated IoU are left out
-    pred_iou_thresh: float = 0.8
-    # masks with a lower stability are left out: the IoU of the masks at logits of + and - stability_score_offset
-    stability_score_thresh: float = 0.95
-    # logits around the threshold of masks
-    stability_score_offset: float = 1.0
-    # of masks whose boxes have a higher IoU, one remains
-    box_nms_thresh: float = 0.7
-    # layers of crops that are searched, too: 4 crops in the first one, 16 in the second
-    crop_n_layers: int = 0
-    # box_nms_thresh between crops
-    crop_nms_thresh: float = 0.7
-    # overlap of the first layer's crops, relative to the image's shorter side
-    crop_overlap_ratio: float = 512 / 1500
-    # points_per_side is divided by it in each further layer
-    crop_n_points_downscale_factor: int = 1
-    # holes and regions up to this many pixels of a mask in low resolution are removed
-    min_mask_region_area: int = 0
-    # each mask is refined once
-    use_m2m: bool = False
-    # three masks per click, or one
-    multimask_output: bool = True
+    # 8 or 4, in which memories and object pointers of earlier frames are stored; null: bfloat16, as sam2
+    memory_bits: int | None = None
 
     def __post_init__(self):
-        check_types(self)
+        super().__post_init__()
+        check_memory_bits(self.memory_bits)
 
 
 @dataclass(frozen=True)
-class SegmentConfig(TrackConfig):
+class SegmentConfig(PredictConfig):
     """The settings of `segment`, beside the file and its prompts."""
 
     everything: EverythingConfig = field(default_factory=EverythingConfig)
@@ -209,26 +232,38 @@ class EvaluateConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     # that runs ONNX files: openvino, onnxruntime, or auto, the first that is installed
     engine: str = "auto"
-    # image: mIoU of prompted objects; vos: J&F of tracked objects
+    # image: mIoU of prompted objects; vos: J&F of tracked objects; everything: the masks of `segment --everything`
+    # against those of `reference`
     task: str = "image"
-    # scenes:<seed>; a COCO, LVIS, Roboflow or SA-1B folder (image); an SA-V, DAVIS, MOSE or YouTube-VOS folder (vos)
+    # scenes:<seed>; a COCO, LVIS, Roboflow or SA-1B folder (image); an SA-V, DAVIS, MOSE or YouTube-VOS folder (vos);
+    # a folder of images (everything)
     data: str = ""
+    # the checkpoint that everything is compared with, such as the one that was quantized
+    reference: str = ""
+    everything: EverythingConfig = field(default_factory=EverythingConfig)
     # split of the folder of clips; empty: sav_val, val or valid
     split: str = ""
-    # number of images or clips, from the first; null: all
+    # number of images or clips, from the first, or for everything sampled; null: all
     num_samples: int | None = None
     # number of annotated images that may be missing; they are left out
     allow_missing: int = 0
     # write every mask of vos, one PNG per object and frame
     masks: bool = True
+    # 8 or 4, in which vos stores memories and object pointers of earlier frames; null: bfloat16, as sam2
+    memory_bits: int | None = None
     output: OutputConfig = field(default_factory=OutputConfig)
 
     def __post_init__(self):
         check_types(self)
         one_of("task", self.task, TASKS)
         one_of("engine", self.engine, ENGINES)
+        check_memory_bits(self.memory_bits)
+        if self.memory_bits and self.task != "vos":
+            raise ConfigError(f"memory_bits: task {self.task} has no memory: leave it out, or set task to vos")
         if not self.data:
             raise ConfigError("data is not set: give a COCO or SA-V folder, or scenes:0 for synthetic images")
+        if bool(self.reference) != (self.task == "everything"):
+            raise ConfigError("reference: set it to the checkpoint to compare with, for task everything only")
         if self.num_samples is not None and self.num_samples < 1:
             raise ConfigError(f"num_samples must be at least 1, got {self.num_samples}")
         if self.allow_missing < 0:

@@ -4,9 +4,10 @@ import itertools
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,12 @@ import numpy as np
 from sam2jq.data.containers import check_frame, check_whole, errors_named, main_stream, open_container
 from sam2jq.data.folders import SUFFIXES, UNREAD, is_image, listed
 from sam2jq.data.images import image_size, read_image
+from sam2jq.data.read_ahead import read_ahead
 from sam2jq.errors import UserError, few
 from sam2jq.files import home
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".gif")
+SEEKABLE = (".mp4", ".mov", ".m4v", ".mkv", ".webm")  # formats with an index of key frames
 DISPLAY_MATRIX = "DISPLAYMATRIX"
 
 
@@ -43,7 +46,9 @@ class Video:
 
 
 def open_video(path: str | os.PathLike) -> Video:
-    """The clip in a folder of frames or in a video file; seeking backwards in a file is slow, see `forward_reader`.
+    """The clip in a folder of frames or in a video file, read by a thread that is a few frames ahead.
+
+    Seeking backwards in a file is slow, see `forward_reader`.
 
     Raises FileNotFoundError or UserError if there is no readable clip.
     """
@@ -150,7 +155,7 @@ def open_folder(path: str) -> Video:
     """The clip in a folder of frames. Raises UserError if frames differ in size."""
     files = find_frames(path)
     size = common_size(files, [image_size(file) for file in files])
-    return Video([Path(file).stem for file in files], size, lambda index: read_image(files[index]))
+    return Video([Path(file).stem for file in files], size, read_ahead(lambda i: read_image(files[i]), len(files)))
 
 
 def open_file(path: str) -> Video:
@@ -159,18 +164,22 @@ def open_file(path: str) -> Video:
     Raises UserError if it is cut or damaged, as far as `check_whole` finds it.
     """
     check_whole(path)
-    sizes = [upright_size(frame) for frame in decode(path)]
+    sizes, times, keys = [], [], []
+    for frame in decode(path):
+        keys += [len(sizes)] * frame.key_frame
+        sizes.append(upright_size(frame))
+        times.append(frame.pts)
     if not sizes:
         raise UserError(f"{path}: holds no frame; convert it again or give a folder of frames")
     names = [f"{index:05d}" for index in range(len(sizes))]
     size = common_size([f"{path} frame {name}" for name in names], sizes)
-    frame_at = frame_reader(path)
+    frame_at = frame_reader(path, times, keys)
 
     def read(index: int) -> np.ndarray:
         with errors_named(path):
             return upright_image(frame_at(index))
 
-    return Video(names, size, read)
+    return Video(names, size, read_ahead(read, len(names)))
 
 
 def decode(path: str) -> Iterator:
@@ -227,14 +236,40 @@ def common_size(names: list[str], sizes: list[tuple[int, int]]) -> tuple[int, in
     return sizes[0]
 
 
-def forward_reader(start: Callable[[], Iterator]) -> Callable[[int], object]:
-    """read(index) -> that item of the iterator `start()`, which is restarted only for an index below the last one."""
-    index, item, items = -1, None, start()
+def decode_from(path: str, times: list[int], first: int) -> Iterator:
+    """Yields frames first, first + 1, ... of `decode`; first: a key frame, times: those of all frames, all different.
+
+    Frames after a seek are recognized by their times; from the first one that is not as expected on, the file is
+    decoded from its start.
+    """
+    index = first
+    with open_container(path) as container:
+        stream = main_stream(container)
+        container.seek(times[first], stream=stream)
+        for frame in container.decode(stream):
+            if index == first and (frame.pts is None or frame.pts < times[first]):
+                continue  # shown before the key frame, but stored after it
+            if index == len(times) or frame.pts != times[index]:
+                break
+            check_frame(frame, path, index)
+            yield frame
+            index += 1
+    if index < len(times):
+        yield from islice(decode(path), index, None)
+
+
+def forward_reader(start: Callable[[int], tuple[int, Iterator]]) -> Callable[[int], object]:
+    """read(index) -> that item of a sequence. start(index) -> (number of an item up to it, iterator from there on).
+
+    The iterator is started again only for an index below the last one.
+    """
+    index, item, items = -1, None, start(0)[1]
 
     def read(target: int):
         nonlocal index, item, items
         if target < index:
-            index, items = -1, start()
+            first, items = start(target)
+            index = first - 1
         while index < target:
             index, item = index + 1, next(items)
         return item
@@ -242,9 +277,19 @@ def forward_reader(start: Callable[[], Iterator]) -> Callable[[int], object]:
     return read
 
 
-def frame_reader(path: str) -> Callable:
-    """read(index) -> the `av.VideoFrame` of a video file. Raises UserError if it has none at `index`."""
-    read_next = forward_reader(lambda: decode(path))
+def frame_reader(path: str, times: Sequence[int | None] = (), keys: Sequence[int] = ()) -> Callable:
+    """read(index) -> the `av.VideoFrame` of a video file. Raises UserError if it has none at `index`.
+
+    times, keys: the times of all frames and the numbers of key frames, if they are known. Then an earlier frame of an
+    mp4, mov, mkv or webm is reached from the key frame before it, else from the start of the file.
+    """
+    seekable = path.lower().endswith(SEEKABLE) and None not in times and len(set(times)) == len(times)
+
+    def start(index: int) -> tuple[int, Iterator]:
+        first = max((key for key in keys if key <= index), default=0) if seekable else 0
+        return first, decode_from(path, times, first) if first else decode(path)
+
+    read_next = forward_reader(start)
 
     def read(index: int):
         try:

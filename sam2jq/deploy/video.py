@@ -11,7 +11,7 @@ from sam2jq.models.variants import MEMORIES, NO_OBJECT
 from sam2jq.predictors.bank_arrays import EMPTY, FrameInfo, FrameOutput, MemoryBank, shift_bank
 from sam2jq.predictors.prompted_video import PromptedVideo
 from sam2jq.predictors.resizing import resize_maps
-from sam2jq.predictors.video_state import stack
+from sam2jq.predictors.video_state import check_max_cond_frames, stack
 
 GRAPHS = ("image_encoder", "prompt_mask_decoder", "memory_attention", "memory_encoder", "mask_prompt")
 PADDING_POINT = np.zeros((1, 1, 2), np.float32), np.full((1, 1), -1, np.int32)
@@ -36,8 +36,11 @@ class OnnxVideoPredictor(PromptedVideo):
         engine: str = "auto",
         fill_hole_area: int = 0,
         non_overlap_masks: bool = False,
+        clear_non_cond_mem_around_input: bool = False,
         add_all_frames_to_correct_as_cond: bool = False,
         *,
+        clear_non_cond_mem_for_multi_obj: bool = False,
+        max_cond_frames_in_attn: int = -1,
         dtype: str = "auto",
         cache: str | None = None,
     ):
@@ -49,6 +52,9 @@ class OnnxVideoPredictor(PromptedVideo):
         self.model, self.random = about["model"], about["random_weights"]
         self.fill_hole_area, self.non_overlap_masks = fill_hole_area, non_overlap_masks
         self.add_all_frames_to_correct_as_cond = add_all_frames_to_correct_as_cond
+        self.clear_non_cond_mem_around_input = clear_non_cond_mem_around_input
+        self.clear_non_cond_mem_for_multi_obj = clear_non_cond_mem_for_multi_obj
+        self.max_cond_frames_in_attn = check_max_cond_frames(max_cond_frames_in_attn)
         paths = {name: find_graph(folder, about, name) for name in GRAPHS}
         self._graphs = {name: open_graph(path, self.engine, dtype, cache) for name, path in paths.items()}
 

@@ -1,7 +1,8 @@
 """Fidelity of a quantized model: masks against full precision and ground truth, and errors by stage and layer."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import is_dataclass
+from dataclasses import asdict, is_dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -14,10 +15,12 @@ from sam2jq.data.labeled import LabeledClip, LabeledImage
 from sam2jq.data.sources import find_clips, find_samples
 from sam2jq.errors import UserError
 from sam2jq.eval.agreement import ImageAgreement, compare, summarize
+from sam2jq.eval.everything_benchmark import compare_everything
 from sam2jq.eval.gallery import Gallery, add_items, click_items, object_items, sample_images
 from sam2jq.eval.image_benchmark import mean_ious, object_ious, read_sample, segment_objects
 from sam2jq.eval.vos_benchmark import evaluate_clips
 from sam2jq.models.sam2 import FLOW, SAM2
+from sam2jq.predictors.automatic_masks import AutomaticMaskGenerator
 from sam2jq.predictors.image import ImagePredictor
 from sam2jq.predictors.prompted_image import PromptedImage
 from sam2jq.predictors.video import VideoPredictor
@@ -97,6 +100,13 @@ def measure(
         with on_stage("track", f"{len(clips)} clips with ground-truth masks"):
             both = {name: variants[name] for name in results["kinds"]}
             results |= score_clips(model, both, clips, config) | {"video_data": config.measure.clips}
+    if number := config.measure.num_everything:
+        images = [(sample.name, lambda sample=sample: sample.read()[0]) for sample in samples]
+        images = (images or [(name, partial(read_image, name)) for name in names])[:number]
+        with on_stage("everything", f"{len(images)} images"):
+            settings = asdict(config.measure.everything) | {"dtype": config.model.dtype}
+            pair = (AutomaticMaskGenerator(model, params, **settings) for params in (variants[last], full))
+            results["everything"] = compare_everything(*pair, tqdm(images, unit="image", leave=False, disable=None))
     return results, errors, gallery
 
 

@@ -1,7 +1,7 @@
 """Video object segmentation: objects given by their first mask, tracked through clips, scored by J and F."""
 
 from collections.abc import Callable, Iterable, Iterator
-from itertools import groupby
+from itertools import count, groupby
 
 import numpy as np
 
@@ -105,15 +105,21 @@ def track_labels(predictor: VideoPredictor, video: Video, truth: Masks, write: C
     This is how SAM 2 makes one label image of several objects (`non_overlap_masks` in its vos_inference.py). The names
     of objects are their labels.
     """
-    dtype = np.min_scalar_type(max(map(int, truth), default=0))
-    labels = [np.zeros(video.size, dtype) for _ in range(len(video))]
-    best = [np.zeros(video.size, np.float16) for _ in range(len(video))]
-    for frame, obj, logits in track_logits(predictor, video, first_masks(truth)):
-        higher = logits > best[frame]
-        best[frame][higher], labels[frame][higher] = logits[higher], int(obj)
-    for name, image in zip(video.names, labels):
-        write("", name, image)
-    return {obj: {frame: labels[frame] == int(obj) for frame in masks} for obj, masks in truth.items()}
+    predicted = {obj: {frame: np.zeros(video.size, bool) for frame in masks} for obj, masks in truth.items()}
+    first, blank = len(video), np.zeros(video.size, np.min_scalar_type(max(map(int, truth), default=0)))
+    for frame, rows in groupby(track_logits(predictor, video, first_masks(truth)), key=lambda row: row[0]):
+        first = min(first, frame)
+        labels, best = blank.copy(), np.zeros(video.size, np.float32)
+        for _, obj, logits in rows:
+            higher = logits > best
+            best[higher], labels[higher] = logits[higher], int(obj)
+        write("", video.names[frame], labels)
+        for obj, masks in predicted.items():
+            if frame in masks:
+                masks[frame] = labels == int(obj)
+    for name in video.names[:first]:
+        write("", name, blank)
+    return predicted
 
 
 def first_masks(truth: Masks) -> dict[str, tuple[int, np.ndarray]]:
@@ -133,15 +139,21 @@ def track_from_masks(
 def track_logits(
     predictor: VideoPredictor, clip, first_masks: dict[str, tuple[int, np.ndarray]]
 ) -> Iterator[tuple[int, str, np.ndarray]]:
-    """Yields (frame, object, mask logits [H, W]) of objects tracked from their first masks.
+    """Yields (frame, object, mask logits [H, W]) of objects tracked from their first masks, frame after frame.
 
     clip: as `VideoPredictor.init_state` takes it. first_masks: {object: (frame, bool mask)}. Nothing is yielded for an
     object before its frame.
     """
     order = sorted(first_masks, key=lambda name: first_masks[name][0])
+    groups = []
     for start, group in groupby(order, key=lambda name: first_masks[name][0]):
-        state = predictor.init_state(clip)
+        state = predictor.init_state(clip, keep_outputs=False)
         for name in group:
             predictor.add_new_mask(state, start, name, first_masks[name][1])
-        for frame, names, logits in predictor.propagate_in_video(state):
-            yield from ((frame, name, mask) for name, mask in zip(names, logits[:, 0]))
+        groups.append((start, predictor.propagate_in_video(state)))
+    for frame in count(groups[0][0] if groups else 0):
+        found = [next(tracked, None) for start, tracked in groups if start <= frame]
+        if not any(found):
+            return
+        for number, names, logits in filter(None, found):
+            yield from ((number, name, mask) for name, mask in zip(names, logits[:, 0]))

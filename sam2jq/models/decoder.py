@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sam2jq.models.attention import attention
+from sam2jq.models.capture import is_capturing_any
 from sam2jq.models.layers import MLP, Conv, ConvTranspose, Dense, LayerNorm, declare, gelu
 
 Array = jax.Array
@@ -26,7 +27,7 @@ class Decoded(NamedTuple):
 class Attention(nn.Module):
     """Multi-head attention, q [B, N, C] and k, v [B, M, C'] -> [B, N, C], with `features` channels inside.
 
-    key_mask: bool [B, M], False where a key is ignored.
+    Either side may have a batch of 1 for a B of the other. key_mask: bool [B, M], False where a key is ignored.
     """
 
     features: int
@@ -35,16 +36,22 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, q: Array, k: Array, v: Array, key_mask: Array | None = None) -> Array:
         heads = lambda x: x.reshape(*x.shape[:-1], self.heads, self.features // self.heads)
-        projected = (Dense(self.features, name=f"{n}_proj")(x) for n, x in (("q", q), ("k", k), ("v", v)))
-        out = attention(*map(heads, projected), key_mask)
-        return Dense(q.shape[-1], name="out_proj")(out.reshape(*out.shape[:2], self.features))
+        width = q.shape[-1]
+        q, k, v = (heads(Dense(self.features, name=f"{n}_proj")(x)) for n, x in (("q", q), ("k", k), ("v", v)))
+        batch = max(len(q), len(k))
+        if len(q) < batch:
+            q = jnp.broadcast_to(q, (batch, *q.shape[1:]))
+        elif len(k) < batch:  # queries of one set of keys are one batch
+            q = q.reshape(1, -1, *q.shape[2:])
+        out = attention(q, k, v, key_mask).reshape(batch, -1, self.features)
+        return Dense(width, name="out_proj")(out)
 
 
 class TwoWayBlock(nn.Module):
     """Self-attention of tokens [P, N, C], token-to-image attention, MLP, then image-to-token attention.
 
-    Returns both, the image as [P, H * W, C]. first: the tokens' self-attention runs without position encoding.
-    token_mask: bool [P, N], False where nothing attends to a token.
+    Returns both, the image as [P, H * W, C]; it may come as [1, H * W, C] for all prompts. first: the tokens'
+    self-attention runs without position encoding. token_mask: bool [P, N], False where nothing attends to a token.
     """
 
     first: bool
@@ -123,10 +130,12 @@ class MaskDecoder(nn.Module):
             token_mask = jnp.concatenate([jnp.ones(output.shape[:2], bool), sparse_mask], axis=1)
 
         grid = coarse.shape[1:3]
-        image = jnp.broadcast_to(coarse + dense.astype(coarse.dtype), (prompts, *grid, self.features))
+        image = coarse + dense.astype(coarse.dtype)
+        if is_capturing_any(self):  # the statistics of a layer count every prompt
+            image = jnp.broadcast_to(image, (prompts, *image.shape[1:]))
         tokens, image = TwoWayTransformer(name="transformer")(
             tokens,
-            image.reshape(prompts, -1, self.features),
+            image.reshape(len(image), -1, self.features),
             position.reshape(-1, self.features).astype(coarse.dtype),
             token_mask,
         )

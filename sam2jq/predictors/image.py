@@ -1,5 +1,6 @@
 """Masks from prompts on one image: the counterpart of sam2's SAM2ImagePredictor."""
 
+import math
 from functools import partial
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam2jq.errors import UserError
+from sam2jq.models.chunking import cpu_chunked_map
 from sam2jq.models.decoder import Decoded
 from sam2jq.models.params import check_params
 from sam2jq.models.sam2 import SAM2
@@ -39,7 +41,9 @@ def decode(
 @partial(jax.jit, static_argnames=("model", "multimask"))
 def _decode(model: SAM2, params: dict, features, points, masks, point_mask, *, multimask: bool) -> Decoded:
     settings = {"multimask": multimask, "method": "decode_masks"}
-    return model.apply({"params": params}, features, points, masks, point_mask, **settings)
+    run = lambda prompts: model.apply({"params": params}, features, *prompts, **settings)
+    # a prompt's widest array is the image of the decoder, upscaled to stride 4
+    return cpu_chunked_map(run, (points, masks, point_mask), math.prod(features[0].shape[1:]))
 
 
 class ImagePredictor(PromptedImage, FromPretrained):

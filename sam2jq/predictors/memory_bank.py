@@ -13,6 +13,7 @@ from sam2jq.models.layers import resize
 from sam2jq.models.sam2 import SAM2, ObjectOutput
 from sam2jq.models.variants import MEMORIES
 from sam2jq.predictors.bank_arrays import EMPTY, FrameInfo, FrameOutput, MemoryBank, shift_bank
+from sam2jq.predictors.packed_memory import pack_tokens, unpack_tokens
 
 Array = jax.Array
 
@@ -29,11 +30,12 @@ def condition_on_memory(sam: SAM2, coarse: Array, bank: MemoryBank, info: FrameI
     ages = jnp.arange(1, bank.non_cond_valid.shape[1] + 1)
     pointer_valid = bank.non_cond_valid & (ages <= info.max_age)
     join = lambda *parts: jnp.concatenate(parts, axis=1)
+    tokens = lambda channels, *parts: unpack_tokens(join(*parts), channels).astype(coarse.dtype)
     return sam.attend_memory(
         coarse,
-        join(bank.cond_memory, bank.non_cond_memory).astype(coarse.dtype),
+        tokens(sam.variant.memory_features, bank.cond_memory, bank.non_cond_memory),
         times,
-        join(bank.cond_pointer, bank.non_cond_pointer).astype(coarse.dtype),
+        tokens(sam.variant.features, bank.cond_pointer, bank.non_cond_pointer),
         join(cond_ages, jnp.broadcast_to(ages, pointer_valid.shape)) / info.max_age,
         join(cond_valid, bank.non_cond_valid[:, :slots], cond_valid & (cond_ages >= 0), pointer_valid),
     )
@@ -44,19 +46,35 @@ def update_memory_bank(bank: MemoryBank, output: FrameOutput, valid: Array) -> M
     return shift_bank(bank, output, valid, jnp.concatenate)
 
 
-def track_objects_in_frame(sam: SAM2, features: list[Array], conditioned: Array) -> tuple[FrameOutput, Decoded]:
+def track_objects_in_frame(
+    sam: SAM2, features: list[Array], conditioned: Array, memory_bits: int | None = None
+) -> tuple[FrameOutput, Decoded]:
     """B objects in a frame with feature maps [1, ...], and all masks of which the best was chosen.
 
-    conditioned: [B, h, w, C] of `condition_on_memory`.
+    conditioned: [B, h, w, C] of `condition_on_memory`. memory_bits: as of `memorize`.
     """
     *fine, coarse = features
     padding_point = jnp.zeros((len(conditioned), 1, 2)), jnp.full((len(conditioned), 1), -1)
     decoded = sam.decode_masks([*fine, conditioned], padding_point, multimask=True)
-    return memorize(sam, jnp.broadcast_to(coarse, conditioned.shape), sam.select_best_mask(decoded)), decoded
+    best, coarse = sam.select_best_mask(decoded), jnp.broadcast_to(coarse, conditioned.shape)
+    return memorize(sam, coarse, best, memory_bits=memory_bits), decoded
 
 
-def memorize(sam: SAM2, coarse: Array, output: ObjectOutput | FrameOutput, *, binarize: bool = False) -> FrameOutput:
-    """`output` of B objects with its memory; coarse: the frame's map [B, h, w, C]; see `SAM2.encode_memory`."""
+def memorize(
+    sam: SAM2,
+    coarse: Array,
+    output: ObjectOutput | FrameOutput,
+    *,
+    binarize: bool = False,
+    memory_bits: int | None = None,
+) -> FrameOutput:
+    """`output` of B objects with its memory; coarse: the frame's map [B, h, w, C]; see `SAM2.encode_memory`.
+
+    memory_bits: of the memory and the pointer; None for a memory in bfloat16, as in the original.
+    """
     mask = resize(output.mask[..., None], (sam.variant.image_size,) * 2).astype(coarse.dtype)
     memory = sam.encode_memory(coarse, mask, output.object_score, binarize=binarize)
-    return FrameOutput(output.mask, output.pointer, output.object_score, memory.astype(jnp.bfloat16))
+    if memory_bits is None:
+        return FrameOutput(output.mask, output.pointer, output.object_score, memory.astype(jnp.bfloat16))
+    packed = pack_tokens(output.pointer, memory_bits), output.object_score, pack_tokens(memory, memory_bits)
+    return FrameOutput(output.mask, *packed)

@@ -1,6 +1,6 @@
 """What the predictors of clips share: the prompts, and the outputs of each object; without jax and torch.
 
-Letters as in memory_bank.py: B objects, S the model's image side.
+S is the model's image side.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,8 @@ from sam2jq.data.images import preprocess_frame
 from sam2jq.data.video import Video, open_video, video_of
 from sam2jq.errors import UserError
 from sam2jq.models.variants import NO_OBJECT
-from sam2jq.predictors.bank_arrays import FrameInfo, FrameOutput, MemoryBank
+from sam2jq.predictors.bank_arrays import FrameOutput, MemoryBank
+from sam2jq.predictors.frame_steps import FrameSteps
 from sam2jq.predictors.prompts import LOGIT_LIMIT, object_mask, point_prompts
 from sam2jq.predictors.video_state import (
     ObjectState,
@@ -20,6 +21,7 @@ from sam2jq.predictors.video_state import (
     any_prompt_is_cond,
     blank_output,
     check_frame,
+    check_kept,
     check_obj_id,
     frame_info,
     frame_order,
@@ -32,61 +34,25 @@ from sam2jq.predictors.video_state import (
 FrameMasks = tuple[int, list[int], np.ndarray]
 
 
-class PromptedVideo:
-    """Tracks objects through a clip. A subclass computes, in its own kind of arrays, the steps of one frame.
+class PromptedVideo(FrameSteps):
+    """Tracks objects through a clip. A subclass computes the steps of one frame.
 
     fill_hole_area: holes of masks up to this many pixels, of a low-resolution mask [S / 4, S / 4], are filled; 8 in
     sam2's `build_sam2_video_predictor`. non_overlap_masks: a pixel of the results belongs to one object at most, the
     one with the highest logit. add_all_frames_to_correct_as_cond: a prompt on a frame that was tracked before makes it
     a conditioning frame, which tracking again does not overwrite, in place of a correction.
+    clear_non_cond_mem_around_input: where tracking meets a prompted frame, the object's outputs in the seven frames
+    before and after it are no longer used; with several objects only if clear_non_cond_mem_for_multi_obj.
+    max_cond_frames_in_attn: prompted frames whose memories a frame is conditioned on, the closest ones; -1 for all, in
+    sam2 a setting of the model.
     """
 
     fill_hole_area: float
     non_overlap_masks: bool
     add_all_frames_to_correct_as_cond: bool
-
-    @property
-    def image_size(self) -> int:
-        """S, the side of the model's input in pixels."""
-        raise NotImplementedError
-
-    def batch_size(self, objects: int) -> int:
-        """How many objects are tracked where there are so many; more if the steps are compiled for each number."""
-        return objects
-
-    def encode_frame(self, image: np.ndarray) -> list:
-        """The feature maps of a preprocessed image [1, S, S, 3]; the last is the coarsest."""
-        raise NotImplementedError
-
-    def condition_frame(self, coarse, bank: MemoryBank, info: FrameInfo):
-        """The coarsest map [1, h, w, C] of a frame conditioned on the memories of B objects, [B, h, w, C]."""
-        raise NotImplementedError
-
-    def prompt_frame(self, features: list, conditioned, points, mask_input, *, multimask: bool) -> FrameOutput:
-        """An object from points on a frame, with `condition_frame` of it or None; mask_input: earlier logits."""
-        raise NotImplementedError
-
-    def mask_frame(self, features: list, mask: np.ndarray) -> FrameOutput:
-        """An object from its mask bool [1, S, S, 1]."""
-        raise NotImplementedError
-
-    def memorize_prompted(self, coarse, output: FrameOutput) -> FrameOutput:
-        """`output` [1, ...] of a prompted frame with its memory, made from the thresholded mask."""
-        raise NotImplementedError
-
-    def track_frame(
-        self, features: list, conditioned, bank: MemoryBank, cond: FrameOutput, is_cond: np.ndarray
-    ) -> tuple[FrameOutput, MemoryBank]:
-        """The objects in one frame of a clip, from its maps and `condition_frame`, and the bank for the next frame.
-
-        Where `is_cond` [B], this is a conditioning frame of the object: its output is `cond`, which the bank holds
-        already.
-        """
-        raise NotImplementedError
-
-    def resize(self, maps, size: tuple[int, int], *, antialias: bool = False) -> np.ndarray:
-        """Maps [B, h, w] -> float32 [B, *size], bilinear."""
-        raise NotImplementedError
+    clear_non_cond_mem_around_input: bool
+    clear_non_cond_mem_for_multi_obj: bool
+    max_cond_frames_in_attn: int
 
     def init_state(
         self,
@@ -94,24 +60,30 @@ class PromptedVideo:
         offload_video_to_cpu: bool = False,
         offload_state_to_cpu: bool = False,
         async_loading_frames: bool = False,
+        *,
+        keep_outputs: bool = True,
     ) -> VideoState:
         """The state of a clip: a folder of frames, a video file, an open `Video`, or uint8 frames [T, H, W, 3].
 
         offload_video_to_cpu, offload_state_to_cpu, async_loading_frames: accepted for compatibility with the original,
-        where they change memory and speed but no result. Here, frames are always read when they are needed, and
-        outputs are always in host memory.
+        where they change memory and speed but no result. Here, frames are always read when they are needed, from files
+        by a thread that is a few frames ahead, and outputs are always on the host. The newest outputs of an object are
+        in memory, all others in a temporary file. keep_outputs: False drops these; the clip can then be tracked once,
+        and no earlier frame be corrected.
         """
         match video_path:
             case Video():
-                return VideoState(video_path)
+                video = video_path
             case str() | Path():
-                return VideoState(open_video(str(video_path)))
+                video = open_video(str(video_path))
             case _:
-                return VideoState(video_of(video_path))
+                video = video_of(video_path)
+        return VideoState(video, keep_outputs)
 
     def reset_state(self, inference_state: VideoState) -> None:
         """Removes all objects."""
         inference_state.objects.clear()
+        inference_state.last_tracked = None
 
     def add_new_points_or_box(
         self,
@@ -131,7 +103,7 @@ class PromptedVideo:
         adds the points to earlier ones on the frame. Raises UserError if the prompt is missing, is not finite or has
         the wrong shape.
         """
-        state, frame_idx, obj_id = inference_state, check_frame(inference_state, frame_idx), check_obj_id(obj_id)
+        state, frame_idx, obj_id = inference_state, check_kept(inference_state, frame_idx), check_obj_id(obj_id)
         if points is None and labels is None and box is None:
             raise UserError(f"object {obj_id}: no prompt; give points and labels, or a box")
         if box is not None and not clear_old_points:
@@ -141,7 +113,7 @@ class PromptedVideo:
         if len(coords) != 1:
             raise UserError(f"object {obj_id}: {len(coords)} prompts for one object; give points [N, 2] or a box [4]")
         features = self._features(state, frame_idx)
-        obj = state.objects.setdefault(obj_id, ObjectState())
+        obj = state.add_object(obj_id)
         if not clear_old_points and obj.prompts.get(frame_idx):
             old_coords, old_labels = obj.prompts[frame_idx]
             coords, labels = np.concatenate([old_coords, coords], 1), np.concatenate([old_labels, labels], 1)
@@ -158,14 +130,14 @@ class PromptedVideo:
         Raises UserError if the mask's size is not the clip's, or if it holds logits (negative values), several values
         of which none is 0, inf or NaN.
         """
-        state, frame_idx, obj_id = inference_state, check_frame(inference_state, frame_idx), check_obj_id(obj_id)
+        state, frame_idx, obj_id = inference_state, check_kept(inference_state, frame_idx), check_obj_id(obj_id)
         size = (self.image_size,) * 2
         mask = object_mask(mask).astype(np.float32)
         if mask.shape != state.video.size:
             raise UserError(f"object {obj_id}: the mask is {list(mask.shape)}, the frames {list(state.video.size)}")
         features = self._features(state, frame_idx)
         resized = self.resize(mask[None], size, antialias=True)[..., None] >= 0.5
-        obj = state.objects.setdefault(obj_id, ObjectState())
+        obj = state.add_object(obj_id)
         obj.prompts[frame_idx] = None
         return self._add_output(state, obj, frame_idx, self.mask_frame(features, resized))
 
@@ -181,36 +153,25 @@ class PromptedVideo:
         max_frame_num_to_track: frames after the first one; None for all. Raises UserError if an object has no prompt,
         or if the clip has no such frame.
         """
-        state, objects = inference_state, list(inference_state.objects.values())
-        for obj in objects:
-            self._encode_pending(state, obj)
+        state, objects = inference_state, self.encode_prompts(inference_state)
         unprompted = [obj_id for obj_id, obj in state.objects.items() if not obj.cond]
         if unprompted or not objects:
             which = f"objects {unprompted}" if unprompted else "any object"
             raise UserError(f"no prompt on {which}: add points, a box or a mask")
         first = min(min(obj.cond) for obj in objects) if start_frame_idx is None else start_frame_idx
         first = check_frame(state, first)
-        batch = objects + [objects[-1]] * (self.batch_size(len(objects)) - len(objects))
-        bank = memory_bank(batch, first, reverse)
-        blank = blank_output(objects)
+        if not state.keep_outputs and state.last_tracked is not None:
+            raise UserError("this state drops outputs and was tracked: call init_state again, with keep_outputs=True")
+        bank = None
         for frame in frame_order(first, state.num_frames, max_frame_num_to_track, reverse):
-            cond = stack([obj.cond.get(frame, blank) for obj in batch])
-            is_cond = np.array([frame in obj.cond for obj in batch])
-            features = self._features(state, frame)
-            conditioned = self.condition_frame(features[-1], bank, frame_info(state, frame, reverse))
-            output, bank = self.track_frame(features, conditioned, bank, cond, is_cond)
-            output = self._filled(output)
-            for i, obj in enumerate(objects):
-                obj.reverse[frame] = reverse
-                if not is_cond[i]:
-                    obj.non_cond[frame] = to_numpy(FrameOutput(*(part[i : i + 1] for part in output)))
-            yield frame, state.obj_ids, self._resized(output.mask[: len(objects)], state)
+            masks, bank = self.track_objects(state, objects, frame, reverse, bank)
+            yield frame, state.obj_ids, masks
 
     def clear_all_prompts_in_frame(
         self, inference_state: VideoState, frame_idx: int, obj_id: int, need_output: bool = True
     ) -> FrameMasks | None:
         """Removes an object's prompts on a frame; returns the frame's masks, or None without `need_output`."""
-        obj, frame_idx = inference_state.object(obj_id), check_frame(inference_state, frame_idx)
+        obj, frame_idx = inference_state.object(obj_id), check_kept(inference_state, frame_idx)
         obj.prompts.pop(frame_idx, None)
         obj.pending.pop(frame_idx, None)
         if frame_idx in obj.cond:  # its output stays, as if the frame had been tracked
@@ -226,18 +187,68 @@ class PromptedVideo:
     ) -> tuple[list[int], list[tuple[int, np.ndarray]]]:
         """Removes an object; returns the remaining ids, and (frame, mask logits) of each frame it had a prompt on.
 
-        The second list is empty without `need_output`. An unknown object is ignored; with `strict`, it raises
-        UserError.
+        The second list is empty without `need_output`, and lacks frames whose outputs were dropped. An unknown object
+        is ignored; with `strict`, it raises UserError.
         """
         obj_id = check_obj_id(obj_id)
         if not strict and obj_id not in inference_state.objects:
             return inference_state.obj_ids, []
-        frames = sorted(inference_state.object(obj_id).prompts)
+        frames = filter(inference_state.keeps, sorted(inference_state.object(obj_id).prompts))
         del inference_state.objects[obj_id]
         if not (need_output and inference_state.objects):
             return inference_state.obj_ids, []
         masks = lambda frame: self._masks(inference_state, frame, any_prompt_is_cond(inference_state, frame))
         return inference_state.obj_ids, [(frame, masks(frame)) for frame in frames]
+
+    def encode_prompts(self, state: VideoState) -> list[ObjectState]:
+        """The objects, after the memories of their prompted frames were encoded."""
+        for obj in state.objects.values():
+            for frame, (output, is_cond) in obj.pending.items():
+                coarse = self._features(state, frame)[-1]
+                memorized = to_numpy(self.memorize_prompted(coarse, output))
+                (obj.cond if is_cond else obj.non_cond)[frame] = memorized
+                if self._clears(state):
+                    obj.clear_non_cond_around(frame)
+            obj.pending.clear()
+            for frame in obj.cond:
+                obj.non_cond.pop(frame, None)
+        return list(state.objects.values())
+
+    def track_objects(
+        self, state: VideoState, objects: list[ObjectState], frame: int, reverse: bool, bank: MemoryBank | None
+    ) -> tuple[np.ndarray, MemoryBank | None]:
+        """The masks of `objects` in a frame, [objects, 1, H, W], whose outputs are stored, and the next frame's bank.
+
+        A bank that is None is made from the stored outputs.
+        """
+        batch = objects + [objects[-1]] * (self.batch_size(len(objects)) - len(objects))
+        bank = memory_bank(batch, frame, reverse, self.max_cond_frames_in_attn) if bank is None else bank
+        blank = blank_output(objects)
+        cond = stack([obj.cond.get(frame, blank) for obj in batch])
+        is_cond = np.array([frame in obj.cond for obj in batch])
+        features = self._features(state, frame)
+        conditioned = self.condition_frame(features[-1], bank, frame_info(state, frame, reverse))
+        output, bank = self.track_frame(features, conditioned, bank, cond, is_cond)
+        output = self._filled(output)
+        clears = self._clears(state)
+        for i, obj in enumerate(objects):
+            obj.reverse[frame] = reverse
+            if not is_cond[i]:
+                obj.non_cond[frame] = to_numpy(FrameOutput(*(part[i : i + 1] for part in output)))
+            elif clears:
+                obj.clear_non_cond_around(frame)
+            if not state.keep_outputs:
+                obj.forget(frame, reverse)
+        state.last_tracked = frame
+        selects = 0 <= self.max_cond_frames_in_attn < max(len(obj.cond) for obj in objects)
+        bank = None if selects or (clears and is_cond.any()) else bank
+        return self._resized(output.mask[: len(objects)], state), bank
+
+    def _clears(self, state: VideoState) -> bool:
+        """Whether outputs near prompted frames are removed."""
+        return self.clear_non_cond_mem_around_input and (
+            self.clear_non_cond_mem_for_multi_obj or len(state.objects) == 1
+        )
 
     def _image(self, state: VideoState, frame: int) -> np.ndarray:
         return preprocess_frame(state.video[frame], self.image_size)[None]
@@ -252,8 +263,9 @@ class PromptedVideo:
         coords, labels = obj.prompts[frame]
         earlier, conditioned = obj.latest(frame, self._is_cond(obj, frame)), None
         if frame in obj.reverse:
-            bank, info = memory_bank([obj], frame, obj.reverse[frame]), frame_info(state, frame, obj.reverse[frame])
-            conditioned = self.condition_frame(features[-1], bank, info)
+            reverse = obj.reverse[frame]
+            bank = memory_bank([obj], frame, reverse, self.max_cond_frames_in_attn)
+            conditioned = self.condition_frame(features[-1], bank, frame_info(state, frame, reverse))
         return self.prompt_frame(
             features,
             conditioned,
@@ -271,16 +283,6 @@ class PromptedVideo:
     def _is_cond(self, obj: ObjectState, frame: int) -> bool:
         """Whether a prompt on `frame` makes it a conditioning frame of the object, instead of correcting its output."""
         return frame not in obj.reverse or self.add_all_frames_to_correct_as_cond
-
-    def _encode_pending(self, state: VideoState, obj: ObjectState) -> None:
-        """Encodes the memories of an object's prompted frames that have none yet."""
-        for frame, (output, is_cond) in obj.pending.items():
-            coarse = self._features(state, frame)[-1]
-            memorized = to_numpy(self.memorize_prompted(coarse, output))
-            (obj.cond if is_cond else obj.non_cond)[frame] = memorized
-        obj.pending.clear()
-        for frame in obj.cond:
-            obj.non_cond.pop(frame, None)
 
     def _masks(self, state: VideoState, frame: int, is_cond: bool) -> np.ndarray:
         """Mask logits [objects, 1, H, W] of a frame; NO_OBJECT for objects without an output there.

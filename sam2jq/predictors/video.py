@@ -9,9 +9,10 @@ from sam2jq.models.params import check_params
 from sam2jq.models.sam2 import SAM2, is_image_only
 from sam2jq.predictors.bank_arrays import FrameInfo, FrameOutput, MemoryBank
 from sam2jq.predictors.image import float_dtype
+from sam2jq.predictors.packed_memory import check_memory_bits
 from sam2jq.predictors.pretrained import FromPretrained
 from sam2jq.predictors.prompted_video import PromptedVideo
-from sam2jq.predictors.video_state import padded_count
+from sam2jq.predictors.video_state import check_max_cond_frames, padded_count
 from sam2jq.predictors.video_steps import (
     condition_frame,
     encode_frame,
@@ -49,16 +50,17 @@ class VideoPredictor(PromptedVideo, FromPretrained):
         clear_non_cond_mem_around_input: bool = False,
         add_all_frames_to_correct_as_cond: bool = False,
         *,
+        clear_non_cond_mem_for_multi_obj: bool = False,
+        max_cond_frames_in_attn: int = -1,
+        memory_bits: int | None = None,
         dtype: str = "float32",
     ):
         """A predictor of `model` with `params`; dtype: of the activations.
 
-        fill_hole_area, non_overlap_masks, add_all_frames_to_correct_as_cond: as in `PromptedVideo`.
-        Raises UserError for clear_non_cond_mem_around_input, which is not implemented, and for params without the
-        memory, or of another model.
+        memory_bits: 8 or 4, in which the memory bank stores memories and object pointers; None for bfloat16 and
+        `dtype`, as in the original. All others are as in `PromptedVideo`.
+        Raises UserError for params without the memory, or of another model.
         """
-        if clear_non_cond_mem_around_input:
-            raise UserError("clear_non_cond_mem_around_input=True is not supported; only its default False is")
         check_params(type(self).__name__, model, params)
         if is_image_only(params):
             raise UserError(
@@ -68,6 +70,10 @@ class VideoPredictor(PromptedVideo, FromPretrained):
         self.model, self.params, self.dtype = model, params, float_dtype(dtype)
         self.fill_hole_area, self.non_overlap_masks = fill_hole_area, non_overlap_masks
         self.add_all_frames_to_correct_as_cond = add_all_frames_to_correct_as_cond
+        self.clear_non_cond_mem_around_input = clear_non_cond_mem_around_input
+        self.clear_non_cond_mem_for_multi_obj = clear_non_cond_mem_for_multi_obj
+        self.memory_bits = check_memory_bits(memory_bits)
+        self.max_cond_frames_in_attn = check_max_cond_frames(max_cond_frames_in_attn)
 
     @property
     def image_size(self) -> int:
@@ -92,12 +98,12 @@ class VideoPredictor(PromptedVideo, FromPretrained):
         return mask_frame(self.model, self.params, features, mask)
 
     def memorize_prompted(self, coarse: Array, output: FrameOutput) -> FrameOutput:
-        return memorize_prompted(self.model, self.params, coarse, output)
+        return memorize_prompted(self.model, self.params, coarse, output, self.memory_bits)
 
     def track_frame(
         self, features: list[Array], conditioned: Array, bank: MemoryBank, cond: FrameOutput, is_cond: np.ndarray
     ) -> tuple[FrameOutput, MemoryBank]:
-        return track_frame(self.model, self.params, features, conditioned, bank, cond, is_cond)
+        return track_frame(self.model, self.params, features, conditioned, bank, cond, is_cond, self.memory_bits)
 
     def resize(self, maps: Array, size: tuple[int, int], *, antialias: bool = False) -> np.ndarray:
         return np.asarray(resize_maps(maps, size, antialias))

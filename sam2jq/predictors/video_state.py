@@ -1,7 +1,7 @@
 """The state of the objects of one clip, between the calls of the video predictor."""
 
 import operator
-from collections.abc import Hashable
+from collections.abc import Hashable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from sam2jq.data.video import Video
 from sam2jq.errors import UserError
 from sam2jq.models.variants import MEMORIES, POINTERS
 from sam2jq.predictors.bank_arrays import EMPTY, FrameInfo, FrameOutput, MemoryBank
+from sam2jq.predictors.spilled_outputs import SpilledOutputs
 
 
 @dataclass
@@ -20,8 +21,28 @@ class ObjectState:
     prompts: dict[int, tuple | None] = field(default_factory=dict)  # points and labels; None for a mask
     pending: dict[int, tuple[FrameOutput, bool]] = field(default_factory=dict)  # memory not encoded; is_cond
     cond: dict[int, FrameOutput] = field(default_factory=dict)
-    non_cond: dict[int, FrameOutput] = field(default_factory=dict)
+    non_cond: MutableMapping[int, FrameOutput] = field(default_factory=dict)
     reverse: dict[int, bool] = field(default_factory=dict)  # direction in which each frame was tracked
+
+    def clear_non_cond_around(self, frame: int) -> None:
+        """Removes the non-conditioning outputs of a frame and of MEMORIES frames before and after it."""
+        for near in range(frame - MEMORIES, frame + MEMORIES + 1):
+            self.non_cond.pop(near, None)
+
+    def forget(self, frame: int, reverse: bool) -> None:
+        """Drops what no frame after `frame` can need: all but its output, the last pointers and fewer memories."""
+        step = 1 if reverse else -1
+        kept = {t: self.non_cond[t] for age in range(POINTERS + 1) if (t := frame + age * step) in self.non_cond}
+        for t, output in kept.items():
+            memory = output.memory if abs(t - frame) < MEMORIES else None
+            kept[t] = output if t == frame else output._replace(mask=None, memory=memory)
+        self.non_cond, self.reverse = kept, {frame: reverse}
+
+    def forget_cond(self, frame: int, count: int) -> None:
+        """Drops the conditioning frames that no frame after `frame` can need, if `count` of them are used."""
+        if count != -1:
+            newest = sorted(self.cond)[-count:]
+            self.cond = {t: out for t, out in self.cond.items() if t in newest or frame - t < POINTERS}
 
     def latest(self, frame: int, is_cond: bool) -> FrameOutput | None:
         """The newest output of a frame, if any; one whose memory is not encoded yet only if it `is_cond` or not."""
@@ -32,11 +53,16 @@ class ObjectState:
 
 @dataclass
 class VideoState:
-    """A clip and its objects. Outputs are in host memory; the device holds one frame's arrays."""
+    """A clip and its objects. Outputs are on the host; the device holds one frame's arrays.
+
+    keep_outputs: whether outputs remain that tracking on cannot need, in a temporary file.
+    """
 
     video: Video
+    keep_outputs: bool = True
     objects: dict[int, ObjectState] = field(default_factory=dict)
     features: tuple[int, list] | None = None  # number and feature maps of the frame prompted last
+    last_tracked: int | None = None
 
     @property
     def num_frames(self) -> int:
@@ -46,6 +72,16 @@ class VideoState:
     def obj_ids(self) -> list[int]:
         return list(self.objects)
 
+    def keeps(self, frame: int) -> bool:
+        """Whether outputs of a frame, and those that a correction of it needs, were not dropped."""
+        return self.keep_outputs or self.last_tracked in (None, frame)
+
+    def add_object(self, obj_id: int) -> ObjectState:
+        """The state of an object, which may be new."""
+        if obj_id not in self.objects:
+            self.objects[obj_id] = ObjectState(non_cond=SpilledOutputs() if self.keep_outputs else {})
+        return self.objects[obj_id]
+
     def object(self, obj_id: int) -> ObjectState:
         """The state of an object. Raises UserError if there is none."""
         obj_id = check_obj_id(obj_id)
@@ -54,23 +90,29 @@ class VideoState:
         return self.objects[obj_id]
 
 
-def memory_bank(objects: list[ObjectState], frame: int, reverse: bool) -> MemoryBank:
+def memory_bank(objects: list[ObjectState], frame: int, reverse: bool, max_cond: int = -1) -> MemoryBank:
     """The memories of `objects` for tracking `frame`, as numpy arrays; at least one object has been prompted.
 
-    Conditioning frames are padded to 1, 2, 4, 8, ... with empty ones.
+    max_cond: conditioning frames of an object that are used, see `closest_cond_frames`. A further one counts as a
+    non-conditioning frame, if it is near enough. Conditioning frames are padded to 1, 2, 4, 8, ... with empty ones.
     """
-    cond_count = padded_count(max(len(obj.cond) for obj in objects))
+    cond = [closest_cond_frames(obj.cond, frame, max_cond) for obj in objects]
+    cond_count = padded_count(max(map(len, cond)))
     blank = blank_output(objects)
     step = 1 if reverse else -1
     non_cond_frames = [frame + age * step for age in range(1, POINTERS + 1)]
+
+    def recent(obj: ObjectState, used: dict[int, FrameOutput]) -> dict[int, FrameOutput]:
+        others = {t: output for t, output in obj.cond.items() if t not in used}
+        found = {t: obj.non_cond.get(t) or others.get(t) for t in non_cond_frames}
+        return {t: output for t, output in found.items() if output}
 
     def rows(outputs: list[dict[int, FrameOutput]], frames: list[list[int]], name: str) -> np.ndarray:
         leaf = lambda by_frame, frame: getattr(by_frame.get(frame, blank), name)[0]
         return np.stack([[leaf(by_frame, frame) for frame in row] for by_frame, row in zip(outputs, frames)])
 
-    cond = [obj.cond for obj in objects]
     cond_frames = [[*outputs, *[EMPTY] * (cond_count - len(outputs))] for outputs in cond]
-    non_cond = [obj.non_cond for obj in objects]
+    non_cond = [recent(obj, used) for obj, used in zip(objects, cond)]
     return MemoryBank(
         cond_frames=np.array(cond_frames, np.int32),
         cond_memory=rows(cond, cond_frames, "memory"),
@@ -79,6 +121,19 @@ def memory_bank(objects: list[ObjectState], frame: int, reverse: bool) -> Memory
         non_cond_memory=rows(non_cond, [non_cond_frames[: MEMORIES - 1]] * len(objects), "memory"),
         non_cond_pointer=rows(non_cond, [non_cond_frames] * len(objects), "pointer"),
     )
+
+
+def closest_cond_frames(cond: dict[int, FrameOutput], frame: int, count: int) -> dict[int, FrameOutput]:
+    """At most `count` of the conditioning frames, all if -1, as sam2's `select_closest_cond_frames` chooses them.
+
+    The last one before `frame`, the first one from it on, and then the nearest ones; `count` is at least 2.
+    """
+    if count == -1 or len(cond) <= count:
+        return cond
+    before, after = [t for t in cond if t < frame], [t for t in cond if t >= frame]
+    chosen = [*([max(before)] if before else []), *([min(after)] if after else [])]
+    others = sorted((t for t in cond if t not in chosen), key=lambda t: abs(t - frame))
+    return {t: cond[t] for t in [*chosen, *others][:count]}
 
 
 def padded_count(count: int) -> int:
@@ -122,11 +177,28 @@ def whole_number(name: str, value) -> int:
         raise UserError(f"{name} {value!r}: it must be an int") from error
 
 
+def check_max_cond_frames(count: int) -> int:
+    """`count` as an int. Raises UserError unless it is -1, for all, or at least 2: one before a frame and one after."""
+    count = whole_number("max_cond_frames_in_attn", count)
+    if count != -1 and count < 2:
+        raise UserError(f"max_cond_frames_in_attn {count}: it must be -1, for all, or at least 2")
+    return count
+
+
 def check_frame(state: VideoState, frame: int) -> int:
     """`frame` as an int. Raises UserError unless the clip has a frame of this number."""
     frame = whole_number("frame", frame)
     if frame not in range(state.num_frames):
         raise UserError(f"frame {frame}: the clip has frames 0 to {state.num_frames - 1}")
+    return frame
+
+
+def check_kept(state: VideoState, frame: int) -> int:
+    """`check_frame`. Raises UserError too if outputs that a prompt on the frame needs were dropped."""
+    frame = check_frame(state, frame)
+    if not state.keeps(frame):
+        raise UserError(f"frame {frame}: this state drops outputs, so that only the frame tracked last, "
+                        f"{state.last_tracked}, can be prompted: call init_state with keep_outputs=True")  # fmt: skip
     return frame
 
 

@@ -37,7 +37,7 @@ def condition_frame(model: SAM2, params: dict, coarse: Array, bank: MemoryBank, 
     return model.apply({"params": params}, coarse, bank, info, method=condition_on_memory)
 
 
-@partial(jax.jit, static_argnames="model")
+@partial(jax.jit, static_argnames=("model", "memory_bits"))
 def track_frame(
     model: SAM2,
     params: dict,
@@ -46,12 +46,14 @@ def track_frame(
     bank: MemoryBank,
     cond: FrameOutput,
     is_cond: Array,
+    memory_bits: int | None = None,
 ) -> tuple[FrameOutput, MemoryBank]:
     """The objects in one frame of a clip, from its maps and `condition_frame`, and the bank for the next frame.
 
     Where `is_cond` [B], this is a conditioning frame of the object: its output is `cond`, which the bank holds already.
     """
-    tracked, _ = model.apply({"params": params}, features, conditioned, method=track_objects_in_frame)
+    args = features, conditioned, memory_bits
+    tracked, _ = model.apply({"params": params}, *args, method=track_objects_in_frame)
     select = lambda given, own: jnp.where(is_cond.reshape(-1, *[1] * (own.ndim - 1)), given, own)
     output = jax.tree.map(select, cond, tracked)
     return output, update_memory_bank(bank, output, ~is_cond)
@@ -88,10 +90,13 @@ def to_frame_output(output: ObjectOutput) -> FrameOutput:
     return FrameOutput(output.mask, output.pointer, output.object_score, None)
 
 
-@partial(jax.jit, static_argnames="model")
-def memorize_prompted(model: SAM2, params: dict, coarse: Array, output: FrameOutput) -> FrameOutput:
+@partial(jax.jit, static_argnames=("model", "memory_bits"))
+def memorize_prompted(
+    model: SAM2, params: dict, coarse: Array, output: FrameOutput, memory_bits: int | None = None
+) -> FrameOutput:
     """`output` [1, ...] of a prompted frame with its memory, made from the thresholded mask."""
-    return model.apply({"params": params}, coarse, output, method=memorize, binarize=True)
+    settings = {"binarize": True, "memory_bits": memory_bits}
+    return model.apply({"params": params}, coarse, output, method=memorize, **settings)
 
 
 @partial(jax.jit, static_argnames=("size", "antialias"))

@@ -49,6 +49,9 @@ FEATURES = {"stride4": float, "stride8": float, "stride16": float}
 STAGE = {"name": str, "what": str, "seconds": float, "feature_error?": FEATURES, "mask_iou?": float}
 WEIGHTS = {"dtype": str, "group_shapes": ((int, int),), "kernel_gptq": dict | None, "low_rank": OrNull({"rank": int})}
 DECISION = {"epoch": int, "layer": str, "from": int, "to": int, "impact": NUMBER, "accepted": bool, "reason": str}
+EVERYTHING = {"recall": float, "miou": float} | dict.fromkeys(
+    ("count_mismatch", "masks", "reference_masks", "images"), int
+)
 METRICS = {
     "model": {"name": str, "version": str, "checkpoint": str, "image_size": int},
     "checkpoint": str,
@@ -79,6 +82,7 @@ METRICS = {
         "miou_images?": int,
         "miou_objects?": int,
         "miou_data?": str,
+        "everything?": EVERYTHING,
         "video?": Each({"j&f": float}),
         "video_clips?": int,
         "video_objects?": int,

@@ -68,10 +68,14 @@ def side_by_side(rows: list[list[Image.Image]], titles: list[list[str]]) -> Imag
     return sheet
 
 
-def strip(pictures: list[Image.Image], shown: int = 8) -> Image.Image:
-    """One picture with `shown` evenly spaced frames of a clip, four in a row, the first and the last included."""
-    at = np.linspace(0, len(pictures) - 1, min(shown, len(pictures))).round().astype(int).tolist()
-    rows = [at[i : i + 4] for i in range(0, len(at), 4)]
+def shown_frames(count: int, shown: int = 8) -> list[int]:
+    """The numbers of the frames of a clip that a strip shows, evenly spaced, the first and the last included."""
+    return np.linspace(0, count - 1, min(shown, count)).round().astype(int).tolist()
+
+
+def strip(pictures: dict[int, Image.Image]) -> Image.Image:
+    """One picture with those of some frames of a clip, by number, four in a row."""
+    rows = [list(pictures)[i : i + 4] for i in range(0, len(pictures), 4)]
     return side_by_side([[pictures[i] for i in row] for row in rows], [[f"frame {i}" for i in row] for row in rows])
 
 

@@ -39,13 +39,24 @@ def worst_layers(rows: list[dict]) -> str:
 
 def scores(results: dict) -> str:
     """The scores that `evaluate` measured, one per line."""
-    if "miou" in results:
+    if "recall" in results:
+        lines = everything(results)
+    elif "miou" in results:
         lines = [(name, f"mIoU {value:.4f}") for name, value in results["miou"].items()]
         lines.append(("instances", f"{results['instances']} in {results['images']} images"))
     else:
         lines = [(name.upper(), f"{results[name]:.2f}") for name in ("j", "f", "j&f")]
         lines.append(("objects", f"{results['objects']} in {results['clips']} clips"))
     return aligned(lines + left_out(results["left_out"]))
+
+
+def everything(results: dict) -> list[tuple[str, str]]:
+    """The lines of all masks of images, compared with those of a reference."""
+    return [
+        ("everything", f"mIoU {results['miou']:.4f}, recall {results['recall']:.4f} at IoU 0.5"),
+        ("masks", f"{results['masks']}, of the reference {results['reference_masks']}"),
+        ("mismatch", f"another number of masks in {results['count_mismatch']} of {results['images']} images"),
+    ]
 
 
 def left_out(names: dict[str, str]) -> list[tuple[str, str]]:
@@ -83,6 +94,7 @@ def totals(summary: dict) -> str:
             lines.append(("mIoU", ", ".join(f"{name} {value:.4f}" for name, value in miou.items()) + f" ({kind})"))
         for kind, scores in results.get("video", {}).items():
             lines.append(("J&F", f"{scores['j&f']:.2f} ({kind})"))
+        lines += everything(results["everything"]) if "everything" in results else []
         lines += left_out(results.get("miou_left_out", {})) + left_out(results.get("video_left_out", {}))
     if summary["random_weights"]:
         lines.append(("warning", "the weights are RANDOM: no result here says anything about a trained model"))

@@ -52,6 +52,14 @@ def scores(metrics: dict) -> list[dict]:
     if "video" in results:
         full, small = of_kinds(results["video"])
         rows.append(score("J&F", full["j&f"], small["j&f"], sample(results, "video", "clip")))
+    if "everything" in results:
+        every = results["everything"]
+        behind = (
+            f"{count(every['images'], 'image')}, {every['reference_masks']} masks before and {every['masks']} after, "
+            f"another number in {count(every['count_mismatch'], 'image')}"
+        )
+        rows.append(score("everything: mIoU with full precision", 100.0, 100 * every["miou"], behind))
+        rows.append(score("everything: masks found again, at IoU 0.5", 100.0, 100 * every["recall"], behind))
     if "mask_iou" in results:
         images = count(results["images"], "image")
         behind = f"{images} of calibration, {results['prompts_per_image']} clicks with 3 masks each"

@@ -5,6 +5,7 @@ from argparse import Namespace
 from dataclasses import asdict
 from fractions import Fraction
 from inspect import signature
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ from sam2jq import AutomaticMaskGenerator
 from sam2jq.cli.clip_files import clip_file, frame_rate
 from sam2jq.cli.main import main
 from sam2jq.cli.mask_files import FrameMasks, check_palette, clip_masks, json_record, labels_of
+from sam2jq.cli.track import from_the_last
 from sam2jq.config.run import EverythingConfig
 from sam2jq.data import draw_clip
-from sam2jq.data.coco_masks import decode_mask
+from sam2jq.data.coco_masks import decode_mask, encode_mask
 from sam2jq.data.masks import read_labels
 from sam2jq.data.sa1b import sa1b_image
 from sam2jq.data.sav import annotated_mask
@@ -190,7 +192,7 @@ FRAMES = [FrameMasks(str(i), masks, masks[0] * 1) for i, masks in enumerate(NOIS
 @pytest.mark.parametrize("name", ["o.mp4", "o.gif", "o.jpg"])
 def test_a_full_disk_is_one_line_and_leaves_no_clip(tmp_path, name):
     def write():
-        with clip_file(tmp_path / name, Fraction(24)) as add:
+        with clip_file(tmp_path / name, Fraction(24), len(FRAMES)) as add:
             for frame in FRAMES:
                 add(Image.fromarray(frame.labels.astype(np.uint8) * 255).convert("RGB"))
 
@@ -209,18 +211,80 @@ def test_a_full_disk_is_one_line_and_leaves_no_masks(tmp_path, flag):
             for frame in FRAMES:
                 add(frame)
 
-    with pytest.raises(WriteError, match=rf"^cannot write [^:]*{flag}: [^:]*$"), file_limit(1000):
+    where = "masks to [^:]*" if flag == "json" else f"[^:]*{flag}"  # a json's masks wait in a temporary file
+    with pytest.raises(WriteError, match=rf"^cannot write {where}: [^:]*$"), file_limit(1000):
         write()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_frame_rate_of_a_video_is_kept(tmp_path):
-    with clip_file(tmp_path / "o.mp4", Fraction(30000, 1001)) as add:
+    with clip_file(tmp_path / "o.mp4", Fraction(30000, 1001), 5) as add:
         for shade in range(0, 250, 50):
             add(Image.new("RGB", (64, 48), (shade, 0, 0)))
     assert frame_rate(str(tmp_path / "o.mp4")) == Fraction(30000, 1001)
     assert frame_rate("scenes:0/0000") == 24
     assert [frame[20, 20, 0] // 45 for frame in open_video(str(tmp_path / "o.mp4"))] == [0, 1, 2, 3, 4]
+
+
+SHADES = [Image.new("RGB", (64, 48), (shade, 0, 0)) for shade in (0, 50, 50, 200)]
+
+
+def test_a_gif_shows_each_picture_as_long(tmp_path):
+    """Also one that is equal to the last one, and one that differs in a corner only."""
+    corner = SHADES[3].copy()
+    corner.paste((0, 255, 0), (60, 40, 64, 48))
+    with clip_file(tmp_path / "o.gif", Fraction(25), 5) as add:
+        for picture in (*SHADES, corner):
+            add(picture)
+    with Image.open(tmp_path / "o.gif") as gif:
+        assert (gif.n_frames, gif.size, gif.info["loop"]) == (5, (64, 48), 0)
+        for number, picture in enumerate((*SHADES, corner)):
+            gif.seek(number)
+            assert gif.info["duration"] == 40
+            np.testing.assert_array_equal(gif.convert("RGB"), picture)
+
+
+@pytest.mark.parametrize("name", ["o.gif", "o.png"])
+def test_pictures_of_a_clip_are_not_kept(tmp_path, name):
+    """A strip keeps those that it shows."""
+    made, most = [], 0
+    with clip_file(tmp_path / name, Fraction(24), 40) as add:
+        for shade in range(40):
+            picture = Image.new("RGB", (8, 8), (shade, 0, 0))
+            made.append(ref(picture))
+            add(picture)
+            most = max(most, sum(each() is not None for each in made))
+    assert most <= (2 if name == "o.gif" else 9)
+
+
+def test_masks_in_reverse_wait_in_a_file():
+    masks = np.random.default_rng(0).random((5, 2, 4, 6)) < 0.5
+    found = [(9 - i, FrameMasks(str(9 - i), each, each[0] * np.int16(300))) for i, each in enumerate(masks)]
+    back = list(from_the_last(iter(found)))
+    assert [frame for frame, _ in back] == [5, 6, 7, 8, 9]
+    for (_, got), (_, expected) in zip(back, reversed(found)):
+        assert got.name == expected.name
+        np.testing.assert_array_equal(got.masks, expected.masks)
+        np.testing.assert_array_equal(got.labels, expected.labels)
+    assert back[0][1].labels.dtype == np.int16
+
+
+def test_the_json_of_a_clip_is_that_of_all_masks_at_once(tmp_path):
+    args = Namespace(**dict.fromkeys(("masks", "palette", "npz")), json=str(tmp_path / "m.json"))
+    with clip_masks(args, "a/clip.mp4", list("01234"), [3, 7]) as add:
+        for frame in FRAMES:
+            add(frame)
+    content = json.loads((tmp_path / "m.json").read_text())
+    assert list(content) == ["videos", "categories", "annotations"]
+    assert content["videos"][0] | {"name": "clip.mp4", "width": 128, "height": 96, "length": 5} == content["videos"][0]
+    for i, annotation in enumerate(content["annotations"]):
+        fixed = {"id": (3, 7)[i], "video_id": 1, "category_id": 1, "iscrowd": 0}
+        assert {key: annotation[key] for key in fixed} == fixed
+        masks = [*NOISE[:, i], None]
+        assert annotation["segmentations"] == [None if mask is None else encode_mask(mask) for mask in masks]
+        assert annotation["areas"] == [None if mask is None else mask.sum() for mask in masks]
+        assert annotation["bboxes"][4] is None
+        assert len(annotation["bboxes"][0]) == 4
 
 
 def test_colors_of_objects_stay_apart():

@@ -67,7 +67,7 @@ class Echo:
     def __init__(self):
         self.starts = []
 
-    def init_state(self, clip):
+    def init_state(self, clip, keep_outputs):
         return {"clip": clip, "masks": {}}
 
     def add_new_mask(self, state, frame, name, mask):

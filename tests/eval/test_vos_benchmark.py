@@ -42,7 +42,7 @@ class GroundTruthPredictor:
     def __init__(self, clip, late):
         self.masks, self.late = clip.masks, late
 
-    def init_state(self, video):
+    def init_state(self, video, keep_outputs):
         return {"first": [], "video": video}
 
     def add_new_mask(self, state, frame, name, mask):

@@ -2,8 +2,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from converters.exports.vanilla import define_torchvision_operators
+from sam2jq.data.synthetic.scenes import draw_clip
+
+FRAMES = 12
 
 
 def connected_components(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,3 +31,12 @@ def sam2_operator(monkeypatch):
 
     operator = SimpleNamespace(get_connected_componnets=connected_components)
     monkeypatch.setattr(sam2, "_C", operator, raising=False)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A folder of losslessly equal frames for both: jpg files, since the original reads nothing else."""
+    folder = tmp_path_factory.mktemp("clip")
+    for i, frame in enumerate(draw_clip(3, FRAMES).frames):
+        Image.fromarray(frame[:, :200]).save(folder / f"{i:05d}.jpg", quality=95)
+    return str(folder)

@@ -1,3 +1,6 @@
+from functools import partial
+
+import chex
 import jax
 import numpy as np
 import pytest
@@ -7,6 +10,7 @@ from converters.exports.vanilla import define_torchvision_operators
 from sam2jq import AutomaticMaskGenerator, ImagePredictor, VideoPredictor, build
 from sam2jq.data import draw_scene
 from sam2jq.errors import UserError
+from sam2jq.models import chunking
 from sam2jq.models.decoder import Decoded
 from sam2jq.models.sam2 import abstract_params
 from sam2jq.predictors import image as image_module
@@ -237,6 +241,24 @@ def test_ignored_points_change_nothing(predictors):
     alone, ignored = decode((coords, labels.astype(int))), decode((more[0], more[1].astype(int)), None, counted)
     assert relative(ignored, alone) <= 1e-5
     assert relative(decode((more[0], more[1].astype(int)), None, counted | True), alone) > 0.01
+
+
+def test_prompts_one_at_a_time_are_those_together(predictors, monkeypatch):
+    """Large images are decoded so on a CPU. A prompt's features are those of the image, given once or for each."""
+    _, ours = predictors
+    coords, labels = np.arange(20, 60, 10, np.float32).reshape(2, 1, 2), np.ones((2, 1), int)
+    logits = 4 * np.random.default_rng(1).standard_normal((2, 64, 64, 1)).astype(np.float32)
+    params = {name: part for name, part in ours.params.items() if name != "image_encoder"}
+
+    def run(features):
+        decode = partial(image_module._decode.__wrapped__, ours.model, multimask=True)
+        return jax.jit(decode)(params, features, (coords, labels), logits, None)
+
+    features = ours._images[0].features
+    together, repeated = run(features), run([np.repeat(level, 2, 0) for level in features])
+    monkeypatch.setattr(chunking, "CPU_CHUNK_SIZE", 64 * 64 * 8)  # one prompt
+    for other in (repeated, run(features)):
+        chex.assert_trees_all_close(other, together, rtol=1e-4, atol=1e-4)
 
 
 def test_batches_equal_the_original_predictor(predictors):

@@ -67,9 +67,10 @@ def test_arguments_are_those_of_sam2(name, method):
     assert [row for row in got if row not in extra] == expected
 
 
-def test_an_option_that_is_missing_here_is_refused_by_name():
-    with pytest.raises(UserError, match="clear_non_cond_mem_around_input=True is not supported; only its default"):
-        VideoPredictor(NANO, abstract_params(NANO), clear_non_cond_mem_around_input=True)
+def test_one_conditioning_frame_before_and_one_after_are_the_fewest():
+    for count in (0, 1, -2):
+        with pytest.raises(UserError, match=f"max_cond_frames_in_attn {count}: it must be -1, for all, or at least 2"):
+            VideoPredictor(NANO, abstract_params(NANO), max_cond_frames_in_attn=count)
 
 
 @pytest.mark.parametrize("predictor", OWN.values())

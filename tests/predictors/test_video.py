@@ -1,54 +1,22 @@
-from functools import cache
-
 import jax
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from converters.exports.vanilla import build_original
 from sam2jq import VideoPredictor
 from sam2jq.data.synthetic.scenes import draw_clip
 from sam2jq.errors import UserError
 from sam2jq.predictors import video_steps
 from sam2jq.predictors.memory_bank import FrameInfo, condition_on_memory
 from sam2jq.predictors.video_state import memory_bank
-from tests.conftest import twin
 
-FRAMES = 12
-LIMIT = 1e-3  # of the logits: float32, and memories rounded to bfloat16 in both
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    """A folder of losslessly equal frames for both: jpg files, since the original reads nothing else."""
-    folder = tmp_path_factory.mktemp("clip")
-    for i, frame in enumerate(draw_clip(3, FRAMES).frames):
-        Image.fromarray(frame[:, :200]).save(folder / f"{i:05d}.jpg", quality=95)
-    return str(folder)
-
-
-@cache
-def predictors(version: str, name: str = "nano", image_size: int | None = None):
-    """The original video predictor and ours, on the same weights."""
-    weights = twin(name, version, image_size)
-    original = build_original(name, version, image_size, video=True)
-    original.load_state_dict(weights.torch.state_dict())
-    return original, VideoPredictor(weights.model, weights.params)
+from .pairs import LIMIT, both, compare, predictors
 
 
 @pytest.fixture
 def pair():
     return predictors("2.1")
-
-
-def both(pair, clip, run):
-    """What `run(predictor, state)` yields from both, [[(frame, ids, masks)]]."""
-    results = []
-    for predictor in pair:
-        state = predictor.init_state(clip)
-        results.append([(frame, list(ids), np.asarray(masks)) for frame, ids, masks in run(predictor, state)])
-    return results
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +32,6 @@ def prompted_alone(clip):
             yield [(frame, list(ids), np.asarray(masks))]
 
     return run
-
-
-def compare(results):
-    original, ours = results
-    assert [row[:2] for row in ours] == [row[:2] for row in original]
-    for (frame, _, expected), (_, _, got) in zip(original, ours):
-        assert got.shape == expected.shape
-        assert np.abs(got - expected).max() <= LIMIT, frame
-        assert got.std() > 10 * LIMIT  # there is something to compare
 
 
 @pytest.mark.parametrize("version", ["2.1", pytest.param("2.0", marks=pytest.mark.slow)])
@@ -248,24 +207,6 @@ def test_corrections_masks_and_both_directions_match_the_original(pair, clip):
         yield predictor.add_new_points_or_box(state, 2, 9, points=[[0.3, 0.3]], labels=[1], normalize_coords=False)
 
     compare(both(pair, clip, run))
-
-
-@pytest.mark.slow
-def test_add_all_frames_to_correct_as_cond_matches_the_original(pair, clip):
-    original, ours = pair
-    original.add_all_frames_to_correct_as_cond = True
-    ours = VideoPredictor(ours.model, ours.params, add_all_frames_to_correct_as_cond=True)
-
-    def run(predictor, state):
-        yield predictor.add_new_points_or_box(state, 0, 1, points=[[60, 80]], labels=[1])
-        yield from predictor.propagate_in_video(state, max_frame_num_to_track=6)
-        yield predictor.add_new_points_or_box(state, 4, 1, points=[[80, 90]], labels=[1])
-        yield from predictor.propagate_in_video(state)
-
-    try:
-        compare(both((original, ours), clip, run))
-    finally:
-        original.add_all_frames_to_correct_as_cond = False
 
 
 def test_a_whole_clip_compiles_one_step(pair):

@@ -175,6 +175,16 @@ def test_the_verdict_is_before_after_and_change():
     assert agreement["after"] == 70.0
 
 
+def test_the_verdict_has_everything_found_again():
+    every = {"recall": 0.9, "miou": 0.8, "count_mismatch": 1, "masks": 20, "reference_masks": 22, "images": 3}
+    found = metrics(4, 0.6)
+    found |= {"results": found["results"] | {"everything": every}}
+    assert not check_metrics(json.loads(json.dumps(found)))
+    miou, recall = (row for row in scores(found) if row["name"].startswith("everything"))
+    assert (miou["before"], miou["after"], recall["after"]) == (100.0, 80.0, 90.0)
+    assert miou["behind"] == "3 images, 22 masks before and 20 after, another number in 1 image"
+
+
 def test_the_verdict_has_the_scores_of_onnx_files_beside_full_precision():
     found = metrics(4, 0.6)
     miou = found["results"]["miou"] | {"onnxruntime": dict.fromkeys(("box", "1 click", "3 clicks"), 0.55)}
