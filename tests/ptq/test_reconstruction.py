@@ -19,7 +19,7 @@ from sam2jq.quant.qtensor import QTensor
 from sam2jq.quant.spec import QuantSpec
 from sam2jq.tree import flatten, kernels, layer_name
 
-MODEL, STEPS = build("nano", image_size=64), ReconstructConfig(steps=2, batch_size=1)
+MODEL, STEPS = build("nano", image_size=64), ReconstructConfig(steps=2)
 LAYERS = r"image_encoder\.trunk\.blocks\.[01]\.mlp\.layers\.0"
 
 

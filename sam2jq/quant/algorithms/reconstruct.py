@@ -43,7 +43,7 @@ class ReconstructConfig:
     # steps of Adam per block
     steps: int = 300
     # images per step
-    batch_size: int = 4
+    batch_size: int = 1
 
     def __post_init__(self):
         check_types(self)

@@ -40,7 +40,7 @@ def rounded_block(spec: QuantSpec) -> dict:
 @pytest.fixture(scope="module", params=SPECS)
 def reconstructed(request) -> tuple[dict, dict, float, float]:
     block = rounded_block(SPECS[request.param])
-    return block, *reconstruct_block(forward, block, block_data(8), ReconstructConfig(steps=60))
+    return block, *reconstruct_block(forward, block, block_data(8), ReconstructConfig(steps=60, batch_size=4))
 
 
 def test_the_error_on_held_out_images_falls(reconstructed):
