@@ -67,7 +67,7 @@ def reconstruct_trunk(
             outputs = to_file(each_map(forward, full_trunk[name], full_maps))
             if i in chosen:
                 with on_stage(RECONSTRUCT, f"block {i + 1} of {len(specs)}") as notes:
-                    path = kept and kept[0] / f"{fingerprint_of(trained, full_trunk, i, config, kept[1])}.npz"
+                    path = kept and kept[0] / f"{name_of((trained, full_trunk), model, i, config, kept[1])}.npz"
                     data = BlockData(maps, outputs)
                     train = partial(reconstruct_block, forward, trained[name], data, config)
                     trained[name], before, after = read_or_train(path, trained[name], train)
@@ -116,11 +116,11 @@ def write_maps(folder: Path | None, maps: Iterable[Array]) -> np.ndarray:
         return np.memmap(file, np.float32, "r").reshape(-1, *shape)
 
 
-def fingerprint_of(trained: dict, full: dict, block: int, config: ReconstructConfig, key: object) -> str:
-    """A name for the result of a block: all that it depends on, hashed."""
-    arrays = {str(i): leaf for i, leaf in enumerate(jax.tree.leaves((trained, full)))}
+def name_of(trees: tuple[dict, ...], *parts: object) -> str:
+    """A name for the result of a block: what it depends on, hashed, with the forms of all weight leaves."""
+    leaves, form = jax.tree.flatten(trees)
     code = code_fingerprint(*CODE, "quant/algorithms/*.py", "ptq/reconstruction.py")
-    return fingerprint(arrays, code, block, config, key)
+    return fingerprint({str(i): leaf for i, leaf in enumerate(leaves)}, code, str(form), *parts)
 
 
 def read_or_train(path: Path | None, block: dict, train: Callable) -> tuple[dict, float, float]:
