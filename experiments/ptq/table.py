@@ -29,28 +29,33 @@ from sam2jq.data import find_images, preprocess, read_image
 from sam2jq.ptq.pipeline import quantize_params
 from sam2jq.quant.leaves import materialize_params
 
-GRIDS = ("w8a8", "w4a16", "w4a8", "w4a4", "w3a16")  # of experiments/nano_*.yaml
+GRIDS = ("w8a8", "w4a16", "w4a8", "w4a4", "w3a16", "w2a16")  # of experiments/nano_*.yaml
 SEEDS = (7, 8, 9)  # of the calibration scenes; the table shows medians over these
 CALIBRATED, IMAGES, CLIPS = 32, ("scenes:1001", 48), ("scenes:2002", 4)  # held out
+LEFT_OUT = ("+ smoothing", "+ rotation", "+ low rank 8")  # not tried where bits go by masks
 FRESH = ("scenes:4004", 48)  # the configs were chosen on the first 32 of IMAGES
 
 
 def rows(quant: QuantConfig) -> dict[str, QuantConfig]:
     """{name: config} of the rows, each with one technique more than the row before."""
     plain = replace(quant.wgts, target_bits=None, kernel_gptq=None, low_rank=None, ridge=0.0, bias_correction=False)
-    ipts = replace(quant.ipts, target_bits=None)
-    config = replace(quant, wgts=plain, ipts=ipts, smooth=SmoothSection(), rotation=RotationConfig())
-    configs = {"RTN": config}
+    plain, ipts = replace(plain, bits_by="outputs"), replace(quant.ipts, target_bits=None)
+    config = replace(quant, wgts=plain, ipts=ipts, smooth=SmoothSection(), rotation=RotationConfig(), reconstruct=None)
+    configs, target = {"RTN": config}, quant.wgts.target_bits or float(quant.wgts.dtype[-1])
+    left_out = LEFT_OUT if quant.wgts.bits_by == "masks" else ()
     for name, change in {
         "+ GPTQ": lambda q: replace(q, wgts=replace(q.wgts, kernel_gptq=GptqConfig())),
         "+ bias correction": lambda q: replace(q, wgts=replace(q.wgts, bias_correction=True)),
         "+ smoothing": lambda q: replace(q, smooth=SmoothSection(SmoothConfig(strategy="GridSearch"))),
-        "+ bits by layer": lambda q: replace(q, wgts=replace(q.wgts, target_bits=float(q.wgts.dtype[-1]))),
+        "+ search of ranges": lambda q: replace(q, wgts=replace(q.wgts, kernel_gptq=quant.wgts.kernel_gptq)),
+        "+ bits by layer": lambda q: replace(q, wgts=replace(q.wgts, target_bits=target)),
+        "+ these by masks": lambda q: replace(q, wgts=quant.wgts),
+        "+ reconstruction": lambda q: replace(q, reconstruct=quant.reconstruct),
         "+ bits of inputs by layer": lambda q: replace(q, ipts=quant.ipts),
         "+ rotation": lambda q: replace(q, rotation=RotationConfig(["hadamard"])),
         "+ low rank 8": lambda q: replace(q, wgts=replace(q.wgts, low_rank=LowRankConfig(rank=8, num_iters=10))),
     }.items():
-        if (changed := change(config)) != config:
+        if name not in left_out and (changed := change(config)) != config:
             configs[name] = config = changed
     if (
         quant.wgts.dtype[-1] == "8"

@@ -28,7 +28,7 @@ from sam2jq.report import text
 from sam2jq.tree import fingerprint, flatten, kernels, layer_name, unflatten
 
 SCHEMA = Config
-MEASURED_STAGES = ("weights", "inputs", "outputs")  # after which scores with known masks are taken
+MEASURED_STAGES = ("weights", "inputs", "outputs", "reconstruct")  # after which scores with known masks are taken
 log = logging.getLogger("sam2jq")
 
 

@@ -25,11 +25,14 @@ log = logging.getLogger("sam2jq")
 
 
 @contextmanager
-def stage(name: str, what: str, record: list | None = None) -> Iterator[None]:
-    """Logs one aligned line with the seconds that the block took, and appends them to `record`."""
-    begin = time.perf_counter()
-    yield
-    seconds = time.perf_counter() - begin
+def stage(name: str, what: str, record: list | None = None) -> Iterator[list[str]]:
+    """Logs one aligned line with the seconds that the block took, and appends them to `record`.
+
+    Yields a list for notes, which the line ends with.
+    """
+    begin, notes = time.perf_counter(), []
+    yield notes
+    seconds, what = time.perf_counter() - begin, ", ".join([what, *notes])
     log.info("%-11s %-60s %6.1f s", name, what, seconds)
     if record is not None:
         record.append({"name": name, "what": what, "seconds": seconds})

@@ -6,6 +6,7 @@ from sam2jq.errors import ConfigError, one_of
 from sam2jq.quant.algorithms.activations import InputsConfig, OutputsConfig
 from sam2jq.quant.algorithms.gptq import GptqConfig
 from sam2jq.quant.algorithms.lowrank import LowRankConfig
+from sam2jq.quant.algorithms.reconstruct import ReconstructConfig
 from sam2jq.quant.algorithms.rotate import RotationConfig
 from sam2jq.quant.algorithms.smooth import SmoothConfig
 from sam2jq.quant.field_types import check_types
@@ -53,10 +54,12 @@ class WeightsConfig:
     skips: list[str] = field(default_factory=list)
     # {dotted prefix: bits}; the longest prefix wins
     bits: dict[str, int] = field(default_factory=dict)
-    # mean bits per weight; each layer without `bits` gets the width that its output error asks for
+    # mean bits per weight; each layer without `bits` gets the width that `bits_by` asks for
     target_bits: float | None = None
     # size of the package in MB, in place of target_bits
     target_mb: float | None = None
+    # what a target compares: outputs (the error of each layer's output), or masks (how much each layer changes them)
+    bits_by: str = "outputs"
     # the rounding algorithm; null: gptq if kernel_gptq is set, else nearest
     rounding: str | None = None
     # settings of GPTQ; {} uses GPTQ with its defaults
@@ -73,6 +76,7 @@ class WeightsConfig:
         parse_spec(self.dtype, self.group_shapes)
         one_of("scale_dtype", self.scale_dtype, ("float32", "bfloat16"))
         check_bits(self.bits, self.target_bits)
+        one_of("bits_by", self.bits_by, ("outputs", "masks"))
         if self.mixed and ("int" not in self.dtype or (self.target_bits is not None and self.target_mb is not None)):
             raise ConfigError("target_bits and target_mb: give one of them, and an integer dtype")
         if self.ridge < 0:
@@ -105,6 +109,8 @@ class QuantConfig:
     opts: OutputsConfig = field(default_factory=OutputsConfig)
     smooth: SmoothSection = field(default_factory=SmoothSection)
     rotation: RotationConfig = field(default_factory=RotationConfig)
+    # train the codes of the trunk's blocks; null: do not
+    reconstruct: ReconstructConfig | None = None
     # a package or run whose bits the layers take and, where ipts.dtype is set, the bits of their inputs
     bits_from: str = ""
     # multiply integer codes in layers whose weight and input are both quantized
@@ -114,8 +120,5 @@ class QuantConfig:
         check_types(self)
         if self.bits_from and any(part.mixed or part.bits for part in (self.wgts, self.ipts)):
             raise ConfigError("bits_from: the package sets all bits: leave bits and targets of wgts and ipts out")
-        if self.calib.sequential and (self.wgts.mixed or self.ipts.mixed):
-            raise ConfigError(
-                "calib.sequential: bits for a target are chosen in one pass: run that first, then this with the bits "
-                "in its config.yaml"
-            )
+        if self.reconstruct and "int" not in self.wgts.dtype:
+            raise ConfigError(f"reconstruct: wgts.dtype must be sintN or uintN, got {self.wgts.dtype}")

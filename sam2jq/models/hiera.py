@@ -127,9 +127,7 @@ class Hiera(nn.Module):
 
     @nn.compact
     def __call__(self, image: Array) -> list[Array]:
-        x = Conv(self.embed_dim, size=7, stride=4, padding=3, name="patch_embed.proj")(image)
-        x = x + self.position(*x.shape[1:3]).astype(x.dtype)
-        outputs = []
+        x, outputs = self.embed(image), []
         for i, spec in enumerate(self.blocks()):
             block = Block(*spec, name=f"blocks.{i}")
             x = remat(block, x) if self.remat and not self.is_initializing() else block(x)
@@ -138,6 +136,12 @@ class Hiera(nn.Module):
         maps = [outputs[end] for end in ends]
         self.sow(OUTPUTS, "stages", maps, reduce_fn=lambda _, new: new, init_fn=lambda: None)
         return maps
+
+    @nn.compact
+    def embed(self, image: Array) -> Array:
+        """The input of the first block, [B, H / 4, W / 4, C]: projected patches with the position embedding."""
+        x = Conv(self.embed_dim, size=7, stride=4, padding=3, name="patch_embed.proj")(image)
+        return x + self.position(*x.shape[1:3]).astype(x.dtype)
 
     def position(self, height: int, width: int) -> Array:
         """Position embedding [1, height, width, C]: a resized background plus a tiled window (arXiv 2311.05613).

@@ -19,15 +19,26 @@ from sam2jq.quant.stats import Stats
 from sam2jq.tree import kernels, layer_name, under
 
 
-def choose_bits(config: WeightsConfig, flat: Mapping[str, object], stats: Mapping[str, Stats]) -> WeightsConfig:
+def choose_bits(
+    config: WeightsConfig,
+    flat: Mapping[str, object],
+    stats: Mapping[str, Stats],
+    changes: Mapping[str, float] | None = None,
+) -> WeightsConfig:
     """`config` with the bits of every layer in place of a target; flat: {path: array} of the params.
 
-    Raises UserError if the target is out of reach.
+    Bits are chosen by the output error of each layer, or by changes {layer: squared change of the masks if the layer is
+    rounded to the bits of the config}, which falls with the square of the grid's step. Raises UserError if the target
+    is out of reach.
     """
     paths = {layer_name(path): path for path in kernels(flat)}
     specs = weight_specs(config, paths)
     sizes = {layer: flat[paths[layer]].size for layer in specs}
-    errors = lambda layer: error_by_width(flat[paths[layer]], stats[layer].gram, specs[layer])
+    if changes is None:
+        errors = lambda layer: error_by_width(flat[paths[layer]], stats[layer].gram, specs[layer])
+    else:
+        steps = lambda bits: 2.0 ** np.asarray(bits) - 1
+        errors = lambda layer: changes[layer] * (steps(specs[layer].bits) / steps(WIDTHS)) ** 2
     if config.target_bits is not None:
         budget = config.target_bits * sum(sizes.values())
     else:

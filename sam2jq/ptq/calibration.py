@@ -15,7 +15,7 @@ import numpy as np
 from sam2jq.data import prompts
 from sam2jq.errors import UserError
 from sam2jq.models.layers import resize
-from sam2jq.models.sam2 import MEMORIES, SAM2, is_image_only
+from sam2jq.models.sam2 import MEMORIES, SAM2, ObjectOutput, is_image_only
 from sam2jq.ptq.stats_cache import accumulate
 from sam2jq.quant.stats import Range, Sample, Stats
 from sam2jq.tree import flatten, kernels, layer_name, unflatten
@@ -26,11 +26,12 @@ CLICKS = 4  # clicks per side of a frame
 TRACKED = 4  # objects that are tracked into the last frame
 
 
-def calibration_forward(sam: SAM2, frames: Array) -> None:
-    """Runs every part of SAM 2 on a preprocessed clip [T, S, S, 3]; a single image is a clip of one frame.
+def calibration_forward(sam: SAM2, frames: Array) -> list[ObjectOutput]:
+    """The masks of clicks, of boxes and of tracked objects of a preprocessed clip [T, S, S, 3], by every part of SAM 2.
 
-    There are no given prompts, so the model makes them: a grid of clicks on the first frame, then the boxes of the
-    masks that these gave, with the masks as mask input. Some of the objects are then tracked into the last frame.
+    A single image is a clip of one frame. There are no given prompts, so the model makes them: a grid of clicks on the
+    first frame, then the boxes of the masks that these gave, with the masks as mask input. Some of the objects are then
+    tracked into the last frame.
     """
     size = sam.variant.image_size
     *fine, coarse = sam.encode_image(frames)
@@ -50,7 +51,7 @@ def calibration_forward(sam: SAM2, frames: Array) -> None:
     times, ages = np.array([0, MEMORIES - 1]), np.array([[1.0, 0.5]])  # the conditioning frame and the last one
     *details, now = at(-1, TRACKED)
     now = sam.attend_memory(now, by_object(memories), times, by_object(both.pointer), ages)
-    sam.decode_object([*details, now], None, multimask=True)
+    return [clicked, boxed, sam.decode_object([*details, now], None, multimask=True)]
 
 
 def collect(

@@ -1,7 +1,7 @@
 """Post-training quantization of a params tree: calibrate, then apply a chain of transforms, stage by stage."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,16 +13,17 @@ from sam2jq.models.sam2 import FLOW, SAM2, TRUNK_LINEAR, trunk_of
 from sam2jq.ptq.bit_targets import choose_bits, choose_input_bits, choose_unsigned
 from sam2jq.ptq.calibration import Clips, collect
 from sam2jq.ptq.recipe import activation_specs, build_transforms, weight_specs
+from sam2jq.ptq.reconstruction import RECONSTRUCT, TRUNK, OnStage, reconstruct_trunk
+from sam2jq.ptq.sensitivity import mask_changes
 from sam2jq.ptq.stats_cache import CODE
 from sam2jq.quant.algorithms.rotate import draw_signs, fold_heads, layer_seed
 from sam2jq.quant.algorithms.smooth import Smoothed, recover_alpha_beta
 from sam2jq.quant.leaves import materialize_params, unwrap
 from sam2jq.quant.stats import Stats
 from sam2jq.quant.transform import NamedChain, Transform, map_base_weight, named_chain
-from sam2jq.tree import fingerprint, flatten, kernels, layer_name, unflatten
+from sam2jq.tree import fingerprint, flatten, kernels, layer_name, under, unflatten
 
 FOLDED, UNROUNDED = "fold", "unrounded"
-OnStage = Callable[[str, str], AbstractContextManager]  # (name of a stage, what it does) -> context that it runs in
 Cache = tuple[Path, object]  # a folder for statistics, and a key that tells these clips from others
 
 
@@ -47,7 +48,7 @@ class Quantized(NamedTuple):
 
 def no_stage(name: str, what: str) -> AbstractContextManager:
     """A context that does nothing, for runs that log no stages."""
-    return nullcontext()
+    return nullcontext([])
 
 
 def transform_params(
@@ -98,18 +99,20 @@ def quantize_params(
     current, stats, allow_unsigned = params, {}, config.ipts.allow_unsigned
     # sequentially, one program collects all layers and is compiled once; else only quantized layers are collected
     collected = None if config.calib.sequential else frozenset(weight_specs(config.wgts, shapes))
-    groups = in_order(weights) if config.calib.sequential else [list(weights)]
+    groups = groups_of(config, weights)
     for number, group in enumerate(groups):
         part = f", {number + 1} of {len(groups)}" if len(groups) > 1 else ""
-        stages = build_transforms(config, shapes, TRUNK_LINEAR, seed, group)
-        group_stats = {}
+        stages, found = build_transforms(config, shapes, TRUNK_LINEAR, seed, group), {}
         if needs | stages.needs:
             with on_stage("calibrate", f"statistics of the inputs of every layer{part}"):
                 plain = materialize_params(current)
                 found = calibrated(model, plain, clips, needs | stages.needs, cache, collected)
-            group_stats = {layer: found[layer] for layer in group if layer in found}
-            stats |= group_stats
-        chosen = choose_targets(config, flatten(params), group_stats, allow_unsigned, on_stage)
+            stats |= {layer: found[layer] for layer in group if layer in found}
+        changes = None
+        if config.wgts.mixed and config.wgts.bits_by == "masks":
+            with on_stage("masks", "how much each layer changes them when it is rounded"):
+                changes = changes_of_masks(model, params, config, found, clips, seed, cache=cache)
+        chosen = choose_targets(config, flatten(params), found, changes, group if allow_unsigned else [], on_stage)
         if chosen != config:
             config = chosen
             stages = build_transforms(config, shapes, TRUNK_LINEAR, seed, group)
@@ -119,7 +122,24 @@ def quantize_params(
             with on_stage(name, (describe(config, name) or transform.description) + part):
                 current = transform.apply(current, stats)
             merge(by_stage, name, params, current, group)
+        if config.reconstruct:
+            transform = reconstruct_trunk(
+                model, params, clips, config.reconstruct, layers=group, kept=cache, on_stage=on_stage
+            )
+            current = transform.apply(current, stats)
+            norms = {layer_name(path) for path in flatten(current) if path.startswith(TRUNK)} - weights.keys()
+            merge(by_stage, RECONSTRUCT, params, current, [*group, *norms])
     return Quantized(by_stage, stats, config)
+
+
+def groups_of(config: QuantConfig, layers: Iterable[str]) -> list[list[str]]:
+    """`layers` in groups that are calibrated and quantized one after the other."""
+    if config.calib.sequential:
+        return in_order(layers)
+    if not config.reconstruct:
+        return [list(layers)]
+    in_trunk = [layer for layer in layers if under(layer, TRUNK)]
+    return [in_trunk, [layer for layer in layers if not under(layer, TRUNK)]]
 
 
 def target_needs(config: QuantConfig) -> frozenset[str]:
@@ -130,23 +150,43 @@ def target_needs(config: QuantConfig) -> frozenset[str]:
 
 
 def choose_targets(
-    config: QuantConfig, flat: dict, stats: dict[str, Stats], allow_unsigned: bool, on_stage: OnStage
+    config: QuantConfig,
+    flat: dict,
+    stats: dict[str, Stats],
+    changes: dict[str, float] | None,
+    unsigned: Iterable[str],
+    on_stage: OnStage,
 ) -> QuantConfig:
     """`config` with the settings that calibration decides: bits for a target, and inputs that are unsigned.
 
-    flat: {path: array} of the params; allow_unsigned: whether inputs of the layers in `stats` may become unsigned.
+    flat: {path: array} of the params; changes: of the masks, as `choose_bits` takes them; unsigned: the layers whose
+    inputs may become unsigned.
     """
     if config.wgts.mixed:
         with on_stage("bits", describe(config, "bits")):
-            config = replace(config, wgts=choose_bits(config.wgts, flat, stats))
-    if allow_unsigned:
+            config = replace(config, wgts=choose_bits(config.wgts, flat, stats, changes))
+    if unsigned:
         rounded = activation_specs(config.ipts, weight_specs(config.wgts, map(layer_name, kernels(flat))))
-        candidates = {layer: inputs for layer, inputs in stats.items() if layer in rounded}
+        candidates = {layer: stats[layer] for layer in unsigned if layer in rounded}
         config = choose_unsigned(config, candidates, TRUNK_LINEAR)
     if config.ipts.mixed:
         with on_stage("input bits", describe(config, "input bits")):
             config = choose_input_bits(config, flat, stats)
     return config
+
+
+def changes_of_masks(
+    model: SAM2, params: dict, config: QuantConfig, stats: dict[str, Stats], clips: Clips, seed: int, **settings
+) -> dict[str, float]:
+    """`mask_changes` when each layer is rounded to the bits of the config without targets; settings: its `cache`."""
+    wgts = replace(config.wgts, target_bits=None, target_mb=None)
+    plain = flatten(params)
+    shapes = {layer_name(path): kernel.shape for path, kernel in kernels(plain).items()}
+    stages = build_transforms(replace(config, wgts=wgts), shapes, TRUNK_LINEAR, seed)
+    rounded = kernels(flatten(materialize_params(stages.apply(params, stats))))
+    layers = weight_specs(wgts, shapes)
+    changes = {layer_name(path): w - plain[path] for path, w in rounded.items() if layer_name(path) in layers}
+    return mask_changes(model, params, changes, clips, **settings)
 
 
 def fold_rotations(model: SAM2, params: dict, config: QuantConfig, seed: int) -> dict:
@@ -219,7 +259,7 @@ def describe(config: QuantConfig, name: str) -> str:
         case "bits":
             target = config.wgts.target_bits
             goal = f"{config.wgts.target_mb} MB" if target is None else f"{target} bits a weight"
-            return f"{goal}, by each layer's output error"
+            return f"{goal}, by {'output errors' if config.wgts.bits_by == 'outputs' else 'changes of the masks'}"
         case "input bits":
             return f"{config.ipts.target_bits} bits an input, by each layer's output error"
         case "inputs":

@@ -117,3 +117,19 @@ def test_a_target_becomes_bits_of_layers_that_keep_it():
         assert target - 3e-4 < size(got.bits) <= target
     with pytest.raises(ValueError, match="out of reach"):
         choose_bits(WeightsConfig(dtype="sint4", target_mb=0.001), flat, stats)
+
+
+def test_layers_that_change_the_masks_more_get_more_bits():
+    """Each bit divides a change by 4 or more, so a change 4^6 times as large is worth the widest grid."""
+    flat = {f"{name}/kernel": np.ones((64, 32), np.float32) for name in "abcd"}
+    config = WeightsConfig(dtype="uint2", bits={"d": 3}, bits_by="masks", target_bits=4.0)
+    got = choose_bits(config, flat, {}, {"a": 0.0, "b": 1.0, "c": 4.0**6, "d": 4.0**9}).bits
+    assert got["a"] == 2
+    assert got["a"] < got["b"] < got["c"]
+    assert got["d"] == 3
+    assert sum(got.values()) <= 16
+
+
+def test_what_a_target_compares_is_one_of_two():
+    with pytest.raises(ValueError, match="bits_by 'mask'"):
+        WeightsConfig(bits_by="mask")
