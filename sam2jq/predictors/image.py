@@ -34,7 +34,7 @@ def decode(
 
     The image encoder's params are not passed on, so that models which differ only there share one compiled program.
     """
-    decoder_params = {name: part for name, part in params.items() if name != "image_encoder"}
+    decoder_params = {name: part for name, part in params.items() if not name.startswith("image_encoder.")}
     return _decode(model, decoder_params, features, points, masks, point_mask, multimask=multimask)
 
 

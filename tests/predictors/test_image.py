@@ -272,16 +272,25 @@ def test_ignored_points_change_nothing(predictors):
     assert relative(decode((more[0], more[1].astype(int)), None, counted | True), alone) > 0.01
 
 
+def test_models_that_differ_in_their_encoder_share_the_program_of_the_decoder(predictors):
+    _, ours = predictors
+    points = np.array([[[30.0, 40.0]]], np.float32), np.array([[1]])
+    run = lambda params: image_module.decode(ours.model, params, ours._images[0].features, points, multimask=True)
+    run(ours.params)
+    programs = image_module._decode._cache_size()
+    run({name: part for name, part in ours.params.items() if name != "image_encoder.trunk"})
+    assert image_module._decode._cache_size() == programs
+
+
 def test_prompts_one_at_a_time_are_those_together(predictors, monkeypatch):
     """Large images are decoded so on a CPU. A prompt's features are those of the image, given once or for each."""
     _, ours = predictors
     coords, labels = np.arange(20, 60, 10, np.float32).reshape(2, 1, 2), np.ones((2, 1), int)
     logits = 4 * np.random.default_rng(1).standard_normal((2, 64, 64, 1)).astype(np.float32)
-    params = {name: part for name, part in ours.params.items() if name != "image_encoder"}
 
     def run(features):
         decode = partial(image_module._decode.__wrapped__, ours.model, multimask=True)
-        return jax.jit(decode)(params, features, (coords, labels), logits, None)
+        return jax.jit(decode)(ours.params, features, (coords, labels), logits, None)
 
     features = ours._images[0].features
     together, repeated = run(features), run([np.repeat(level, 2, 0) for level in features])
