@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from converters import hf
+from converters.hf_checks import check_config, config_size, read_config
 from converters.names import array, from_torch, mismatches, shapes, to_layout, to_torch, torch_key
 from converters.recognize import choose_model, describe_mismatches, leaf_shapes, params_like
 from converters.safetensors_files import known_model, read_tensors
@@ -20,7 +21,7 @@ from converters.state_dicts import select, split_part
 from sam2jq.errors import UserError, few
 from sam2jq.file_kinds import check_kind
 from sam2jq.files import home
-from sam2jq.models.sam2 import SAM2, VARIANTS, build, init_params
+from sam2jq.models.sam2 import SAM2, VARIANTS, build, init_params, is_image_only
 from sam2jq.quant.package import is_native, read_package
 from sam2jq.tree import flatten, unflatten
 
@@ -46,7 +47,8 @@ class Weights:
     """The content of a checkpoint file.
 
     tensors: by original name and in torch's layout. leaves: the weight leaves of a package, by path. random and names
-    as in `Checkpoint`. model: any of name, version and image_size that the file holds.
+    as in `Checkpoint`. model: any of name, version and image_size that the file holds. config: the content of Hugging
+    Face's configuration files beside it, by path.
     """
 
     tensors: dict[str, np.ndarray]
@@ -54,6 +56,7 @@ class Weights:
     random: bool = False
     names: str = "original"
     model: dict | None = None
+    config: Mapping[Path, dict] = field(default_factory=dict)
 
 
 def load_checkpoint(source: str, model: SAM2) -> Checkpoint:
@@ -94,12 +97,14 @@ def shapes_of(weights: Weights) -> dict[str, tuple[int, ...]]:
 def fit_weights(weights: Weights, model: SAM2, source: str) -> Checkpoint:
     """The params of `model` with these weights, in float32.
 
-    Raises UserError if a tensor is missing, extra, of another shape, not of floats or not finite.
+    Raises UserError if a tensor is missing, extra, of another shape, not of floats or not finite, and for
+    configuration files of a model that computes otherwise.
     """
     got = shapes_of(weights)
     like = params_like(model, got)
     if problems := mismatches(got, shapes(like)):
         raise UserError(describe_mismatches(source, got, problems))
+    check_config(weights.config, model, video=not is_image_only(like))
     if integers := [f"{key} ({x.dtype})" for key, x in weights.tensors.items() if not is_float(x)]:
         raise UserError(f"checkpoint {source} holds no floats in {few(integers)}: use the one before quantization")
     with np.errstate(over="ignore"):  # of float64: found below
@@ -150,8 +155,11 @@ def read_weights(source: str) -> Weights:
     if path.suffix not in (".safetensors", ".json"):
         return read_torch(path, part)
     arrays, about = read_tensors(path)
+    # what lies beside a file of another name may not belong to it
+    config = read_config(path.parent) if path.suffix == ".json" or path.name == "model.safetensors" else {}
     arrays = select(arrays, part, path, lambda x: isinstance(x, np.ndarray))
-    return replace(from_state_dict(arrays, path), model=DEMO if source == "demo" else about)
+    known = DEMO if source == "demo" else about | config_size(config)
+    return replace(from_state_dict(arrays, path), model=known, config=config)
 
 
 def read_torch(path: Path, part: str | None = None) -> Weights:
@@ -165,6 +173,7 @@ def read_torch(path: Path, part: str | None = None) -> Weights:
         import torch
 
         from converters.exports.package import is_package, open_package
+        from converters.inert import Inert, class_name
         from converters.torch_files import load_torch
     except ModuleNotFoundError as error:
         if error.name != "torch":
@@ -174,11 +183,13 @@ def read_torch(path: Path, part: str | None = None) -> Weights:
     if is_package(content):
         package = open_package(content, path)
         return _of_package(package, {key: array(x) for key, x in package.tensors.items()})
-    if not isinstance(content, dict):
-        content = {}
+    entries = content if isinstance(content, dict) else {"": content}
+    content = content if isinstance(content, dict) else {}
     tensors = select(content, part, path, lambda x: torch.is_tensor(x) and x.layout is torch.strided)
     if not tensors:
-        raise UserError(f"{path} holds no state dict: a SAM 2 checkpoint is {{'model': {{name: tensor}}}}")
+        objects = few((f"{key} {class_name(x)}".strip() for key, x in entries.items() if isinstance(x, Inert)), 3)
+        what = f"{path} holds no state dict{objects and ' but ' + objects}"
+        raise UserError(f"{what}: a SAM 2 checkpoint is {{'model': model.state_dict()}}, written by torch.save")
     try:
         arrays = {key: array(x) for key, x in tensors.items()}
     except (TypeError, RuntimeError) as error:  # quantized tensors of torch, and dtypes that numpy has no equivalent of

@@ -1,12 +1,9 @@
-"""The configuration files beside Hugging Face's weights: written for `from_pretrained` of transformers, and read."""
+"""The configuration files beside Hugging Face's weights, written for `from_pretrained` of transformers."""
 
 import json
 from pathlib import Path
 
-import numpy as np
-
 from sam2jq.data.images import MEAN, STD
-from sam2jq.errors import UserError
 from sam2jq.files import atomic_write
 from sam2jq.models.sam2 import SAM2
 
@@ -91,68 +88,3 @@ def processor_config(model: SAM2, video: bool) -> dict:
         return {"processor_class": "Sam2Processor"} | shared
     frames = {"video_processor_type": "Sam2VideoVideoProcessor"} | pixels
     return {"processor_class": "Sam2VideoProcessor", "video_processor": frames} | shared
-
-
-def read_config(folder: Path) -> dict:
-    """{"image_size": pixels} as the configuration files in `folder` have it; {} if they say nothing.
-
-    Raises UserError if a file is damaged, the image is not square, or its mean or standard deviation is not SAM 2's.
-    """
-    files = {name: read_object(folder / name) for name in FILES if (folder / name).is_file()}
-    for name, content in files.items():
-        for part in (content, content.get("image_processor"), content.get("video_processor")):
-            check_normalization(folder / name, part if isinstance(part, dict) else {})
-    config = files.get("config.json", {})
-    inner = lambda *path: nested_value(config, path)
-    sizes = (
-        inner("image_size"),
-        inner("prompt_encoder_config", "image_size"),
-        inner("vision_config", "backbone_config", "image_size"),
-    )
-    size = next((side(folder / FILES[0], value) for value in sizes if value is not None), None)
-    return {} if size is None else {"image_size": size}
-
-
-def read_object(path: Path) -> dict:
-    """The object in a JSON file. Raises UserError if there is none."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not readable JSON ({error}): fetch it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold an object, as Hugging Face writes it: fetch it again")
-    return content
-
-
-def nested_value(content: object, path: tuple[str, ...]) -> object:
-    """content[path[0]][path[1]]...; None if it is not there."""
-    for key in path:
-        content = content.get(key) if isinstance(content, dict) else None
-    return content
-
-
-def side(path: Path, value: object) -> int:
-    """The side, in pixels, of an image size such as 1024 or [1024, 1024]. Raises UserError for other values."""
-    sides = value if isinstance(value, list) else [value]
-    if not sides or type(sides[0]) is not int or any(x != sides[0] for x in sides):
-        raise UserError(f"{path}: image_size {value} is not one whole number of pixels; SAM 2's input is square")
-    return sides[0]
-
-
-def check_normalization(path: Path, content: dict) -> None:
-    """Raises UserError unless a processor normalizes images as SAM 2 does, as far as it says how."""
-    for key, own in (("do_normalize", True), ("do_rescale", True), ("rescale_factor", 1 / 255)):
-        given = content.get(key)
-        if given is not None and not (isinstance(given, int | float) and abs(given - own) < 1e-6):
-            raise UserError(f"{path}: {key} is {given}, but images are always normalized as SAM 2 does, with {own}")
-    for key, own in (("image_mean", MEAN), ("image_std", STD)):
-        given = content.get(key)
-        try:
-            same = given is None or np.allclose(np.asarray(given, np.float64), own, atol=1e-3)
-        except (TypeError, ValueError):
-            same = False
-        if not same:
-            raise UserError(
-                f"{path}: {key} is {given}, and this program normalizes images by SAM 2's {own.tolist()}: the model "
-                "would see other colors than it was trained on"
-            )

@@ -54,7 +54,7 @@ def closest(
 def describe_mismatches(source: str, got: Shapes, problems: list[str] | None = None) -> str:
     """The error for a checkpoint with tensors of shapes `got`, of which `problems` do not fit the model asked for.
 
-    problems: None if no model was asked for, and the tensors fit none.
+    problems: None if no size was asked for, and the tensors fit none of the versions asked for.
     """
     known = got.keys() & shapes(abstract_params(build("tiny"))).keys()
     if not known:
@@ -70,14 +70,17 @@ def describe_mismatches(source: str, got: Shapes, problems: list[str] | None = N
         )
     near = closest(got)
     model = near and f"{near[0]} {near[1]}"
+    if near and not near[2]:
+        return (
+            f"checkpoint {source} does not fit the model; it is {model}: give --model.name {near[0]} "
+            f"--model.version {near[1]}"
+        )
     if problems is None:
         begin = f"the tensors of {source} fit no size of SAM 2 exactly (sizes: {', '.join(VARIANTS)})"
         if near is None:
             return f"{begin}: {WIDTH} is {list(got.get(WIDTH, []))}, of another width than that of every size"
         return f"{begin}; {model} is closest: {count_mismatches(near[2])}"
     begin = f"checkpoint {source} does not fit the model"
-    if near and not near[2]:
-        return f"{begin}; it is {model}: give --model.name {near[0]} --model.version {near[1]}"
     if near and near[2] != problems:
         return f"{begin}; {model} is closest: {count_mismatches(near[2])}"
     return f"{begin}: {count_mismatches(problems)}"

@@ -1,4 +1,4 @@
-"""Checkpoints in safetensors files: one or several with an index, and Hugging Face's configuration beside them."""
+"""Checkpoints in safetensors files: one, or several with an index."""
 
 import json
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from converters.hf_config import read_config, read_object
+from converters.hf_checks import read_object
 from sam2jq.errors import UserError, few
 from sam2jq.io import Arrays, content_hash, read_safetensors, write_safetensors
 from sam2jq.quant.package import MODEL_KEYS
@@ -15,20 +15,18 @@ from sam2jq.quant.package import MODEL_KEYS
 def read_tensors(path: Path) -> tuple[Arrays, dict]:
     """The arrays in a file, or in the files of an index (.json), and what is known of name, version and image_size.
 
-    The configuration files beside model.safetensors or an index belong to it; beside other names they may not.
     Raises UserError if a file is missing or damaged, or does not match the hash that `write_tensors` stored.
     """
     if path.suffix == ".json":
-        return read_shards(path), read_config(path.parent)
+        return read_shards(path), {}
     arrays, metadata = read_safetensors(path)
     about = metadata.get("sam2jq", "")
     if metadata.get("sha256", content := content_hash(arrays, about)) != content:
         raise UserError(f"{path} is damaged: its content does not match its hash; copy or fetch it again")
     try:
-        own = known_model(json.loads(about or "{}"))
+        return arrays, known_model(json.loads(about or "{}"))
     except ValueError as error:
         raise UserError(f"{path} is damaged: its header does not describe a model; copy or fetch it again") from error
-    return arrays, own | (read_config(path.parent) if path.name == "model.safetensors" else {})
 
 
 def known_model(about: object) -> dict:

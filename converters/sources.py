@@ -8,6 +8,7 @@ import sam2jq
 from converters import hf_config
 from sam2jq.deploy.folder import is_onnx_folder
 from sam2jq.errors import UserError, few, suggest
+from sam2jq.file_kinds import WAY_OUT, foreign_kind
 from sam2jq.files import home
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -50,6 +51,8 @@ def find_in(folder: Path) -> Path:
         raise UserError(
             f"{folder} holds ONNX files, which only segment (with prompts), track and evaluate run: give the package"
         )
+    if what := foreign_kind(folder):
+        raise UserError(f"{folder} is {what}, not a checkpoint: {WAY_OUT}")
     others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", *FILES[:3]))
     way_out = f"give a file in it by its path: {few(others)}" if others else "give a file"
     raise FileNotFoundError(f"no checkpoint in {folder}, where {', '.join(CONTENTS)} are looked for; {way_out}")

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from converters.inert import Inert, contains
 from sam2jq.errors import UserError, few
 
 Tensors = dict[str, Any]  # name: tensor or numpy array
@@ -17,7 +18,8 @@ ANCHORS = (
 )
 _WRAPPER = rf"(?:(?:{'|'.join(WRAPPERS)})\.)*"
 _ANCHOR = re.compile(rf"(|.*\.)(?:{'|'.join(rf'[.]{_WRAPPER}'.join(names) for names in ANCHORS)})")
-ADAPTER = re.compile(r"(?<![a-z])(lora|adapters?)(?![a-z])", re.IGNORECASE)  # in the name of a tensor
+# in the name of a tensor; the last two are those of LoRA for SAM
+ADAPTER = re.compile(r"(?<![a-z])(lora|dora|loha|lokr|adapters?|w_[ab]s|linear_[ab])(?![a-z])", re.IGNORECASE)
 PLACES = ("model", "state_dict", "model_state_dict")  # where to look for a state dict that is not one of SAM 2
 DEPTH = 4  # of nested dicts
 
@@ -27,7 +29,8 @@ def select(content: Mapping, part: str | None, path: object, is_tensor) -> Tenso
 
     part: its name, where the file holds several models, such as "ema" beside "model". is_tensor(value): whether a
     value is a tensor. path: for errors.
-    Raises UserError if there are several and `part` names none, or if there are weights of adapters beside a model.
+    Raises UserError if there are several and `part` names none, or an object with tensors that may be another one, and
+    if there are weights of adapters beside a model.
     """
     found = find(content, is_tensor)
     every = (".".join([*where, key]) for where, tensors in nested(content, is_tensor) for key in tensors)
@@ -40,6 +43,9 @@ def select(content: Mapping, part: str | None, path: object, is_tensor) -> Tenso
         if part not in found:
             raise UserError(f"{path} holds no {part!r}; it holds {few(sorted(found)) or 'no model of SAM 2'}")
         return found[part]
+    if found and (objects := [".".join(name) for name in objects_with_tensors(content, is_tensor)]):
+        raise UserError(f"{path} holds objects with tensors of their own beside the model, {few(objects, 3)}: "
+                        f"say which model is meant, as in {path}#{min(found)}")  # fmt: skip
     if len(found) > 1:
         names = sorted(found)
         raise UserError(f"{path} holds {len(names)} models: {few(names)}; say which, as in {path}#{names[0]}")
@@ -69,6 +75,18 @@ def nested(content: Mapping, is_tensor, where: tuple[str, ...] = ()) -> Iterator
         for key, value in content.items():
             if isinstance(value, Mapping) and "optim" not in str(key):
                 yield from nested(value, is_tensor, (*where, str(key)))
+
+
+def objects_with_tensors(content: Mapping, is_tensor, where: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Yields the keys that lead to each object, of no class known here and no optimizer, that holds tensors."""
+    for key, value in content.items():
+        name = (*where, str(key))
+        if re.search("optim|sched", name[-1], re.IGNORECASE):
+            continue
+        if isinstance(value, Inert) and contains(value, is_tensor):
+            yield name
+        elif isinstance(value, Mapping) and len(name) < DEPTH:
+            yield from objects_with_tensors(value, is_tensor, name)
 
 
 def prefixes(tensors: Tensors) -> list[str]:

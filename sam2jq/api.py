@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass, replace
 from pathlib import Path
@@ -78,17 +79,19 @@ def quantize(
     from sam2jq.ptq.pipeline import FOLDED, quantize_params, transform_params
     from sam2jq.quant.transform import check_transform
 
+    check_params("quantize", model, params)
     if not isinstance(transform, QuantConfig):
         check_transform(transform)
     else:
         transform = replay_bits(transform)
     clips = Clips(images, num_images, seed, model.variant.image_size)
     plain = jax.tree.map(lambda node: materialize(node) if is_dataclass(node) else node, params, is_leaf=is_dataclass)
-    if isinstance(transform, QuantConfig):
-        done = quantize_params(model, plain, transform, clips, seed=seed)
-    else:
-        done = transform_params(model, params, transform, clips)
-    figures = layer_errors(done.params_by_stage.get(FOLDED, plain), done.params, done.stats)
+    with jax.enable_x64(False):  # all algorithms compute in float32
+        if isinstance(transform, QuantConfig):
+            done = quantize_params(model, plain, transform, clips, seed=seed)
+        else:
+            done = transform_params(model, params, transform, clips)
+        figures = layer_errors(done.params_by_stage.get(FOLDED, plain), done.params, done.stats)
     return done.params, Report({layer: LayerError(**row) for layer, row in figures.items()})
 
 
@@ -116,7 +119,9 @@ class Clips:
 
 def check_pixels(image: np.ndarray) -> np.ndarray:
     """`image` as it is. Raises UserError unless it is uint8 [H, W, 3]."""
-    image = np.asarray(image)
+    from sam2jq.data.images import as_numpy
+
+    image = as_numpy(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
         raise UserError(f"images are uint8 [H, W, 3] arrays or file names, got {image.dtype} {list(image.shape)}")
     return image
@@ -151,6 +156,7 @@ def save(path: str | Path, model: SAM2, params: dict, metadata: Mapping | None =
       weight error}; the model's name, version and image size are added, and whether the weights are random.
     Raises UserError if the params do not fit the model, the file name has another ending or the metadata is invalid.
     """
+    path = Path(home(os.fspath(path)))
     described = describe_model(model)
     check_params(path, model, params)
     about = {"versions": {"sam2jq": __version__}, "random_weights": is_untrained(params), **(metadata or {})}
@@ -159,7 +165,7 @@ def save(path: str | Path, model: SAM2, params: dict, metadata: Mapping | None =
     if not isinstance(given, Mapping):
         raise UserError(f"{path}: model in the metadata is a mapping such as {{'checkpoint': name}}, got {given!r}")
     about["model"] = dict(given) | described
-    match Path(path).suffix:
+    match path.suffix:
         case ".safetensors":
             write_package(path, pack_params(params, errors, about))
         case ".pt":

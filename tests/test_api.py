@@ -60,7 +60,7 @@ sam2jq.save({str(tmp_path / "small.safetensors")!r}, model, small)
 again, _ = sam2jq.load({str(tmp_path / "small.safetensors")!r})
 assert again == model
 for path, call in (("small.pt", lambda p: sam2jq.save(p, model, small)), ("there.pt", sam2jq.load)):
-    open({str(tmp_path / "there.pt")!r}, "w").close()
+    open({str(tmp_path / "there.pt")!r}, "wb").write(b"PK\\3\\4")
     try:
         call({str(tmp_path)!r} + "/" + path)
     except sam2jq.UserError as error:
@@ -91,6 +91,14 @@ def test_a_saved_package_loads_to_the_same_model_and_params(tmp_path, demo, suff
     errors = {row["name"]: row["relative_error"] for row in summary["layers"]}
     assert errors["memory_encoder.out_proj"] == 0.5
     assert np.isnan(errors["mask_downsample"])
+
+
+def test_a_tilde_is_the_users_folder_in_the_names_of_packages(tmp_path, demo, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    sam2jq.save("~/a.safetensors", *demo)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+    assert sam2jq.load("~/a.safetensors")[0] == demo[0]
 
 
 def test_both_packages_hold_the_same(tmp_path, demo):
@@ -137,6 +145,13 @@ def test_what_fits_no_size_says_what_to_give(tmp_path):
         sam2jq.load(tmp_path / "c.safetensors", name="nano")
 
 
+def test_a_version_that_does_not_fit_is_named_with_the_one_that_does(tmp_path, demo):
+    save_checkpoint(tmp_path / "c.safetensors", sam2jq.load("demo")[1])
+    for name in (None, "nano"):
+        with pytest.raises(sam2jq.UserError, match="the model; it is nano 2.1: give --model.name nano --model.v"):
+            sam2jq.load(tmp_path / "c.safetensors", name=name, version="2.0")
+
+
 def test_a_name_that_contradicts_the_package_is_an_error(tmp_path, demo):
     sam2jq.save(tmp_path / "p.safetensors", *demo)
     with pytest.raises(
@@ -176,7 +191,8 @@ def test_quantize_runs_a_transform_and_reports_every_layer(scene):
     model, params = sam2jq.load("demo", image_size=64)
     match = r"image_encoder\.trunk\.blocks\.0\..*"
     transform = sam2jq.gptq(W4, match=match)
-    small, report = sam2jq.quantize(model, params, transform, [scene])
+    with jax.enable_x64(True):  # as a program around it may have set; all is computed in float32
+        small, report = sam2jq.quantize(model, params, transform, [scene])
     by_name, _ = sam2jq.quantize(model, params, transform, "scenes:7", num_images=1)
     assert same(small, by_name)
     assert len(report.layers) == 4
@@ -185,6 +201,15 @@ def test_quantize_runs_a_transform_and_reports_every_layer(scene):
     nearest, nearest_report = sam2jq.quantize(model, params, sam2jq.rtn(W4, match=match))
     assert same(nearest, sam2jq.round_weights(params, dict.fromkeys(report.layers, W4)))
     assert nearest_report.relative_errors.keys() == report.relative_errors.keys()
+
+
+@pytest.mark.parametrize(("setting", "value"), [("dtype", "strict"), ("rank", "raise")])
+def test_settings_of_jax_that_refuse_the_model_are_named(setting, value):
+    with (
+        getattr(jax, f"numpy_{setting}_promotion")(value),
+        pytest.raises(sam2jq.UserError, match=f"^jax_numpy_{setting}_promotion is '{value}': sam2jq needs '"),
+    ):
+        sam2jq.build("nano")
 
 
 def test_a_layer_that_is_none_is_not_passed_over():

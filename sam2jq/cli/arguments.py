@@ -21,7 +21,7 @@ def numbers(count: int) -> Callable[[str], list[float]]:
         except ValueError:
             parsed = []
         if len(parsed) != count or not all(map(math.isfinite, parsed)):
-            raise argparse.ArgumentTypeError(f"{argument!r} is not {count} finite numbers separated by commas")
+            raise argparse.ArgumentTypeError(f"{argument.strip()!r} is not {count} finite numbers separated by commas")
         return parsed
 
     return parse

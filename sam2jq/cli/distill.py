@@ -33,6 +33,7 @@ from sam2jq.distillation.history import history
 from sam2jq.distillation.init_student import check_pair, collect_input_stats, start
 from sam2jq.errors import UserError, section
 from sam2jq.eval.fidelity import find_ground_truth, ground_truth_id, layer_errors, measure
+from sam2jq.models.precision import float_dtype
 from sam2jq.models.sam2 import SAM2
 from sam2jq.ptq.recipe import rounding_name
 from sam2jq.ptq.run import CalibrationImages, find_calibration, run_ptq
@@ -94,7 +95,7 @@ def distill(config: DistillConfig, folder: Path, command: str) -> None:
         splits = train, val, find_student_calibration(config, val)
     (teacher_model, teacher_source), (model, source) = load_pair(config)
     check_pair(teacher_model, model)
-    teacher = cdpq.Teacher(teacher_model, materialize_params(teacher_source.params), dtype=config.teacher.dtype)
+    teacher = cdpq.Teacher(teacher_model, materialize_params(teacher_source.params), float_dtype(config.teacher.dtype))
     full = teacher.params if teacher_model == model else materialize_params(source.params)
     begin, best = train_student(config, folder, teacher, model, source.params, splits, timed)
     if jax.process_index() == 0:

@@ -14,6 +14,7 @@ from sam2jq.config.run import CacheConfig, EvaluateConfig, ModelConfig, PredictC
 from sam2jq.deploy import OnnxImagePredictor, OnnxVideoPredictor
 from sam2jq.deploy.folder import is_onnx_folder, read_description
 from sam2jq.errors import UserError
+from sam2jq.models.precision import float_dtype
 from sam2jq.models.sam2 import SAM2, is_image_only
 from sam2jq.predictors.automatic_masks import AutomaticMaskGenerator
 from sam2jq.predictors.image import ImagePredictor
@@ -65,6 +66,7 @@ def load_mask_generators(config: EvaluateConfig) -> tuple[AutomaticMaskGenerator
     """The generators of all masks of an image of `config.model` and of `config.reference`, which is the same model."""
     if is_onnx_folder(config.model.checkpoint):
         raise UserError("task everything: ONNX files have no mask generator yet: give a package or a checkpoint")
+    refuse_engine(config)
     model, checkpoint = load_model(config.model, config.cache)
     settings = asdict(config.everything) | {"dtype": config.model.dtype}
     own = AutomaticMaskGenerator(model, materialize_weights(checkpoint.params), **settings)
@@ -76,8 +78,16 @@ def _load_predictor(config: PredictConfig | EvaluateConfig, of_params: Callable,
     if is_onnx_folder(config.model.checkpoint):
         predictor = of_onnx(config.model.checkpoint, config.engine, **onnx_settings(config))
         return predictor, predictor.random
+    refuse_engine(config)
     model, checkpoint = load_model(config.model, config.cache)
     return of_params(model, materialize_weights(checkpoint.params), dtype=config.model.dtype), checkpoint.random
+
+
+def refuse_engine(config: PredictConfig | EvaluateConfig) -> None:
+    """Raises UserError if an engine of ONNX files is set for a checkpoint, which jax runs."""
+    if config.engine != "auto":
+        raise UserError(f"engine {config.engine}: it runs folders of ONNX files, and {config.model.checkpoint} is "
+                        "none: leave it out, or give what sam2jq export --to onnx wrote")  # fmt: skip
 
 
 def onnx_settings(config: PredictConfig | EvaluateConfig) -> dict:
@@ -107,10 +117,10 @@ def load_checkpoint_of(config: ModelConfig, image_size: int | None = None):
 
 
 def resolved(config: ModelConfig, model: SAM2) -> ModelConfig:
-    """`config` with the name, version and image size of the model that was loaded."""
+    """`config` with the name, version and image size of the model that was loaded, and the dtype it computes in."""
     from sam2jq.api import describe_model
 
-    return replace(config, **describe_model(model))
+    return replace(config, **describe_model(model), dtype=float_dtype(config.dtype))
 
 
 def with_image_size(model: SAM2, image_size: int) -> SAM2:

@@ -2,7 +2,9 @@
 
 import argparse
 import importlib
+import io
 import logging
+import os
 import re
 import sys
 import traceback
@@ -28,7 +30,13 @@ COMMANDS = {
     "sweep": "quantize with every combination of settings, and compare the runs",
     "inspect": "print the layers and sizes of a package",
 }
-NEGATIVE = re.compile(r"-[\d.][-+\d.,eE]*")  # numbers separated by commas
+# jax's defaults, in place of what a shell exports for other programs: with other values this program's code is refused
+JAX_DEFAULTS = {
+    "JAX_ENABLE_X64": "0",
+    "JAX_NUMPY_DTYPE_PROMOTION": "standard",
+    "JAX_NUMPY_RANK_PROMOTION": "allow",
+}
+NEGATIVE = re.compile(r"-(?:[\d.]|inf|nan)[-+\d.,a-zE]*", re.IGNORECASE)  # numbers separated by commas
 log = logging.getLogger("sam2jq")
 
 
@@ -38,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     0: it ended well; 2: an error that the user can mend; 1: a fault of the program; both are printed in one line, and
     with -v the traceback before it. 130: interrupted. 141: nobody reads the output any more, which prints nothing.
     """
+    print_every_character()
     try:
         try:
             return run_command(sys.argv[1:] if argv is None else argv)
@@ -49,9 +58,16 @@ def main(argv: list[str] | None = None) -> int:
         return CLOSED_PIPE
 
 
+def print_every_character() -> None:
+    """Makes stdout write escapes such as \\u5199 for characters that its encoding lacks, as stderr does."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def run_command(argv: list[str]) -> int:
     """Runs one command; prints the error that ends it, except of a closed pipe, which is raised."""
     verbose = not {"-v", "--verbose"}.isdisjoint(argv)
+    os.environ.update({name: value for name, value in JAX_DEFAULTS.items() if name in os.environ})
     try:
         argv = [home(argument) for argument in argv]
         args, flags = command_parser(argv).parse_known_args(protect_numbers(argv))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from sam2jq.cli.arguments import numbers
 from sam2jq.data.listed import read_json
 from sam2jq.errors import UserError, few, suggest
+from sam2jq.files import home
 from sam2jq.predictors.prompts import LABELS
 
 LABEL_HELP = "1 foreground (default), 0 background, 2 and 3 corners of a box"
@@ -110,7 +111,7 @@ def parse_prompt(entry, source: str, folder: Path) -> Prompt:
     labels = entry.get("labels", [1] * len(points))
     if not isinstance(labels, list):
         raise UserError(f"{source}labels must be a list, one for each point")
-    mask = None if mask is None else str(folder / mask)
+    mask = None if mask is None else str(folder / home(mask))
     return check_prompt(Prompt(entry["object"], entry.get("frame", 0), points, labels, box, mask, source))
 
 

@@ -95,7 +95,7 @@ def open_partial(partial: Path, final: Path, settings: str, resumable: bool) -> 
 @contextmanager
 def logged_to(path: Path) -> Iterator[None]:
     """Appends log lines to `path` during the block, and the traceback of the error that ends it, if there is one."""
-    handler = raising(logging.FileHandler(path))
+    handler = raising(logging.FileHandler(path, encoding="utf-8", errors="backslashreplace"))
     log.addHandler(handler)
     try:
         yield

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import numpy as np
 
-from sam2jq.cli.loading import load_image_predictor, load_model
+from sam2jq.cli.loading import load_image_predictor, load_model, refuse_engine
 from sam2jq.cli.mask_files import add_mask_files, check_mask_files, labels_of, mask_facts, write_image_masks
 from sam2jq.cli.prompts import Prompt, add_prompts, check_inside, has_prompt_flags, prompts_of
 from sam2jq.cli.run_folder import stage
@@ -28,6 +28,7 @@ log = logging.getLogger("sam2jq")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", help="an image file, or scenes:<seed>/0000 for a synthetic one")
     add_prompts(parser)
+    parser.add_argument("--mask", help=argparse.SUPPRESS)  # of `track`
     parser.add_argument("--multimask", action="store_true", help="three masks for an ambiguous prompt")
     parser.add_argument("--everything", action="store_true", help="all masks, from a grid of clicks")
     parser.add_argument("--out", default="mask.png", help="the image with its masks to write (mask.png)")
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
         predictor, random = load_image_predictor(config)
         records = segment_prompted(predictor, image, prompts, multimask=args.multimask)
     else:
+        refuse_engine(config)
         model, checkpoint = load_model(config.model, config.cache)
         params, random = materialize_weights(checkpoint.params), checkpoint.random
         generator = AutomaticMaskGenerator(model, params, **asdict(config.everything), dtype=config.model.dtype)
@@ -82,6 +84,8 @@ def is_everything(args: argparse.Namespace) -> bool:
 
 def image_prompts(args: argparse.Namespace) -> list[Prompt]:
     """The prompts of a command that segments an image. Raises UserError for masks, and for --multimask of several."""
+    if args.mask is not None:
+        raise UserError("--mask: a mask prompts an object of a clip, for sam2jq track; give points or a box")
     prompts = prompts_of(args)
     if masked := [prompt for prompt in prompts if prompt.mask is not None]:
         raise UserError(f"{masked[0].source}a mask prompts an object of a clip; give points or a box")

@@ -8,7 +8,7 @@ from sam2jq.models.variants import MEMORY_BITS, VARIANTS, VERSIONS
 from sam2jq.quant.field_types import check_types
 
 DEVICES = ("auto", "cpu", "gpu", "cuda", "tpu")
-FLOATS = ("float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 TASKS = ("image", "vos", "everything")
 ENGINES = ("auto", "openvino", "onnxruntime")
 
@@ -28,8 +28,8 @@ class ModelConfig:
     image_size: int | None = None
     # auto, cpu, gpu, cuda or tpu
     device: str = "auto"
-    # dtype of the activations: float32, bfloat16 or float16
-    dtype: str = "float32"
+    # dtype of the activations: float32, bfloat16, float16, or auto: bfloat16 on GPUs and TPUs, float32 on CPUs
+    dtype: str = "auto"
 
     def __post_init__(self):
         check_types(self)
@@ -44,7 +44,7 @@ class ModelConfig:
         if self.name is None and self.checkpoint.startswith("random:"):
             object.__setattr__(self, "name", "tiny")
         one_of("device", self.device, DEVICES)
-        one_of("dtype", self.dtype, FLOATS)
+        one_of("dtype", self.dtype, DTYPES)
 
 
 def same_size(key: str, size: int | None, model_key: str, model_size: int | None) -> None:

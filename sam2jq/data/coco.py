@@ -218,11 +218,11 @@ def names_and_size(file: Path, entry: dict) -> tuple[list[str], tuple[int, int]]
     names = image_names(entry, file)
     if not names:
         raise UserError(f"{file}: image {entry['id']} has no file_name, a text; add it")
-    if lacking := [key for key in ("height", "width") if not isinstance(entry.get(key), int)]:
-        raise UserError(
-            f"{file}: image {entry['id']} ({names[0]}) has no {few(lacking)}, a whole number of pixels; add it"
-        )
-    return names, (entry["height"], entry["width"])
+    size = [entry.get(key) for key in ("height", "width")]
+    if not all(isinstance(side, int) or (isinstance(side, float) and side.is_integer()) for side in size):
+        raise UserError(f"{file}: image {entry['id']} ({names[0]}) has height {size[0]!r} and width {size[1]!r}: give "
+                        "whole numbers of pixels")  # fmt: skip
+    return names, (int(size[0]), int(size[1]))
 
 
 def is_crowd(file: Path, annotation: dict) -> bool:

@@ -100,6 +100,13 @@ def open_image(name: str) -> Iterator[Image.Image]:
         raise UserError(f"{name}: not a readable image ({error}); remove it or convert it to jpg or png") from error
 
 
+def as_numpy(value) -> np.ndarray:
+    """`value` as a numpy array; a torch tensor in bfloat16 or float8, which numpy lacks, in float32."""
+    if str(getattr(value, "dtype", "")).startswith(("torch.bfloat16", "torch.float8")):
+        value = value.float()
+    return np.asarray(value)
+
+
 def check_image(image) -> None:
     """Raises UserError unless `image` is an array uint8 [H, W, 3] with a pixel at least."""
     shape, dtype = getattr(image, "shape", ()), getattr(image, "dtype", type(image).__name__)

@@ -26,6 +26,7 @@ from sam2jq.distillation.target_cache import CODE, Teacher, make_target_batches
 from sam2jq.distillation.targets import DistillBatch
 from sam2jq.errors import UserError
 from sam2jq.files import code_fingerprint
+from sam2jq.models.precision import float_dtype
 from sam2jq.models.sam2 import SAM2
 from sam2jq.quant.algorithms.fake_quant import (
     bits_of,
@@ -96,7 +97,7 @@ def make_distill_task(
     weights = {part: getattr(settings, part) for part in PARTS}
     student = model.clone(remat=config.train.remat)
     return DistillTask(
-        distillation_loss(student, weights, config.student.dtype, settings.layers > 0),
+        distillation_loss(student, weights, float_dtype(config.student.dtype), settings.layers > 0),
         lambda first: train_batches(order(len(train), batch_size, seed, first)),
         [multihost_utils.process_allgather(batch, tiled=True) for batch in val_batches(iter(val_indices))],
         len(train) // batch_size,

@@ -10,6 +10,7 @@ from sam2jq.data import preprocess
 from sam2jq.data.prompts import click_grid
 from sam2jq.errors import UserError
 from sam2jq.eval.metrics import iou
+from sam2jq.models.precision import cast_kernels, float_dtype
 from sam2jq.models.sam2 import SAM2
 from sam2jq.predictors.image import decode, encode_images
 
@@ -27,14 +28,17 @@ class ImageAgreement(NamedTuple):
 
 
 def compare(
-    model: SAM2, params: dict, quantized: dict, images: Iterable[list[np.ndarray]], side: int, dtype: str = "float32"
+    model: SAM2, params: dict, quantized: dict, images: Iterable[list[np.ndarray]], side: int, dtype: str = "auto"
 ) -> Iterable[ImageAgreement]:
     """Yields one result per image of each batch of uint8 images [H, W, 3], for a grid of side * side clicks.
 
-    params: full precision; quantized: the params to compare; dtype: of the images and activations.
+    params: full precision; quantized: the params to compare; dtype: of the images and activations, as
+    `float_dtype` takes it.
     All three masks of every click are compared by index. Comparing only the best ones would compare two different
     masks where the order of their estimated IoUs changes.
     """
+    dtype = float_dtype(dtype)
+    params, quantized = cast_kernels(params, dtype), cast_kernels(quantized, dtype)
     points = click_grid(side, model.variant.image_size)
     squares = lambda maps: np.array([np.sum(np.square(np.asarray(m, np.float64))) for m in maps])
     for batch in images:

@@ -22,6 +22,7 @@ from sam2jq.models.variants import MEMORIES, NO_OBJECT, VARIANTS, VERSIONS, Vari
 from sam2jq.tree import flatten, unflatten
 
 Array = jax.Array
+LARGEST_SIZE = 8192  # pixels of an image's side, 8 times those that SAM 2 was trained on
 # the parts of the model in the order of data flow
 FLOW = [
     re.compile(part)
@@ -221,15 +222,30 @@ def trunk_of(v: Variant, **settings) -> Hiera:
 def build(name: str, version: str = "2.1", image_size: int | None = None) -> SAM2:
     """The model of a size in VARIANTS; image_size: pixels, a multiple of 32, None for the size's own.
 
-    Raises UserError if the name or the version is unknown, or the image size is not a multiple of 32.
+    Raises UserError if the name or the version is unknown, or for an image size that is not a multiple of 32 or above
+    LARGEST_SIZE, and for settings of jax under which the model cannot be computed.
     """
+    check_jax_settings()
     size = VARIANTS[variant_name(name)]
     if version not in VERSIONS:
         raise UserError(f"unknown version {version!r}; allowed: {', '.join(VERSIONS)}")
     variant = size if image_size is None else replace(size, image_size=image_size)
     if not isinstance(variant.image_size, int) or variant.image_size < 32 or variant.image_size % 32:
         raise UserError(f"image_size must be a multiple of 32 pixels, got {image_size!r}")
+    if variant.image_size > LARGEST_SIZE:
+        gigabytes = 4 * variant.embed_dim * (variant.image_size // 4) ** 2 / 1e9
+        raise UserError(f"image_size is {LARGEST_SIZE} pixels at most, got {image_size}: one map of the image encoder "
+                        f"would take {gigabytes:.0f} GB")  # fmt: skip
     return SAM2(variant, version)
+
+
+def check_jax_settings() -> None:
+    """Raises UserError if jax refuses sums of different dtypes or numbers of axes, which the model makes."""
+    for name, refused, needed in (("dtype", "strict", "standard"), ("rank", "raise", "allow")):
+        setting = f"numpy_{name}_promotion"
+        if getattr(jax.config, f"jax_{setting}") == refused:
+            raise UserError(f"jax_{setting} is {refused!r}: sam2jq needs {needed!r}; call it inside of "
+                            f"`with jax.{setting}({needed!r}):`")  # fmt: skip
 
 
 def is_image_only(params: dict) -> bool:

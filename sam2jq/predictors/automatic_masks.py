@@ -10,12 +10,13 @@ from PIL import Image
 
 from sam2jq.data import preprocess
 from sam2jq.data.coco_masks import encode_runs, run_text
-from sam2jq.data.images import check_image, rgb_pixels
+from sam2jq.data.images import as_numpy, check_image, rgb_pixels
 from sam2jq.errors import UserError
 from sam2jq.models.params import check_params
+from sam2jq.models.precision import cast_kernels, float_dtype
 from sam2jq.models.sam2 import SAM2
 from sam2jq.predictors.crops import crop_boxes, layer_grids, near_crop_edge, non_maximum_suppression, width_height
-from sam2jq.predictors.image import decode, encode_images, float_dtype
+from sam2jq.predictors.image import decode, encode_images
 from sam2jq.predictors.pretrained import FromPretrained
 from sam2jq.predictors.prompts import LOGIT_LIMIT
 from sam2jq.predictors.regions import remove_small_regions
@@ -68,9 +69,9 @@ class AutomaticMaskGenerator(FromPretrained):
         use_m2m: bool = False,
         multimask_output: bool = True,
         *,
-        dtype: str = "float32",
+        dtype: str = "auto",
     ):
-        """A generator of `model` with `params`; dtype: of the activations.
+        """A generator of `model` with `params`; dtype: of the activations, as `float_dtype` takes it.
 
         points_per_side: of the grid of clicks; None: point_grids has a grid [N, 2] in 0..1 for the image and for each
         layer of crops. points_per_batch: clicks in one call of the model.
@@ -92,7 +93,8 @@ class AutomaticMaskGenerator(FromPretrained):
             raise UserError(f"points_per_batch {points_per_batch}: it must be at least 1")
         self.point_grids = layer_grids(points_per_side, crop_n_layers, crop_n_points_downscale_factor, point_grids)
         check_params(type(self).__name__, model, params)
-        self.model, self.params, self.dtype = model, params, float_dtype(dtype)
+        self.model, self.dtype = model, float_dtype(dtype)
+        self.params = cast_kernels(params, self.dtype)
         self.points_per_batch = points_per_batch
         self.pred_iou_thresh = pred_iou_thresh
         self.stability_score_thresh, self.stability_score_offset = stability_score_thresh, stability_score_offset
@@ -110,7 +112,7 @@ class AutomaticMaskGenerator(FromPretrained):
         "predicted_iou"; "point_coords", [[x, y]] of the click; "stability_score".
         Raises UserError for an image or a crop that is 1 pixel high or wide, in which masks have no extent.
         """
-        image = rgb_pixels(image) if isinstance(image, Image.Image) else np.asarray(image)
+        image = rgb_pixels(image) if isinstance(image, Image.Image) else as_numpy(image)
         check_image(image)
         size = image.shape[:2]
         crops = crop_boxes(size, self.crop_n_layers, self.crop_overlap_ratio)

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam2jq.errors import UserError
 from sam2jq.models.chunking import cpu_chunked_map
 from sam2jq.models.decoder import Decoded
 from sam2jq.models.params import check_params
+from sam2jq.models.precision import cast_kernels, float_dtype
 from sam2jq.models.sam2 import SAM2
 from sam2jq.predictors.pretrained import FromPretrained
 from sam2jq.predictors.prompted_image import PromptedImage, PromptMasks
@@ -42,8 +42,10 @@ def decode(
 def _decode(model: SAM2, params: dict, features, points, masks, point_mask, *, multimask: bool) -> Decoded:
     settings = {"multimask": multimask, "method": "decode_masks"}
     run = lambda prompts: model.apply({"params": params}, features, *prompts, **settings)
-    # a prompt's widest array is the image of the decoder, upscaled to stride 4
-    return cpu_chunked_map(run, (points, masks, point_mask), math.prod(features[0].shape[1:]))
+    width = math.prod(features[0].shape[1:])  # of the widest array, the decoder's upscaled image
+    if points is not None and masks is not None and len(masks) < len(points[0]):  # one for all prompts
+        return cpu_chunked_map(lambda x: run((x[0], masks, x[1])), (points, point_mask), width)
+    return cpu_chunked_map(run, (points, masks, point_mask), width)
 
 
 class ImagePredictor(PromptedImage, FromPretrained):
@@ -65,16 +67,18 @@ class ImagePredictor(PromptedImage, FromPretrained):
         max_hole_area: float = 0.0,
         max_sprinkle_area: float = 0.0,
         *,
-        dtype: str = "float32",
+        dtype: str = "auto",
     ):
-        """A predictor of `model` with `params`; mask_threshold: of the logits; dtype: of the activations.
+        """A predictor of `model` with `params`; mask_threshold: of the logits; dtype: of the activations, as
+        `float_dtype` takes it.
 
         max_hole_area, max_sprinkle_area: as in `PromptedImage`. Raises UserError for params of another model.
         """
         check_params(type(self).__name__, model, params)
-        self.model, self.params = model, params
+        self.model, self.dtype = model, float_dtype(dtype)
+        self.params = cast_kernels(params, self.dtype)
         self.max_hole_area, self.max_sprinkle_area = max_hole_area, max_sprinkle_area
-        self.mask_threshold, self.dtype = mask_threshold, float_dtype(dtype)
+        self.mask_threshold = mask_threshold
         self.reset_predictor()
 
     @property
@@ -95,14 +99,3 @@ class ImagePredictor(PromptedImage, FromPretrained):
     def enlarge(self, mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         height, width = size
         return np.asarray(upscale(mask[None], canvas_of(len(mask), size)))[0, :height, :width]
-
-
-def float_dtype(dtype) -> str:
-    """The name of a floating-point dtype. Raises UserError for any other."""
-    try:
-        name = jnp.dtype(dtype).name
-    except TypeError as error:
-        raise UserError(f"unknown dtype {dtype!r}; allowed: float32, bfloat16, float16") from error
-    if name not in ("float32", "bfloat16", "float16"):
-        raise UserError(f"dtype {name} is not supported; allowed: float32, bfloat16, float16")
-    return name

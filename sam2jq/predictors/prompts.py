@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from sam2jq.data.images import as_numpy
 from sam2jq.errors import UserError
 
 LOGIT_LIMIT = 32.0  # low-resolution logits are handed out within +- this
@@ -74,28 +75,34 @@ def power_of_two(count: int) -> int:
 
 
 def box_corners(box) -> tuple[np.ndarray, np.ndarray]:
-    """Corners [P, 2, 2] and labels [P, 2], 2 and 3, of boxes [4] or [P, 4]; corners [2, 2] are one box, as in sam2."""
+    """Corners [P, 2, 2] and labels [P, 2], 2 and 3, of boxes [4], [P, 4], or [P, 2, 2] as corners.
+
+    More leading axes, and the numbers of several boxes in a row, are taken as in sam2.
+    """
     box = as_array("box", box, np.float32)
-    if box.shape not in ((0,), (2, 2)) and (box.ndim not in (1, 2) or box.shape[-1] != 4):
+    if box.shape[-1:] != (4,) and box.shape[-2:] != (2, 2) and (box.ndim != 1 or box.size % 4):
         raise UserError(f"box {list(box.shape)} must be [4] or [P, 4]: x0 y0 x1 y1")
     corners = box.reshape(-1, 2, 2)
     return corners, np.tile(np.array([[2, 3]], np.int32), (len(corners), 1))
 
 
 def clicks(coords, labels) -> tuple[np.ndarray, np.ndarray]:
-    """Points [P, N, 2] and labels [P, N] of coords [N, 2] or [P, N, 2] and labels [N] or [P, N]; [] is N = 0."""
+    """Points [P, N, 2] and labels [P, N] of coords [N, 2] or [P, N, 2] and labels [N] or [P, N]; [] is N = 0.
+
+    With P = 1 one of them may lack the first axis, as in sam2's video predictor.
+    """
     coords, labels = as_array("point_coords", coords, np.float32), as_array("point_labels", labels, np.float32)
+    shapes = list(coords.shape), list(labels.shape)
     coords = coords.reshape(0, 2) if coords.shape == (0,) else coords
-    if coords.shape[-1:] != (2,) or coords.shape[:-1] != labels.shape or labels.ndim not in (1, 2):
+    coords = coords[None] if coords.ndim == 2 else coords
+    labels = labels[None] if labels.ndim == 1 else labels
+    if coords.ndim != 3 or coords.shape[-1] != 2 or coords.shape[:-1] != labels.shape:
         raise UserError(
-            f"point_coords {list(coords.shape)} and point_labels {list(labels.shape)} must be [N, 2] and [N], "
-            "or [P, N, 2] and [P, N]"
+            f"point_coords {shapes[0]} and point_labels {shapes[1]} must be [N, 2] and [N], or [P, N, 2] and [P, N]"
         )
     if not np.isin(labels, LABELS).all():
         raise UserError("point_labels must be 1 (foreground), 0 (background), 2 and 3 (the corners of a box) or -1 "
                         "(padding)")  # fmt: skip
-    if labels.ndim == 1:
-        coords, labels = coords[None], labels[None]
     return coords, labels.astype(np.int32)
 
 
@@ -144,7 +151,7 @@ def as_array(name: str, value, dtype) -> np.ndarray:
     try:
         if isinstance(value, np.ma.MaskedArray):
             raise TypeError("a masked array: give its `filled` values")
-        array = np.asarray(value)
+        array = as_numpy(value)
         if array.dtype.kind in "cSUmM":
             raise TypeError(f"dtype {array.dtype}")
         with np.errstate(over="ignore"):  # what does not fit into `dtype` becomes infinite

@@ -6,9 +6,9 @@ import numpy as np
 
 from sam2jq.errors import UserError
 from sam2jq.models.params import check_params
+from sam2jq.models.precision import cast_kernels, float_dtype
 from sam2jq.models.sam2 import SAM2, is_image_only
 from sam2jq.predictors.bank_arrays import FrameInfo, FrameOutput, MemoryBank
-from sam2jq.predictors.image import float_dtype
 from sam2jq.predictors.packed_memory import check_memory_bits
 from sam2jq.predictors.pretrained import FromPretrained
 from sam2jq.predictors.prompted_video import PromptedVideo
@@ -53,9 +53,9 @@ class VideoPredictor(PromptedVideo, FromPretrained):
         clear_non_cond_mem_for_multi_obj: bool = False,
         max_cond_frames_in_attn: int = -1,
         memory_bits: int | None = None,
-        dtype: str = "float32",
+        dtype: str = "auto",
     ):
-        """A predictor of `model` with `params`; dtype: of the activations.
+        """A predictor of `model` with `params`; dtype: of the activations, as `float_dtype` takes it.
 
         memory_bits: 8 or 4, in which the memory bank stores memories and object pointers; None for bfloat16 and
         `dtype`, as in the original. All others are as in `PromptedVideo`.
@@ -67,7 +67,8 @@ class VideoPredictor(PromptedVideo, FromPretrained):
                 "this is an image-only model, without the weights of the memory, which tracking needs: load the "
                 "checkpoint of the video model, or use ImagePredictor"
             )
-        self.model, self.params, self.dtype = model, params, float_dtype(dtype)
+        self.model, self.dtype = model, float_dtype(dtype)
+        self.params = cast_kernels(params, self.dtype)
         self.fill_hole_area, self.non_overlap_masks = fill_hole_area, non_overlap_masks
         self.add_all_frames_to_correct_as_cond = add_all_frames_to_correct_as_cond
         self.clear_non_cond_mem_around_input = clear_non_cond_mem_around_input

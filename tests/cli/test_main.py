@@ -1,5 +1,6 @@
 """The parser, the table of commands, and exit codes."""
 
+import io
 import logging
 import os
 import re
@@ -78,6 +79,9 @@ def test_no_memory_is_an_error_of_the_user(raises, capsys, error):
         (["segment", "x", "--points", "1,nan"], "'1,nan' is not 2 finite numbers"),
         (["segment", "x", "--points", "1,left"], "'1,left' is not 2 finite numbers"),
         (["segment", "x", "--points", "-1e999,1"], "is not 2 finite numbers"),
+        (["segment", "x", "--points", "-inf,3"], "argument --points: '-inf,3' is not 2 finite numbers"),
+        (["segment", "x", "--points", "-NaN,3"], "argument --points: '-NaN,3' is not 2 finite numbers"),
+        (["segment", "x", "--mask", "y.png"], "--mask: a mask prompts an object of a clip, for sam2jq track; give"),
         (["segment", "x", "--points", "1,1", "--labels", "5"], "--labels 5: allowed are -1, 0, 1, 2, 3"),
     ],
 )
@@ -106,10 +110,20 @@ def test_numbers_may_begin_with_a_minus(monkeypatch, name):
     assert getattr(joined, flag) == (expected[:1] if flag == "points" else expected)
 
 
+def test_settings_of_jax_for_other_programs_do_not_count(raises, monkeypatch, capsys):
+    raises(UserError("wrong"))
+    monkeypatch.setenv("JAX_NUMPY_DTYPE_PROMOTION", "strict")
+    monkeypatch.setenv("JAX_ENABLE_X64", "1")
+    monkeypatch.delenv("JAX_NUMPY_RANK_PROMOTION", raising=False)
+    failure(capsys, "inspect", "x")
+    assert (os.environ["JAX_NUMPY_DTYPE_PROMOTION"], os.environ["JAX_ENABLE_X64"]) == ("standard", "0")
+    assert "JAX_NUMPY_RANK_PROMOTION" not in os.environ
+
+
 ENVIRONMENTS = {
     "JAX_PLATFORMS=cuda": "jax cannot start with JAX_PLATFORMS=cuda",
     "JAX_PLATFORMS=nonsense": "jax cannot start with JAX_PLATFORMS=nonsense",
-    "JAX_ENABLE_X64=maybe": "jax cannot be imported: invalid truth value 'maybe'",
+    "JAX_DEBUG_NANS=maybe": "jax cannot be imported: invalid truth value 'maybe'",
 }
 
 
@@ -129,6 +143,15 @@ def test_a_closed_pipe_ends_a_command_that_logs_quietly(closed_pipe, monkeypatch
         monkeypatch.setattr(sys, "stdout", stdout)
         assert main(["inspect", "x"]) == CLOSED_PIPE
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_characters_that_the_output_cannot_hold_are_printed_as_escapes(monkeypatch, encoding):
+    output = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, "stdout", output)
+    monkeypatch.setattr(cli, "run_command", lambda argv: print(argv[0]) or 0)
+    assert main(["\u5199\udc80.png"]) == 0
+    assert output.buffer.getvalue() == b"\\u5199\\udc80.png\n"
 
 
 def test_an_interrupt_is_one_line_and_code_130(raises, capsys):

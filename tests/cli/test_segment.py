@@ -37,6 +37,11 @@ def test_segment_takes_a_package_and_says_what_it_lacks(job, tmp_path, capsys):
         (["--box", "1,1,9,9", "--box", "2,2,8,8"], "given twice"),
         (["--box", "40,30,10,5"], "upper left and the lower right"),
         (["--points", "5,10", "--out", "a.png", "--out", "b.png"], "given twice"),
+        (
+            ["--points", "5,10", "--engine", "openvino"],
+            "engine openvino: it runs folders of ONNX files, and demo is no",
+        ),
+        (["--everything", "--engine", "onnxruntime"], "engine onnxruntime: it runs folders of ONNX files"),
         (["--points", "5,300"], "--points 5,300 lies outside of the picture, 256 x 256 pixels"),
         (["--points", "-5,30"], "--points -5,30 lies outside"),
         (["--box", "300,30,310,35"], "--box 300,30,310,35 lies outside"),

@@ -1,6 +1,11 @@
+import argparse
 import json
 import pickle
+import subprocess
+from collections import defaultdict
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -157,6 +162,57 @@ def test_loading_never_runs_code(tmp_path, capfd):
         with pytest.raises(ValueError, match="could run code when loaded; it was not loaded"):
             load_checkpoint(str(path), build("nano"))
     assert "this ran" not in capfd.readouterr().out
+
+
+class Loud:
+    """An object whose class would print when it is loaded."""
+
+    def __init__(self):
+        self.state = 1
+
+    def __setstate__(self, state):
+        print("this ran")
+
+
+class Call:
+    def __reduce__(self):
+        return (subprocess.call, (["echo", "this ran"],))
+
+
+BESIDE = {
+    "numpy scalar": np.float64(0.5),
+    "numpy array": np.arange(3),
+    "namespace": argparse.Namespace(lr=1e-3, folder=Path("/x")),
+    "defaultdict": defaultdict(list, {"loss": [0.5]}),
+    "object": Loud(),
+    "call": Call(),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_objects_beside_the_weights_are_left_out_and_run_no_code(tmp_path, capfd, name):
+    expected = to_torch(init_params(build("nano"), 0))
+    torch.save({"model": expected, "extra": BESIDE[name]}, tmp_path / "c.pt")
+    _, checkpoint = open_checkpoint(str(tmp_path / "c.pt"), None, None, None)
+    assert same(to_torch(checkpoint.params), expected)
+    assert "this ran" not in capfd.readouterr().out
+
+
+def test_another_pickle_protocol_is_named(tmp_path):
+    torch.save({"model": to_torch(init_params(build("nano"), 0))}, tmp_path / "c.pt", pickle_protocol=4)
+    with pytest.raises(UserError, match="c.pt has a pickle protocol above 2: save it again"):
+        load_checkpoint(str(tmp_path / "c.pt"), build("nano"))
+
+
+def test_a_model_as_an_object_is_named(tmp_path):
+    whole = torch.nn.Linear(2, 2)
+    torch.save(whole, tmp_path / "whole.pt")
+    with pytest.raises(UserError, match="whole.pt holds no state dict but torch.nn.modules.linear.Linear: a SAM"):
+        load_checkpoint(str(tmp_path / "whole.pt"), build("nano"))
+    torch.save({"model": to_torch(init_params(build("nano"), 0)), "ema": whole}, tmp_path / "two.pt")
+    with pytest.raises(UserError, match="two.pt holds objects with tensors of their own beside the model, ema: say"):
+        load_checkpoint(str(tmp_path / "two.pt"), build("nano"))
+    load_checkpoint(f"{tmp_path / 'two.pt'}#model", build("nano"))
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])

@@ -1,6 +1,7 @@
 """Folders of Hugging Face: written for transformers, and read with what their configuration says."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -155,15 +156,16 @@ def change(folder, tmp_path, name, edit):
     return copied
 
 
-def test_a_folder_knows_its_image_size(folder, tmp_path):
-    copied = change(folder, tmp_path, "config.json", lambda c: c.update(image_size=[128, 128]))
-    (copied / "model.safetensors").unlink()
+def test_a_folder_knows_its_image_size(tmp_path):
     from converters.checkpoint import save_checkpoint
+    from converters.hf_config import write_config
 
-    save_checkpoint(copied / "model.safetensors", sam2jq.load("demo")[1])
-    assert sam2jq.load(copied)[0] == sam2jq.build("nano", image_size=128)
+    model = sam2jq.build("nano", image_size=128)
+    save_checkpoint(tmp_path / "model.safetensors", sam2jq.load("demo")[1])
+    write_config(tmp_path, model)
+    assert sam2jq.load(tmp_path)[0] == model
     with pytest.raises(UserError, match="holds a model of image_size 128, not 256"):
-        sam2jq.load(copied, image_size=256)
+        sam2jq.load(tmp_path, image_size=256)
 
 
 @pytest.mark.parametrize("key", ["image_mean", "image_std"])
@@ -173,10 +175,24 @@ def test_another_mean_or_deviation_is_an_error(folder, tmp_path, key):
         sam2jq.load(copied)
 
 
-@pytest.mark.parametrize(("key", "value"), [("do_normalize", False), ("do_rescale", False), ("rescale_factor", 1.0)])
-def test_other_normalization_is_an_error(folder, tmp_path, key, value):
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("do_normalize", False),
+        ("do_rescale", False),
+        ("rescale_factor", 1.0),
+        ("do_resize", False),
+        ("resample", 3),
+        ("size", 1024),
+        ("size", {"longest_edge": 256}),
+        ("do_pad", True),
+    ],
+)
+def test_another_preparation_of_images_is_an_error(folder, tmp_path, key, value):
     copied = change(folder, tmp_path, "processor_config.json", lambda c: c["image_processor"].update({key: value}))
-    with pytest.raises(UserError, match=f"processor_config.json: {key} is {value}, but images are always normalized"):
+    with pytest.raises(
+        UserError, match=rf"processor_config.json: {key} is {re.escape(str(value))}, but images are always prepared"
+    ):
         sam2jq.load(copied)
 
 
@@ -208,3 +224,67 @@ def test_the_video_model_of_transformers_tracks_the_same_masks(tmp_path, transfo
     for x, y in zip(got, expected, strict=True):
         assert y.std() > 0.01
         np.testing.assert_allclose(np.asarray(x).reshape(y.shape), y, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("image_size", 512),
+        ("num_maskmem", 4),
+        ("max_cond_frame_num", 4),
+        ("multimask_max_pt_num", 2),
+        ("sigmoid_bias_for_mem_enc", -9.0),
+        ("memory_attention_rope_theta", 500.0),
+        ("rope_parameters.rope_theta", 500.0),
+        ("enable_occlusion_spatial_embedding", False),
+        ("vision_config.model_type", "timm_wrapper"),
+        ("vision_config.backbone_feature_sizes", [[32, 32], [16, 16], [8, 8]]),
+        ("vision_config.fpn_top_down_levels", [3]),
+        ("vision_config.backbone_config.window_size_per_stage", [8, 4, 14, 7]),
+        ("vision_config.backbone_config.window_size_per_stage", None),
+        ("vision_config.backbone_config.global_attention_blocks", [3]),
+        ("vision_config.backbone_config.hidden_act", "relu"),
+        ("vision_config.backbone_config.layer_norm_eps", 1e-5),
+        ("prompt_encoder_config.image_size", 512),
+        ("mask_decoder_config.num_attention_heads", 4),
+        ("mask_decoder_config.dynamic_multimask_stability_thresh", 0.9),
+    ],
+)
+def test_a_setting_with_which_another_model_is_computed_is_an_error(folder, path, value):
+    """None: the key is left out, which means its default, that of the size tiny."""
+    from converters.checkpoint import read_weights
+    from converters.hf_checks import check_config, read_config
+
+    files = read_config(folder)
+    model = sam2jq.load("demo")[0]
+    check_config(files, model, video=True)
+    assert read_weights(str(folder)).config == files
+    *sections, key = path.split(".")
+    node = files[folder / "config.json"]
+    for section in sections:
+        node = node.setdefault(section, {})
+    node[key] = value
+    shown = "missing" if value is None else repr(value)
+    with pytest.raises(UserError, match=rf"config\.json: {re.escape(path)} is {re.escape(shown)}, "):
+        check_config(files, model, video=True)
+
+
+@pytest.mark.parametrize("kind", ["Sam2Config", "Sam2VideoConfig"])
+def test_every_setting_of_transformers_is_compared_or_known_to_change_nothing(transformers, kind):
+    from converters.hf_checks import IMAGE, VIDEO, equal, flat
+
+    expected = flat(IMAGE | (VIDEO if kind == "Sam2VideoConfig" else {}))
+    given = flat(getattr(transformers, kind)().to_dict())
+    assert all(equal(given[key], value) for key, value in expected.items() if key != "memory_attention_rope_theta")
+    same = re.compile(r".*(id2label|label2id|dropout|initializer_range|layer_scale_init_value|model_type|rope_type)")
+    general = {*transformers.PreTrainedConfig().to_dict(), "_name_or_path"}
+    rest = {key for key in given.keys() - expected.keys() if key.rpartition(".")[2] not in general}
+    assert [key for key in rest if not same.match(key)] == ["vision_config.backbone_config.num_attention_heads"]
+
+
+def test_a_folder_of_another_model_is_an_error(tmp_path):
+    from converters.hf_checks import read_config
+
+    (tmp_path / "config.json").write_text('{"model_type": "edgetam_video"}')
+    with pytest.raises(UserError, match="config.json: model_type is edgetam_video, but only SAM 2"):
+        read_config(tmp_path)

@@ -2,6 +2,7 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,12 +27,31 @@ def params():
         (POINTER, "is a pointer of git-lfs, not the file itself: run git lfs pull"),
         (b"\n<!DOCTYPE html><html>", "is a page of HTML, not a checkpoint: download the file itself"),
         (b"<HTML><body>404", "is a page of HTML"),
+        (b"GGUF\3\0\0\0", "is a GGUF file, not a checkpoint: give the .pt or .safetensors file"),
+        (b"\x1c\0\0\0TFL3", "is a TensorFlow Lite model"),
+        (b"\x89HDF\r\n", "is an HDF5 file"),
+        (b"<?xml version='1.0'?><net/>", "is an XML file"),
     ],
 )
 def test_a_file_of_another_kind_is_said_to_be_that(tmp_path, suffix, content, message):
     (tmp_path / f"c{suffix}").write_bytes(content)
     with pytest.raises(UserError, match=rf"/c{suffix} {message}"):
         sam2jq.load(tmp_path / f"c{suffix}")
+
+
+def test_models_of_other_programs_are_named(tmp_path):
+    (tmp_path / "m.onnx").write_bytes(b"\x08\x08\x12\x07pytorch")
+    (tmp_path / "m.mlpackage").mkdir()
+    np.savez(tmp_path / "m.npz", x=np.zeros(3))
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "m.pt")
+    for name, message in {
+        "m.onnx": "is an ONNX model, not a checkpoint: give the .pt or .safetensors file that it was made from",
+        "m.mlpackage": "is a Core ML model, not a checkpoint",
+        "m.npz": "is a zip archive of another program than torch.save: it holds x.npy",
+        "m.pt": "is a TorchScript program: give the .pt or .safetensors file that it was made from, or its state_dict",
+    }.items():
+        with pytest.raises(UserError, match=f"{name} {message}"):
+            sam2jq.load(tmp_path / name)
 
 
 def test_a_file_with_the_ending_of_another_kind_is_to_be_renamed(tmp_path, params):

@@ -85,7 +85,16 @@ def test_of_several_models_one_has_to_be_named(tmp_path, nano, name):
         sam2jq.load(f"{tmp_path / 'c.pt'}#best")
 
 
-@pytest.mark.parametrize("names", [["lora.blocks.0.lora_A"], ["adapters.0.weight"], ["model.x.lora_B.default.weight"]])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["lora.blocks.0.lora_A"],
+        ["adapters.0.weight"],
+        ["model.x.lora_B.default.weight"],
+        ["w_As.0.weight"],
+        ["x.qkv.linear_a_q.weight"],
+    ],
+)
 def test_adapters_beside_a_model_are_an_error(tmp_path, nano, names):
     torch.save(prefixed(nano, "sam2.") | {name: torch.ones(2) for name in names}, tmp_path / "flat.pt")
     torch.save({"model": nano, "extra": {name: torch.ones(2) for name in names}}, tmp_path / "nested.pt")

@@ -76,15 +76,25 @@ def test_an_instance_has_the_mask_its_box_and_the_category_of_its_annotation(roo
     np.testing.assert_array_equal(instance.box, [x.min(), y.min(), x.max() + 1, y.max() + 1])
 
 
-@pytest.mark.parametrize("entry", [{"height": None}, {"width": "30"}])
+@pytest.mark.parametrize("entry", [{"height": None}, {"width": "30"}, {"height": 20.5}, {"width": float("nan")}])
 def test_an_image_without_a_size_is_named(root, entry):
     write_json(root, [annotation(SQUARE)])
     path = next((root / "annotations").glob("*.json"))
     content = json.loads(path.read_text())
     content["images"][0] |= entry
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=rf"image 1 \(a.jpg\) has no {next(iter(entry))}, a whole number of pixels"):
+    key, value = next(iter(entry.items()))
+    with pytest.raises(UserError, match=rf"image 1 \(a.jpg\) has .*{key} {value!r}.*: give whole numbers of pixels"):
         coco_images(str(root))
+
+
+def test_a_size_may_be_written_with_a_point(root):
+    write_json(root, [annotation(SQUARE)])
+    path = next((root / "annotations").glob("*.json"))
+    content = json.loads(path.read_text())
+    content["images"][0] |= {"height": float(SIZE[0]), "width": float(SIZE[1])}
+    path.write_text(json.dumps(content))
+    assert coco_images(str(root))[0].size == SIZE
 
 
 @pytest.mark.parametrize("compressed", [False, True])

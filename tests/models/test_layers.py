@@ -191,6 +191,8 @@ def test_an_unknown_model_is_named_with_a_suggestion():
         build("baseplus")
     with pytest.raises(ValueError, match=r"2\.0, 2\.1"):
         build("tiny", "3.0")
+    with pytest.raises(ValueError, match="image_size is 8192 pixels at most, got 100000: one map .* would take 240 GB"):
+        build("tiny", image_size=100_000)
     with pytest.raises(ValueError, match="multiple of 32 pixels, got 1000"):
         build("tiny", image_size=1000)
 

@@ -4,16 +4,18 @@ import chex
 import jax
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from converters.exports.vanilla import define_torchvision_operators
-from sam2jq import AutomaticMaskGenerator, ImagePredictor, VideoPredictor, build
+from sam2jq import ImagePredictor
 from sam2jq.data import draw_scene
 from sam2jq.errors import UserError
 from sam2jq.models import chunking
 from sam2jq.models.decoder import Decoded
-from sam2jq.models.sam2 import abstract_params
+from sam2jq.models.precision import float_dtype
 from sam2jq.predictors import image as image_module
+from sam2jq.tree import flatten
 from tests.conftest import nhwc, relative, twin
 
 
@@ -48,6 +50,9 @@ PROMPTS["points and mask"] = POINT | PROMPTS["mask"]
 PROMPTS["no points"] = {"point_coords": np.zeros((0, 2)), "point_labels": np.zeros(0, int)}
 PROMPTS["nothing"] = {}
 PROMPTS["no points beside a box"] = PROMPTS["no points"] | PROMPTS["box"]
+PROMPTS["boxes as corners"] = {"box": PROMPTS["boxes"]["box"].reshape(3, 2, 2)}
+PROMPTS["numbers of boxes in a row"] = {"box": PROMPTS["boxes"]["box"].ravel()}
+PROMPTS["a box with two more axes"] = {"box": PROMPTS["box"]["box"].reshape(1, 1, 4)}
 PROMPTS["a box as points"] = {"point_coords": np.array([[20, 30], [200, 250]]), "point_labels": [2, 3]}
 
 
@@ -104,6 +109,17 @@ def test_bfloat16_activations_stay_close(predictors):
     assert str(half.get_image_embedding().dtype) == "bfloat16"
     got, expected = (p.predict(**POINT, return_logits=True)[0] for p in (half, ours))
     assert 0 < relative(got, expected) < 0.012
+    mlps = [leaf.dtype for path, leaf in flatten(half.params).items() if "/mlp/" in path and path.endswith("/kernel")]
+    assert mlps
+    assert set(mlps) == {np.dtype("bfloat16")}
+
+
+def test_accelerators_compute_in_bfloat16_unless_told_otherwise(monkeypatch):
+    assert float_dtype("auto") == "float32"
+    for backend in ("gpu", "tpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        assert float_dtype("auto") == "bfloat16"
+    assert float_dtype("float32") == "float32"
 
 
 def test_no_points_beside_boxes_are_the_boxes_alone(predictors):
@@ -164,6 +180,8 @@ def test_logits_of_any_sign_are_no_mask(predictors):
         ({"mask_input": np.zeros((1, 8, 8))}, r"mask_input \[1, 8, 8\] must be \[1, 64, 64\]"),
         ({"box": np.zeros((3, 4)), **POINT}, "the same number of prompts"),
         ({"box": [1, 2, 3]}, r"box \[3\] must be \[4\] or \[P, 4\]"),
+        ({"box": np.zeros((4, 2))}, r"box \[4, 2\] must be \[4\] or \[P, 4\]"),
+        ({"point_coords": [[[1, 2]]] * 2, "point_labels": [1, 0]}, r"\[2, 1, 2\] and point_labels \[2\] must be"),
         ({"point_coords": [[np.nan, 1]], "point_labels": [1]}, "point_coords holds NaN or infinite values"),
         ({"point_coords": [[1e39, 1]], "point_labels": [1]}, "point_coords holds NaN or infinite values"),
         ({"point_coords": [[None, 1]], "point_labels": [1]}, "point_coords holds NaN or infinite values"),
@@ -179,6 +197,17 @@ def test_logits_of_any_sign_are_no_mask(predictors):
 def test_a_wrong_prompt_is_named(predictors, prompt, message):
     with pytest.raises(UserError, match=message):
         predictors[1].predict(**prompt)
+
+
+def test_tensors_of_bfloat16_are_taken(predictors):
+    tensor = lambda values: torch.tensor(values, dtype=torch.bfloat16)
+    given = PROMPTS["points and mask"]
+    given = given | {"mask_input": np.asarray(tensor(given["mask_input"]).float())}
+    expected = predictors[1].predict(**given | {"point_coords": [[100, 200], [30.5, 40]]})
+    got = predictors[1].predict(**{name: tensor(values) for name, values in given.items()})
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    with pytest.raises(UserError, match=r"an image must be uint8 \[H, W, 3\], got float32"):
+        ImagePredictor(predictors[1].model, predictors[1].params).set_image(torch.zeros(9, 9, 3, dtype=torch.bfloat16))
 
 
 def test_an_image_that_is_refused_leaves_none(predictors):
@@ -261,6 +290,18 @@ def test_prompts_one_at_a_time_are_those_together(predictors, monkeypatch):
         chex.assert_trees_all_close(other, together, rtol=1e-4, atol=1e-4)
 
 
+def test_one_mask_for_all_prompts_and_no_prompt_are_decoded_as_together(predictors, monkeypatch):
+    ours = ImagePredictor(predictors[1].model, predictors[1].params)
+    ours._images = predictors[1]._images
+    calls = PROMPTS["batch of points"] | PROMPTS["mask"], PROMPTS["nothing"]
+    together = [ours.predict(**prompt, return_logits=True) for prompt in calls]
+    monkeypatch.setattr(chunking, "CPU_CHUNK_SIZE", 64 * 64 * 8)  # one prompt
+    monkeypatch.setattr(image_module, "_decode", jax.jit(image_module._decode.__wrapped__, static_argnums=0,
+                                                         static_argnames="multimask"))  # fmt: skip
+    for prompt, expected in zip(calls, together):
+        chex.assert_trees_all_close(ours.predict(**prompt, return_logits=True), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_batches_equal_the_original_predictor(predictors):
     original, ours = predictors
     images = [draw_scene(1, 160).image[:120], draw_scene(2, 96).image]
@@ -296,15 +337,3 @@ def test_batches_that_do_not_fit_are_an_error(predictors):
         ours.predict_batch(box_batch=[np.array([0, 0, 5, 5])])
     with pytest.raises(RuntimeError, match="a batch of images is set: call predict_batch, or call set_image"):
         ours.predict(**POINT)
-
-
-@pytest.mark.parametrize("predictor", [AutomaticMaskGenerator, ImagePredictor, VideoPredictor])
-def test_params_of_another_model_are_an_error(predictor):
-    model, params = build("nano", image_size=64), abstract_params(build("tiny"))
-    for arguments, message in (
-        ((model, params), f"{predictor.__name__}: the params are not those of the model: .* do not fit"),
-        ((params, model), "the model must be the one that sam2jq.load returns, got dict"),
-        ((model, model), "params must be the tree that sam2jq.load returns, got SAM2"),
-    ):
-        with pytest.raises(UserError, match=message):
-            predictor(*arguments)

@@ -76,7 +76,7 @@ def test_one_conditioning_frame_before_and_one_after_are_the_fewest():
 @pytest.mark.parametrize("predictor", OWN.values())
 @pytest.mark.parametrize("dtype", ["int8", "float8", "half a float"])
 def test_an_unknown_dtype_is_refused(predictor, dtype):
-    with pytest.raises(UserError, match="allowed: float32, bfloat16, float16"):
+    with pytest.raises(UserError, match="allowed: auto, float32, bfloat16, float16"):
         predictor(NANO, abstract_params(NANO), dtype=dtype)
 
 

@@ -172,6 +172,9 @@ UNUSUAL = {
     "a box as points": {"points": BOX.reshape(2, 2), "labels": [2, 3]},
     "a box and a click as points": {"points": [[100, 90], [180, 200], [120, 100]], "labels": [2, 3, 1]},
     "box [2, 2]": {"box": BOX.reshape(2, 2)},
+    "box [1, 2, 2]": {"box": BOX.reshape(1, 2, 2)},
+    "points [1, N, 2] and labels [N]": {"points": BOX.reshape(1, 2, 2), "labels": [1, 0]},
+    "points [N, 2] and labels [1, N]": {"points": BOX.reshape(2, 2), "labels": [[1, 0]]},
 }
 
 
