@@ -21,13 +21,16 @@ from sam2jq.data import draw_scene
 CACHE_DIR = "JAX_COMPILATION_CACHE_DIR"
 XLA_DEFAULTS = os.environ.get("SAM2JQ_XLA_DEFAULTS") == "1"  # compile as users do: `make test-default-xla`
 LONGEST = (
-    "cli/test_main",
-    "test_demo_model",
-    "test_parity",
+    "test_distill_end_to_end",
     "test_trainer",
-    "predictors/test_video",
     "test_pipeline",
+    "test_parity",
+    "test_api",
+    "test_demo_model",
+    "predictors/test_video",
     "predictors/test_image",
+    "exports/test_onnx",
+    "test_distributed",
 )
 SHARED = Path(__file__).parents[2] / "shared"
 

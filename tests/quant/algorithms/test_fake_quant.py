@@ -90,7 +90,7 @@ def test_weights_that_are_rounded_together_are_those_rounded_alone():
             leaves = flatten(materialize_all(params))
             return sum(jnp.sin(jnp.asarray(x) * (1 + i)).sum() for i, x in enumerate(jax.tree.leaves(leaves)))
 
-        return jax.value_and_grad(fn)(params)
+        return jax.jit(jax.value_and_grad(fn))(params)
 
     together, alone = total(lambda p: materialize_weights(materialize_fake_quant(p))), total(materialize_weights)
     jax.tree.map(lambda got, expected: np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6), together, alone)
