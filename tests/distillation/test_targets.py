@@ -89,13 +89,12 @@ def test_masks_are_at_no_distance_from_themselves_and_the_gradient_leads_there()
     np.testing.assert_allclose(jax.grad(mask_distance)(expected, expected), 0, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_targets_are_computed_in_the_teacher_s_dtype_and_are_float32(dtype):
+def test_targets_are_computed_in_the_teacher_s_dtype_and_are_float32():
     small = SAM2(SMALL)
-    run = target_program(Teacher(small, {}, dtype), DistillLossConfig(prompts=2, objects=1), 0)
+    run = target_program(Teacher(small, {}, "bfloat16"), DistillLossConfig(prompts=2, objects=1), 0)
     args = abstract_params(small), jnp.zeros((1, 1, 64, 64, 3)), jnp.zeros(1, jnp.uint32)
     traced = run.trace(*args)
-    assert ("bf16[" in str(traced.jaxpr)) == (dtype == "bfloat16")
+    assert "bf16[" in str(traced.jaxpr)
     assert {leaf.dtype for leaf in jax.tree.leaves(traced.out_info)} == {np.dtype("float32"), np.dtype("int32")}
 
 
