@@ -22,6 +22,7 @@ LONG = [
     ("large", "2.0"),
     ("large", "2.1"),
     ("base-plus", "2.0"),
+    ("base-plus", "2.1"),
     ("small", "2.0"),
     ("small", "2.1"),
     ("tiny", "2.1"),

@@ -142,7 +142,9 @@ AVERAGED = ["--train.accumulate", "2", "--train.ema", "0.9"]
 
 
 @pytest.mark.parametrize(
-    ("step", "flags"), [(1, []), pytest.param(3, [], marks=pytest.mark.slow), (20, []), (7, AVERAGED)], ids=str
+    ("step", "flags"),
+    [*[pytest.param(step, [], marks=pytest.mark.slow) for step in (1, 3)], (20, []), (7, AVERAGED)],
+    ids=str,
 )
 def test_a_killed_run_ends_as_one_that_was_not(tmp_path, step, flags):
     """To the bit, and with the same log."""

@@ -30,7 +30,7 @@ def start(failing):
     return [subprocess.Popen([*command, str(index), str(failing)], **pipes) for index in (0, 1)]
 
 
-@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("failing", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_when_one_process_fails_during_set_up_the_others_end_too_and_name_the_cause(failing):
     begin, processes = time.monotonic(), start(failing)
     errors = [process.communicate(timeout=90)[1] for process in processes]

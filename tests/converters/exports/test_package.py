@@ -73,6 +73,7 @@ def test_the_vanilla_file_computes_what_the_quantized_model_computes(tmp_path):
         assert relative(nhwc(z), nhwc(y)) > 1e-2  # quantization to 4 bits changes the output
 
 
+@pytest.mark.slow
 def test_tiny_with_four_bits_takes_at_most_20_6_megabytes(tmp_path):
     params = init_params(build("tiny"), 0)
     quantized = round_weights(params, dict.fromkeys(layers(params), QuantSpec(4)))

@@ -41,7 +41,7 @@ def weight(*shape, seed=0):
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-@pytest.mark.parametrize("shape", [(40, 12), (3, 3, 8, 12)])
+@pytest.mark.parametrize("shape", [pytest.param((40, 12), marks=pytest.mark.slow), (3, 3, 8, 12)])
 def test_traced_bits_round_as_static_ones_to_the_bit(spec, shape):
     """A compiled program may add in another order: 1e-6."""
     w = weight(*shape)
