@@ -4,11 +4,11 @@ from dataclasses import dataclass, field
 
 from sam2jq.config.quant import QuantConfig
 from sam2jq.errors import ConfigError, one_of
-from sam2jq.models.variants import MEMORY_BITS, VARIANTS, VERSIONS
+from sam2jq.models.variants import FLOATS, MEMORY_BITS, VARIANTS, VERSIONS
 from sam2jq.quant.field_types import check_types
 
 DEVICES = ("auto", "cpu", "gpu", "cuda", "tpu")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", *FLOATS)
 TASKS = ("image", "vos", "everything")
 ENGINES = ("auto", "openvino", "onnxruntime")
 

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from sam2jq.errors import UserError
+from sam2jq.models.variants import FLOATS
 from sam2jq.tree import flatten, unflatten
 
-FLOATS = ("float32", "bfloat16", "float16")
 # parts whose layers all have inputs in the dtype of the images
 CAST = ("image_encoder.", "sam_mask_decoder/", "memory_attention/", "memory_encoder/")
 

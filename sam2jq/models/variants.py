@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from sam2jq.errors import UserError, suggest
 
 VERSIONS = ("2.0", "2.1")
+FLOATS = ("float32", "bfloat16", "float16")  # dtypes that a model computes in
 NO_OBJECT = -1024.0  # the mask logit where the object is not in the frame
 MEMORIES = 7  # temporal positions of a memory: 0 for conditioning frames, 1..6 for six frames ago to the last frame
 MEMORY_BITS = (8, 4)  # that memories and pointers can be stored in, beside floats

@@ -70,7 +70,10 @@ def padded_points(coords: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, n
 
 
 def power_of_two(count: int) -> int:
-    """The smallest power of two that is not below `count`, a positive number."""
+    """The smallest power of two that is not below `count`, a positive number.
+
+    Counts in the shapes of compiled programs are padded to it, so that few are compiled.
+    """
     return 1 << (count - 1).bit_length()
 
 

@@ -12,7 +12,8 @@ from sam2jq.predictors.bank_arrays import FrameInfo, FrameOutput, MemoryBank
 from sam2jq.predictors.packed_memory import check_memory_bits
 from sam2jq.predictors.pretrained import FromPretrained
 from sam2jq.predictors.prompted_video import PromptedVideo
-from sam2jq.predictors.video_state import check_max_cond_frames, padded_count
+from sam2jq.predictors.prompts import power_of_two
+from sam2jq.predictors.video_state import check_max_cond_frames
 from sam2jq.predictors.video_steps import (
     condition_frame,
     encode_frame,
@@ -81,7 +82,7 @@ class VideoPredictor(PromptedVideo, FromPretrained):
         return self.model.variant.image_size
 
     def batch_size(self, objects: int) -> int:
-        return padded_count(objects)
+        return power_of_two(objects)
 
     def encode_frame(self, image: np.ndarray) -> list[Array]:
         return encode_frame(self.model, self.params, jnp.asarray(image, self.dtype))

@@ -11,6 +11,7 @@ from sam2jq.data.video import Video
 from sam2jq.errors import UserError
 from sam2jq.models.variants import MEMORIES, POINTERS
 from sam2jq.predictors.bank_arrays import EMPTY, FrameInfo, FrameOutput, MemoryBank
+from sam2jq.predictors.prompts import power_of_two
 from sam2jq.predictors.spilled_outputs import SpilledOutputs
 
 
@@ -97,7 +98,7 @@ def memory_bank(objects: list[ObjectState], frame: int, reverse: bool, max_cond:
     non-conditioning frame, if it is near enough. Conditioning frames are padded to 1, 2, 4, 8, ... with empty ones.
     """
     cond = [closest_cond_frames(obj.cond, frame, max_cond) for obj in objects]
-    cond_count = padded_count(max(map(len, cond)))
+    cond_count = power_of_two(max(map(len, cond)))
     blank = blank_output(objects)
     step = 1 if reverse else -1
     non_cond_frames = [frame + age * step for age in range(1, POINTERS + 1)]
@@ -134,11 +135,6 @@ def closest_cond_frames(cond: dict[int, FrameOutput], frame: int, count: int) ->
     chosen = [*([max(before)] if before else []), *([min(after)] if after else [])]
     others = sorted((t for t in cond if t not in chosen), key=lambda t: abs(t - frame))
     return {t: cond[t] for t in [*chosen, *others][:count]}
-
-
-def padded_count(count: int) -> int:
-    """The next power of two: counts in the shapes of compiled programs are padded to it, so that few are compiled."""
-    return 2 ** (count - 1).bit_length()
 
 
 def blank_output(objects: list[ObjectState]) -> FrameOutput:

@@ -33,9 +33,9 @@ def test_prompts_of_a_file_are_those_written(write, tmp_path):
     assert three.mask == str(tmp_path / "masks/2.png")
 
 
-def test_a_tilde_in_a_file_is_the_users_folder(write, monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    assert read_prompts(write([{"object": 2, "mask": "~/masks/2.png"}]))[0].mask == "/home/me/masks/2.png"
+def test_a_tilde_in_a_file_is_the_users_folder(write, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read_prompts(write([{"object": 2, "mask": "~/masks/2.png"}]))[0].mask == str(tmp_path / "masks/2.png")
 
 
 POINT = {"object": 1, "points": [[5, 5]]}
