@@ -107,6 +107,11 @@ def as_numpy(value) -> np.ndarray:
     return np.asarray(value)
 
 
+def pixels_of(image) -> np.ndarray:
+    """The array of an image, which may be a PIL image, as `rgb_pixels` reads it, or an array or tensor, as it is."""
+    return rgb_pixels(image) if isinstance(image, Image.Image) else as_numpy(image)
+
+
 def check_image(image) -> None:
     """Raises UserError unless `image` is an array uint8 [H, W, 3] with a pixel at least."""
     shape, dtype = getattr(image, "shape", ()), getattr(image, "dtype", type(image).__name__)

@@ -6,11 +6,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from sam2jq.data import preprocess
 from sam2jq.data.coco_masks import encode_runs, run_text
-from sam2jq.data.images import as_numpy, check_image, rgb_pixels
+from sam2jq.data.images import check_image, pixels_of
 from sam2jq.errors import UserError
 from sam2jq.models.params import check_params
 from sam2jq.models.precision import cast_kernels, float_dtype
@@ -112,7 +111,7 @@ class AutomaticMaskGenerator(FromPretrained):
         "predicted_iou"; "point_coords", [[x, y]] of the click; "stability_score".
         Raises UserError for an image or a crop that is 1 pixel high or wide, in which masks have no extent.
         """
-        image = rgb_pixels(image) if isinstance(image, Image.Image) else as_numpy(image)
+        image = pixels_of(image)
         check_image(image)
         size = image.shape[:2]
         crops = crop_boxes(size, self.crop_n_layers, self.crop_overlap_ratio)

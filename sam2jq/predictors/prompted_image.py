@@ -3,9 +3,8 @@
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from sam2jq.data.images import as_numpy, preprocess, rgb_pixels
+from sam2jq.data.images import pixels_of, preprocess
 from sam2jq.errors import UserError
 from sam2jq.predictors.prompts import LOGIT_LIMIT, mask_logits, point_prompts
 
@@ -77,7 +76,7 @@ class PromptedImage:
         self._images, self._is_batch = [self._encode(image) for image in image_list], True
 
     def _encode(self, image) -> EncodedImage:
-        image = rgb_pixels(image) if isinstance(image, Image.Image) else as_numpy(image)
+        image = pixels_of(image)
         return EncodedImage(self.encode(preprocess(image, self.image_size)[None]), image.shape[:2])
 
     def get_image_embedding(self):
