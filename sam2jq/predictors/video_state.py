@@ -151,8 +151,8 @@ def stack(outputs: list[FrameOutput]) -> FrameOutput:
 
 
 def same_cond_frames(objects: list[ObjectState], frame: int, other: int, count: int) -> bool:
-    """Whether the `closest_cond_frames` of each object are the same in two frames."""
-    chosen = lambda obj, frame: closest_cond_frames(obj.cond, frame, count).keys()
+    """Whether the `closest_cond_frames` of each object are the same, in the same order, in two frames."""
+    chosen = lambda obj, frame: list(closest_cond_frames(obj.cond, frame, count))
     return all(chosen(obj, frame) == chosen(obj, other) for obj in objects)
 
 
