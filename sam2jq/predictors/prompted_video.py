@@ -266,11 +266,12 @@ class PromptedVideo(FrameSteps):
 
         Where there are none, they are on the device already.
         """
-        is_cond, blank = np.array([frame in obj.cond for obj in batch]), blank_output(batch)
+        is_cond = np.array([frame in obj.cond for obj in batch])
         if is_cond.any():
+            blank = blank_output(batch)
             return self.to_device((stack([obj.cond.get(frame, blank) for obj in batch]), is_cond))
         if state.no_cond is None or len(state.no_cond[1]) != len(batch):
-            state.no_cond = self.to_device((stack([blank] * len(batch)), is_cond))
+            state.no_cond = self.to_device((stack([blank_output(batch)] * len(batch)), is_cond))
         return state.no_cond
 
     def _clears(self, state: VideoState) -> bool:

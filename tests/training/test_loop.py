@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import threading
 
 import jax
@@ -73,6 +75,29 @@ def test_a_checkpoint_is_written_while_training_goes_on(tmp_path, monkeypatch):
     assert waited == [True]
     with open_checkpoints(tmp_path) as checkpoints:
         assert restore(checkpoints, state)[1]["w"].tolist() == [0] * 1000
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from tests.training import test_loop as loop
+finalize, calls = loop.ocp.StandardCheckpointHandler.finalize, []
+def kill(*args):
+    calls.append(0)
+    return finalize(*args) if len(calls) < 2 else os._exit(9)
+loop.ocp.StandardCheckpointHandler.finalize = kill
+loop.run(Path(sys.argv[1]), 20)
+"""
+
+
+@pytest.mark.slow  # starts a process
+def test_a_run_that_was_killed_while_it_wrote_a_checkpoint_goes_on_from_the_one_before(tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "killed"], check=False)
+    assert done.returncode == 9
+    with open_checkpoints(tmp_path / "killed") as checkpoints:
+        assert checkpoints.latest_step() == 5
+    resumed, uninterrupted = run(tmp_path / "killed", 20)[0], run(tmp_path / "whole", 20)[0]
+    np.testing.assert_array_equal(resumed.params["w"], uninterrupted.params["w"])
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run(tmp_path):
