@@ -238,6 +238,8 @@ class EvaluateConfig:
     # scenes:<seed>; a COCO, LVIS, Roboflow or SA-1B folder (image); an SA-V, DAVIS, MOSE or YouTube-VOS folder (vos);
     # a folder of images (everything)
     data: str = ""
+    # boxes of a detector for the images of a COCO folder, a json in COCO's results format: COCO's mask AP for image
+    boxes: str = ""
     # the checkpoint that everything is compared with, such as the one that was quantized
     reference: str = ""
     everything: EverythingConfig = field(default_factory=EverythingConfig)
@@ -262,6 +264,8 @@ class EvaluateConfig:
             raise ConfigError(f"memory_bits: task {self.task} has no memory: leave it out, or set task to vos")
         if not self.data:
             raise ConfigError("data is not set: give a COCO or SA-V folder, or scenes:0 for synthetic images")
+        if self.boxes and self.task != "image":
+            raise ConfigError(f"boxes: task {self.task} takes no boxes: leave it out, or set task to image")
         if bool(self.reference) != (self.task == "everything"):
             raise ConfigError("reference: set it to the checkpoint to compare with, for task everything only")
         if self.num_samples is not None and self.num_samples < 1:

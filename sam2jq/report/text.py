@@ -41,6 +41,9 @@ def scores(results: dict) -> str:
     """The scores that `evaluate` measured, one per line."""
     if "recall" in results:
         lines = everything(results)
+    elif "ap" in results:
+        lines = [(name, "-" if value is None else f"{value:.4f}") for name, value in results["ap"].items()]
+        lines.append(("boxes", f"{results['boxes']} in {results['images']} images"))
     elif "miou" in results:
         lines = [(name, f"mIoU {value:.4f}") for name, value in results["miou"].items()]
         lines.append(("instances", f"{results['instances']} in {results['images']} images"))
