@@ -104,6 +104,8 @@ class MeasureConfig:
     split: str = ""
     # number of clips, from the first; null: all
     num_clips: int | None = None
+    # 8, 4 or both: J&F of the result also with memories of earlier frames in so many bits, as `track --memory_bits`
+    memory_bits: list[int] = field(default_factory=list)
     # number of images, of those for mIoU if there are, else of calibration's, in which the masks of `segment
     # --everything` are compared with those of full precision
     num_everything: int = 0
@@ -117,6 +119,10 @@ class MeasureConfig:
                 raise ConfigError(f"num_{name} is not set: there is no end of synthetic scenes, give a number")
             if number is not None and number < 1:
                 raise ConfigError(f"num_{name} must be at least 1, got {number}")
+        for bits in self.memory_bits:
+            check_memory_bits(bits)
+        if self.memory_bits and not self.clips:
+            raise ConfigError("memory_bits: it is measured on clips: set clips too, or leave it out")
         for name in ("allow_missing", "num_everything"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
