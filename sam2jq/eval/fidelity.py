@@ -154,13 +154,19 @@ def score_images(
 
 
 def score_clips(model: SAM2, variants: Mapping[str, dict], clips: list[LabeledClip], config: Config) -> dict:
-    """{"video": {variant: {"j", "f", "j&f"}}, in percent, "video_clips", "video_objects"}."""
+    """{"video": {variant: {"j", "f", "j&f"}}, in percent, "video_clips", "video_objects"}.
+
+    Also of the last variant with the memories in each of `measure.memory_bits`, as "memory in 8 bits".
+    """
+    runs = {name: (params, None) for name, params in variants.items()}
+    last_params = next(reversed(variants.values()))
+    runs |= {f"memory in {bits} bits": (last_params, bits) for bits in config.measure.memory_bits}
     results = {
         name: evaluate_clips(
-            VideoPredictor(model, params, dtype=config.model.dtype),
+            VideoPredictor(model, params, dtype=config.model.dtype, memory_bits=bits),
             tqdm(clips, unit="clip", leave=False, disable=None),
         )
-        for name, params in variants.items()
+        for name, (params, bits) in runs.items()
     }
     last = next(reversed(results.values()))
     scores = {name: {key: result[key] for key in ("j", "f", "j&f")} for name, result in results.items()}

@@ -35,7 +35,7 @@ def clicks(prompts: int) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize(
     ("name", "version", "size"),
-    [("nano", "2.1", 256), ("tiny", "2.0", 480)]
+    [("nano", "2.1", 256), pytest.param("tiny", "2.0", 480, marks=pytest.mark.end_to_end)]
     + [
         pytest.param(*case, marks=pytest.mark.slow)
         for case in (

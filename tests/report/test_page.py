@@ -185,6 +185,19 @@ def test_the_verdict_has_everything_found_again():
     assert miou["behind"] == "3 images, 22 masks before and 20 after, another number in 1 image"
 
 
+def test_the_verdict_has_j_and_f_with_memory_in_fewer_bits():
+    found = metrics(4, 0.6)
+    values = zip([*found["results"]["kinds"], "memory in 8 bits"], (70.0, 69.0, 68.5))
+    video = {name: {"j&f": value} for name, value in values}
+    found |= {
+        "results": found["results"] | {"video": video, "video_clips": 2, "video_objects": 5, "video_data": "sa-v"}
+    }
+    assert not check_metrics(json.loads(json.dumps(found)))
+    rows = {row["name"]: row for row in scores(found)}
+    assert rows["J&F"]["change"] == -1
+    assert rows["J&F, memory in 8 bits"]["change"] == -1.5
+
+
 def test_the_verdict_has_the_scores_of_onnx_files_beside_full_precision():
     found = metrics(4, 0.6)
     miou = found["results"]["miou"] | {"onnxruntime": dict.fromkeys(("box", "1 click", "3 clicks"), 0.55)}
