@@ -46,7 +46,7 @@ def run(params, x):
     return outputs
 
 
-def loss(params, batch, key=None):
+def loss(params, batch):
     got, expected = run(materialize_weights(params), batch), run(PLAIN, batch)
     energy = lambda x: jnp.square(x).sum(-1)
     layers = jnp.stack([(energy(got[name] - expected[name]) / energy(expected[name])).mean() for name in LAYERS])
