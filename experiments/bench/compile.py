@@ -26,7 +26,8 @@ HEAD = """\
 device, with arguments and results. GFLOP are those of matrix products and convolutions. The estimate is the TPU
 compiler's own count of cycles (v5e at 1.5 GHz, v6e at 1.75 GHz), without communication between devices. The floor is
 the time of the products alone at the maker's rate (v5e 197, v6e 918 TFLOP/s in bfloat16, twice that in int8, a sixth in
-float32 `highest`). GPU compilers estimate no time. The H100's programs are compiled without cuDNN.
+float32 `highest`). GPU compilers estimate no time. The H100's programs are compiled without cuDNN. Seconds of compiling
+are of two cores that others used, too.
 
 """
 COLUMNS = (
