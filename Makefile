@@ -120,11 +120,11 @@ compile-check: setup $(COMPILERS)/tpu $(if $(CUDA),$(COMPILERS)/cuda)
 	PYTHONPATH=$(COMPILERS) $(VENV)/bin/python experiments/bench/compile.py --out experiments/bench/compile.md \
 	  --targets v5e v6e $(if $(CUDA),h100) $(ARGS)
 
-$(COMPILERS)/tpu: setup
+$(COMPILERS)/tpu: | setup
 	$(PIP) --no-deps --target $(COMPILERS) $(LIBTPU)
 	touch $@
 
-$(COMPILERS)/cuda: setup
+$(COMPILERS)/cuda: | setup
 	$(PIP) --no-deps --target $(COMPILERS) $(CUDA_COMPILER)
 	touch $@
 

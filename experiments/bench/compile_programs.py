@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from sam2jq import QuantSpec, build
 from sam2jq.config.distill import DataConfig, DistillConfig
 from sam2jq.config.run import ModelConfig
+from sam2jq.data.images import MEAN, STD
 from sam2jq.distillation.bit_trials import bits_program
 from sam2jq.distillation.losses import PARTS, distillation_loss
 from sam2jq.distillation.target_cache import Teacher, target_program
@@ -44,13 +45,11 @@ W8, W4, A8 = QuantSpec(8), QuantSpec(4, group_size=128), QuantSpec(8)
 
 
 class Program(NamedTuple):
-    """trace(mesh) -> jax.stages.Traced; devices: how many it runs on; quick: whether `--quick` compiles it; cheap:
-    whether CI does."""
+    """trace(mesh) -> jax.stages.Traced; devices: how many it runs on; quick: whether `--quick` compiles it, and CI."""
 
     trace: Callable[[Mesh], object]
     devices: int = 1
     quick: bool = False
-    cheap: bool = False
 
 
 def shaped(tree, sharding, dtype=None):
@@ -81,7 +80,7 @@ def decoder(name: str, dtype, mesh: Mesh):
 
 
 def video_step(name: str, dtype, objects: int, mesh: Mesh):
-    """One frame of a clip with a full memory bank: the encoder, memory attention, the decoder, and the new memory."""
+    """A frame of a clip, in bytes, with a full memory bank: encoder, memory attention, decoder, and the new memory."""
     model, place = build(name), partial(shaped, sharding=replicated(mesh))
     v = model.variant
     side, memory = v.image_size // 16, (v.image_size // 16, v.image_size // 16, v.memory_features)
@@ -99,11 +98,12 @@ def video_step(name: str, dtype, objects: int, mesh: Mesh):
     info = FrameInfo(*[Shape((), jnp.int32)] * 3)
 
     def step(params, image, bank, cond, is_cond, info):
-        features = video_steps.encode_frame(model, params, image)
+        pixels = video_steps.normalize_frame(image, MEAN, STD, dtype)
+        features = video_steps.encode_frame(model, params, pixels)
         conditioned = video_steps.condition_frame(model, params, features[-1], bank, info)
         return video_steps.track_frame(model, params, features, conditioned, bank, cond, is_cond)
 
-    arrays = images(model, dtype, 1), bank, cond, Shape((objects,), bool), info
+    arrays = images(model, jnp.uint8, 1), bank, cond, Shape((objects,), bool), info
     return jax.jit(step).trace(place(abstract_params(model), dtype=dtype), *map(place, arrays))
 
 
@@ -202,27 +202,27 @@ def at(fn: Callable, *args, **settings) -> Callable[[Mesh], object]:
 
 
 PROGRAMS = {
-    "gradient of masks nano, 256": Program(at(mask_gradient, "nano", 256), quick=True, cheap=True),
-    "encoder nano, 256, bf16": Program(at(encoder, "nano", BF16), quick=True, cheap=True),
-    "encoder tiny, 1024, bf16": Program(at(encoder, "tiny", BF16), quick=True),
+    "gradient of masks nano, 256": Program(at(mask_gradient, "nano", 256), quick=True),
+    "encoder nano, 256, bf16": Program(at(encoder, "nano", BF16), quick=True),
+    "encoder tiny, 1024, bf16": Program(at(encoder, "tiny", BF16)),
     "encoder tiny, 1024, f32 highest": Program(at(encoder, "tiny", F32, precision="highest")),
     "encoder large, 1024, bf16": Program(at(encoder, "large", BF16)),
-    "decoder tiny, one click, bf16": Program(at(decoder, "tiny", BF16), quick=True),
-    "video step nano, 3 objects, bf16": Program(at(video_step, "nano", BF16, 3), quick=True),
+    "decoder tiny, one click, bf16": Program(at(decoder, "tiny", BF16)),
+    "video step nano, 3 objects, bf16": Program(at(video_step, "nano", BF16, 3)),
     "video step tiny, 1 object, bf16": Program(at(video_step, "tiny", BF16, 1)),
-    "calibration nano, 256": Program(at(calibration, "nano", None), quick=True),
+    "calibration nano, 256": Program(at(calibration, "nano", None)),
     "calibration tiny, 1024": Program(at(calibration, "tiny", None)),
     "GPTQ 384 x 1536, groups of 128": Program(at(gptq, 384, 1536), quick=True),
-    "4096 x 384 x 1536, bf16": Program(at(weight_leaf, None), quick=True, cheap=True),
-    "4096 x 384 x 1536, W8A16": Program(at(weight_leaf, lambda w: quantize(w, W8)), quick=True),
+    "4096 x 384 x 1536, bf16": Program(at(weight_leaf, None), quick=True),
+    "4096 x 384 x 1536, W8A16": Program(at(weight_leaf, lambda w: quantize(w, W8))),
     "4096 x 384 x 1536, W4A16, groups of 128": Program(at(weight_leaf, lambda w: quantize(w, W4)), quick=True),
-    "4096 x 384 x 1536, W8A8 simulated": Program(at(weight_leaf, w8a8(W8, False)), quick=True),
-    "4096 x 384 x 1536, W8A8 in integers": Program(at(weight_leaf, w8a8(W8, True)), quick=True, cheap=True),
+    "4096 x 384 x 1536, W8A8 simulated": Program(at(weight_leaf, w8a8(W8, False))),
+    "4096 x 384 x 1536, W8A8 in integers": Program(at(weight_leaf, w8a8(W8, True)), quick=True),
     "4096 x 384 x 1536, W8A8 in integers, groups of 128": Program(
         at(weight_leaf, w8a8(replace(W8, group_size=128), True)), quick=True
     ),
-    "targets nano, 256": Program(at(targets, "nano", None), 4, quick=True),
-    "distillation nano, 256": Program(at(distillation_step, "nano", "nano", None, False), 4, quick=True),
+    "targets nano, 256": Program(at(targets, "nano", None), 4),
+    "distillation nano, 256": Program(at(distillation_step, "nano", "nano", None, False), 4),
     "bit trials nano, 256": Program(at(bit_trial, "nano", "nano", None), 4),
     "targets small, 1024": Program(at(targets, "small", None)),
     "distillation small -> tiny, 1024": Program(at(distillation_step, "small", "tiny", None, False)),

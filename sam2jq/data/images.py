@@ -131,10 +131,9 @@ def preprocess(image: np.ndarray, size: int) -> np.ndarray:
     return normalize(np.stack([np.asarray(c) for c in resized], axis=-1))
 
 
-def preprocess_frame(image: np.ndarray, size: int) -> np.ndarray:
-    """float32 [size, size, 3] of a frame uint8 [H, W, 3], as SAM 2 reads clips: resized as bytes, bicubic."""
-    resized = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)
-    return normalize(np.asarray(resized, np.float32) / 255)
+def resize_frame(image: np.ndarray, size: int) -> np.ndarray:
+    """uint8 [size, size, 3] of a frame uint8 [H, W, 3], as SAM 2 reads clips: bicubic, and normalized after that."""
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
 
 
 def normalize(image):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sam2jq.data.images import normalize
 from sam2jq.deploy.engines import choose_engine, open_graph
 from sam2jq.deploy.folder import find_graph, read_description
 from sam2jq.deploy.image import decoder_inputs
@@ -64,7 +65,7 @@ class OnnxVideoPredictor(PromptedVideo):
 
     def encode_frame(self, image: np.ndarray) -> list[np.ndarray]:
         """The maps that the decoder takes, and the coarsest without the embedding of "no memory"."""
-        out = self._graphs["image_encoder"]({"image": np.asarray(image, np.float32)})
+        out = self._graphs["image_encoder"]({"image": normalize(image.astype(np.float32) / 255)})
         return [out[name] for name in ("high_res_0", "high_res_1", "image_embed", "frame_embed")]
 
     def condition_frame(self, coarse: np.ndarray, bank: MemoryBank, info: FrameInfo) -> np.ndarray:
@@ -105,8 +106,10 @@ class OnnxVideoPredictor(PromptedVideo):
         output = stack([track(i) for i in range(len(is_cond))])
         return output, shift_bank(bank, output, ~is_cond, np.concatenate)
 
-    def resize(self, maps: np.ndarray, size: tuple[int, int], *, antialias: bool = False) -> np.ndarray:
-        return resize_maps(maps, size, antialias=antialias)
+    def resize(
+        self, maps: np.ndarray, size: tuple[int, int], *, count: int | None = None, antialias: bool = False
+    ) -> np.ndarray:
+        return resize_maps(maps[:count], size, antialias=antialias)
 
     def _decode(self, features: list[np.ndarray], points, mask_input, *, multimask: bool) -> FrameOutput:
         """The mask with the highest estimated IoU, and its pointer; NO_OBJECT where there is no object."""

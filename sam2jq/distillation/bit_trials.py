@@ -42,16 +42,20 @@ def make_bits_evaluator(loss: Callable) -> Callable:
 def evaluate_bits(
     evaluator: Callable, params: dict, bits: np.ndarray, batches: Sequence[DistillBatch]
 ) -> tuple[np.ndarray, dict[str, float]]:
-    """The losses [n] of bit assignments [n, L], averaged over `batches`, and the parts of the first one's loss."""
-    split, count = data_sharding(), jax.device_count()
+    """The losses [n] of bit assignments [n, L], averaged over `batches`, and the parts of the first one's loss.
+
+    Each batch is sent to the devices once, and all assignments are evaluated on it.
+    """
+    split, full, count = data_sharding(), replicated(), jax.device_count()
     padded = np.concatenate([bits, np.repeat(bits[-1:], -len(bits) % count, 0)])
-    params, losses, parts = jax.device_put(params, replicated()), [], []
-    for i in range(0, len(padded), count):
-        chunk = jax.device_put(padded[i : i + count], split)
-        results = [evaluator(params, chunk, batch) for batch in batches]
-        losses.append(np.mean([np.asarray(loss) for loss, _ in results], 0))
-        parts = parts or [{name: float(value[0]) for name, value in m["parts"].items()} for _, m in results]
-    return np.concatenate(losses)[: len(bits)], {name: np.mean([p[name] for p in parts]) for name in parts[0]}
+    params, losses, parts = jax.device_put(params, full), [], []
+    chunks = [jax.device_put(padded[i : i + count], split) for i in range(0, len(padded), count)]
+    for batch in batches:
+        on_device = jax.tree.map(lambda x: jax.make_array_from_process_local_data(full, np.asarray(x)), batch)
+        results = [evaluator(params, chunk, on_device) for chunk in chunks]
+        losses.append(np.concatenate(jax.device_get([loss for loss, _ in results])))
+        parts.append({name: float(value[0]) for name, value in results[0][1]["parts"].items()})
+    return np.mean(losses, 0)[: len(bits)], {name: np.mean([p[name] for p in parts]) for name in parts[0]}
 
 
 def lower_bits(

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
@@ -48,15 +47,16 @@ Array = jax.Array
 class DistillState(NamedTuple):
     """What a killed run is resumed from.
 
-    best: the student with the lowest validation loss at the lowest mean bits, in host memory; stale: epochs since.
+    best: the student with the lowest validation loss at the lowest mean bits; stale: epochs since. These four are in
+    host memory, where to look at them waits for no step.
     """
 
     train: TrainState
     schedule: Schedule
     best: dict
-    best_loss: Array
-    best_bits: Array
-    stale: Array
+    best_loss: np.ndarray
+    best_bits: np.ndarray
+    stale: np.ndarray
 
 
 class DistillTask(NamedTuple):
@@ -168,9 +168,9 @@ def init_distill_state(student: dict, optimizer: optax.GradientTransformation, c
         init_state(jax.device_put(host), optimizer, config.seed),
         init_schedule(bits_of(student), config.distill.window),
         host,
-        jnp.float32(jnp.inf),
-        jnp.float32(jnp.inf),
-        jnp.int32(0),
+        np.array(np.inf, np.float32),
+        np.array(np.inf, np.float32),
+        np.array(0, np.int32),
     )
 
 
@@ -246,7 +246,7 @@ def validate(run: Run, state: DistillState) -> tuple[DistillState, Row]:
     mean = average_bits(bits, run.sizes)
     if (round(mean, 6), loss) < (round(float(state.best_bits), 6), float(state.best_loss)):
         best = jax.device_get(params)
-        state = state._replace(best=best, best_loss=jnp.float32(loss), best_bits=jnp.float32(mean), stale=jnp.int32(0))
+        state = state._replace(best=best, best_loss=np.float32(loss), best_bits=np.float32(mean), stale=np.int32(0))
     else:
         state = state._replace(stale=state.stale + 1)
     return state, {"val/loss": float(loss)} | {f"val/{name}": float(value) for name, value in parts.items()}

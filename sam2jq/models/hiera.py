@@ -127,13 +127,21 @@ class Hiera(nn.Module):
 
     @nn.compact
     def __call__(self, image: Array) -> list[Array]:
-        x, outputs = self.embed(image), []
+        """Windows that divide the map stay apart from block to block: to such a block, each is a map of its own."""
+        x, maps = self.embed(image), []
+        size, window = x.shape[1:3], 0  # of the map, and of the windows that x consists of; 0: x is the map
+        ends = {sum(self.stages[: stage + 1]) - 1 for stage in range(len(self.stages))}
         for i, spec in enumerate(self.blocks()):
-            block = Block(*spec, name=f"blocks.{i}")
-            x = remat(block, x) if self.remat and not self.is_initializing() else block(x)
-            outputs.append(x)
-        ends = [sum(self.stages[: stage + 1]) - 1 for stage in range(len(self.stages))]
-        maps = [outputs[end] for end in ends]
+            wanted = 0 if not spec.window or any(side % spec.window for side in size) else spec.window
+            if wanted != window:
+                x = from_windows(x, *size) if window else x
+                x = to_windows(x, wanted) if wanted else x
+            block = Block(*(spec._replace(window=0) if wanted else spec), name=f"blocks.{i}")
+            y = remat(block, x) if self.remat and not self.is_initializing() else block(x)
+            size = tuple(side * y.shape[1] // x.shape[1] for side in size)  # pooling halves it
+            x, window = y, y.shape[1] if wanted else 0
+            if i in ends:
+                maps.append(from_windows(x, *size) if window else x)
         self.sow(OUTPUTS, "stages", maps, reduce_fn=lambda _, new: new, init_fn=lambda: None)
         return maps
 

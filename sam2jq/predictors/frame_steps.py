@@ -9,7 +9,13 @@ from sam2jq.predictors.bank_arrays import FrameInfo, FrameOutput, MemoryBank
 
 
 class FrameSteps:
-    """The steps of one frame, which a predictor of clips implements in its own kind of arrays."""
+    """The steps of one frame, which a predictor of clips implements in its own kind of arrays.
+
+    encodes_ahead: whether the next frame is encoded while the results of a frame come to the host, for steps that
+    return before they are computed.
+    """
+
+    encodes_ahead = False
 
     @property
     def image_size(self) -> int:
@@ -20,8 +26,19 @@ class FrameSteps:
         """How many objects are tracked where there are so many; more if the steps are compiled for each number."""
         return objects
 
+    def to_device(self, arrays):
+        """A tree of numpy arrays as arrays that the steps take without another copy."""
+        return arrays
+
+    def copy_async(self, arrays) -> None:
+        """Starts to copy a tree of results of the steps to the host."""
+
+    def to_host(self, arrays):
+        """A tree of results of the steps as numpy arrays."""
+        return arrays
+
     def encode_frame(self, image: np.ndarray) -> list:
-        """The feature maps of a preprocessed image [1, S, S, 3]; the last is the coarsest."""
+        """The feature maps of a frame uint8 [1, S, S, 3]; the last is the coarsest."""
         raise NotImplementedError
 
     def condition_frame(self, coarse, bank: MemoryBank, info: FrameInfo):
@@ -50,6 +67,6 @@ class FrameSteps:
         """
         raise NotImplementedError
 
-    def resize(self, maps, size: tuple[int, int], *, antialias: bool = False) -> np.ndarray:
-        """Maps [B, h, w] -> float32 [B, *size], bilinear."""
+    def resize(self, maps, size: tuple[int, int], *, count: int | None = None, antialias: bool = False):
+        """Maps [B, h, w] -> float32 [count, *size], bilinear; the first `count` of them, None for all."""
         raise NotImplementedError

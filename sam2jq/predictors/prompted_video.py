@@ -4,11 +4,13 @@ S is the model's image side.
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from sam2jq.data.images import preprocess_frame
+from sam2jq.data.images import resize_frame
 from sam2jq.data.video import Video, open_video, video_of
 from sam2jq.errors import UserError
 from sam2jq.models.variants import NO_OBJECT
@@ -26,8 +28,8 @@ from sam2jq.predictors.video_state import (
     frame_info,
     frame_order,
     memory_bank,
+    same_cond_frames,
     stack,
-    to_numpy,
 )
 
 # a frame number, the object ids, and their mask logits float32 [objects, 1, H, W] at the size of the clip
@@ -67,7 +69,7 @@ class PromptedVideo(FrameSteps):
 
         offload_video_to_cpu, offload_state_to_cpu, async_loading_frames: accepted for compatibility with the original,
         where they change memory and speed but no result. Here, frames are always read when they are needed, from files
-        by a thread that is a few frames ahead, and outputs are always on the host. The newest outputs of an object are
+        by a thread that is a few frames ahead, and outputs always come to the host. The newest outputs of an object are
         in memory, all others in a temporary file. keep_outputs: False drops these; the clip can then be tracked once,
         and no earlier frame be corrected.
         """
@@ -136,7 +138,7 @@ class PromptedVideo(FrameSteps):
         if mask.shape != state.video.size:
             raise UserError(f"object {obj_id}: the mask is {list(mask.shape)}, the frames {list(state.video.size)}")
         features = self._features(state, frame_idx)
-        resized = self.resize(mask[None], size, antialias=True)[..., None] >= 0.5
+        resized = self.to_host(self.resize(mask[None], size, antialias=True))[..., None] >= 0.5
         obj = state.add_object(obj_id)
         obj.prompts[frame_idx] = None
         return self._add_output(state, obj, frame_idx, self.mask_frame(features, resized))
@@ -163,8 +165,9 @@ class PromptedVideo(FrameSteps):
         if not state.keep_outputs and state.last_tracked is not None:
             raise UserError("this state drops outputs and was tracked: call init_state again, with keep_outputs=True")
         bank = None
-        for frame in frame_order(first, state.num_frames, max_frame_num_to_track, reverse):
-            masks, bank = self.track_objects(state, objects, frame, reverse, bank)
+        frames = frame_order(first, state.num_frames, max_frame_num_to_track, reverse)
+        for frame, following in pairwise([*frames, None]):
+            masks, bank = self.track_objects(state, objects, frame, reverse, bank, following)
             yield frame, state.obj_ids, masks
 
     def clear_all_prompts_in_frame(
@@ -205,7 +208,7 @@ class PromptedVideo(FrameSteps):
         for obj in state.objects.values():
             for frame, (output, is_cond) in obj.pending.items():
                 coarse = self._features(state, frame)[-1]
-                memorized = to_numpy(self.memorize_prompted(coarse, output))
+                memorized = self.to_host(self.memorize_prompted(coarse, output))
                 (obj.cond if is_cond else obj.non_cond)[frame] = memorized
                 if self._clears(state):
                     obj.clear_non_cond_around(frame)
@@ -215,34 +218,61 @@ class PromptedVideo(FrameSteps):
         return list(state.objects.values())
 
     def track_objects(
-        self, state: VideoState, objects: list[ObjectState], frame: int, reverse: bool, bank: MemoryBank | None
+        self,
+        state: VideoState,
+        objects: list[ObjectState],
+        frame: int,
+        reverse: bool,
+        bank: MemoryBank | None,
+        following: int | None = None,
     ) -> tuple[np.ndarray, MemoryBank | None]:
         """The masks of `objects` in a frame, [objects, 1, H, W], whose outputs are stored, and the next frame's bank.
 
-        A bank that is None is made from the stored outputs.
+        A bank that is None is made from the stored outputs. following: the next frame, if it is known. Where steps
+        return before they are computed, it is encoded while the results come to the host.
         """
         batch = objects + [objects[-1]] * (self.batch_size(len(objects)) - len(objects))
-        bank = memory_bank(batch, frame, reverse, self.max_cond_frames_in_attn) if bank is None else bank
-        blank = blank_output(objects)
-        cond = stack([obj.cond.get(frame, blank) for obj in batch])
-        is_cond = np.array([frame in obj.cond for obj in batch])
+        if bank is None:
+            bank = self.to_device(memory_bank(batch, frame, reverse, self.max_cond_frames_in_attn))
+        cond, is_cond = self._cond_outputs(state, batch, frame)
         features = self._features(state, frame)
-        conditioned = self.condition_frame(features[-1], bank, frame_info(state, frame, reverse))
+        info = self.to_device(frame_info(state, frame, reverse))
+        conditioned = self.condition_frame(features[-1], bank, info)
         output, bank = self.track_frame(features, conditioned, bank, cond, is_cond)
+        self.copy_async(output)
         output = self._filled(output)
+        masks = self.resize(output.mask, state.video.size, count=len(objects))
+        self.copy_async(masks)
+        if following is not None and self.encodes_ahead:
+            with suppress(Exception):  # of a frame that cannot be read: raised when it is due
+                self._features(state, following)
+        host = self.to_host(output)
         clears = self._clears(state)
         for i, obj in enumerate(objects):
             obj.reverse[frame] = reverse
-            if not is_cond[i]:
-                obj.non_cond[frame] = to_numpy(FrameOutput(*(part[i : i + 1] for part in output)))
+            if frame not in obj.cond:
+                obj.non_cond[frame] = FrameOutput(*(part[i : i + 1] for part in host))
             elif clears:
                 obj.clear_non_cond_around(frame)
             if not state.keep_outputs:
                 obj.forget(frame, reverse)
         state.last_tracked = frame
-        selects = 0 <= self.max_cond_frames_in_attn < max(len(obj.cond) for obj in objects)
-        bank = None if selects or (clears and is_cond.any()) else bank
-        return self._resized(output.mask[: len(objects)], state), bank
+        stays = same_cond_frames(objects, frame, frame + (-1 if reverse else 1), self.max_cond_frames_in_attn)
+        cleared = clears and any(frame in obj.cond for obj in objects)
+        return self._exclusive(self.to_host(masks)), bank if stays and not cleared else None
+
+    def _cond_outputs(self, state: VideoState, batch: list[ObjectState], frame: int) -> tuple[FrameOutput, np.ndarray]:
+        """The outputs [B, ...] of the objects of which `frame` is a conditioning frame, and bool [B], which these are.
+
+        Where there are none, they are on the device already.
+        """
+        is_cond = np.array([frame in obj.cond for obj in batch])
+        if is_cond.any():
+            blank = blank_output(batch)
+            return self.to_device((stack([obj.cond.get(frame, blank) for obj in batch]), is_cond))
+        if state.no_cond is None or len(state.no_cond[1]) != len(batch):
+            state.no_cond = self.to_device((stack([blank_output(batch)] * len(batch)), is_cond))
+        return state.no_cond
 
     def _clears(self, state: VideoState) -> bool:
         """Whether outputs near prompted frames are removed."""
@@ -250,13 +280,13 @@ class PromptedVideo(FrameSteps):
             self.clear_non_cond_mem_for_multi_obj or len(state.objects) == 1
         )
 
-    def _image(self, state: VideoState, frame: int) -> np.ndarray:
-        return preprocess_frame(state.video[frame], self.image_size)[None]
-
     def _features(self, state: VideoState, frame: int) -> list:
-        if state.features is None or state.features[0] != frame:
-            state.features = frame, self.encode_frame(self._image(state, frame))
-        return state.features[1]
+        if frame not in state.features:
+            image = resize_frame(state.video[frame], self.image_size)[None]
+            while len(state.features) > 1:
+                state.features.pop(next(iter(state.features)))
+            state.features[frame] = self.encode_frame(image)
+        return state.features[frame]
 
     def _prompt(self, state: VideoState, obj: ObjectState, frame: int, features: list) -> FrameOutput:
         """The output of an object's points on a frame; a frame tracked before is conditioned on memory."""
@@ -277,7 +307,7 @@ class PromptedVideo(FrameSteps):
     def _add_output(self, state: VideoState, obj: ObjectState, frame: int, output: FrameOutput) -> FrameMasks:
         """Stores the output of a prompted frame, whose memory is encoded before tracking; returns the frame's masks."""
         is_cond = self._is_cond(obj, frame)
-        obj.pending[frame] = to_numpy(self._filled(output)), is_cond
+        obj.pending[frame] = self.to_host(self._filled(output)), is_cond
         return frame, state.obj_ids, self._masks(state, frame, is_cond)
 
     def _is_cond(self, obj: ObjectState, frame: int) -> bool:
@@ -293,7 +323,7 @@ class PromptedVideo(FrameSteps):
         outputs = [obj.latest(frame, is_cond) for obj in state.objects.values()]
         absent = np.full((self.image_size // 4,) * 2, NO_OBJECT, np.float32)
         masks = np.stack([absent if output is None else output.mask[0] for output in outputs])
-        return self._resized(masks, state)
+        return self._exclusive(self.to_host(self.resize(masks, state.video.size)))
 
     def _filled(self, output: FrameOutput) -> FrameOutput:
         """`output` with small holes of its masks filled; its memory stays as it is."""
@@ -301,15 +331,13 @@ class PromptedVideo(FrameSteps):
             return output
         from sam2jq.predictors.regions import fill_holes  # which needs scipy
 
-        return output._replace(mask=fill_holes(np.asarray(output.mask), self.fill_hole_area))
+        return output._replace(mask=fill_holes(self.to_host(output.mask), self.fill_hole_area))
 
-    def _resized(self, masks, state: VideoState) -> np.ndarray:
-        """Mask logits [objects, h, w] as [objects, 1, H, W] at the size of the clip.
-
-        With `non_overlap_masks` they are at most -10 but for the highest one of each pixel.
-        """
-        resized = self.resize(masks, state.video.size)[:, None]
+    def _exclusive(self, masks: np.ndarray) -> np.ndarray:
+        """Mask logits [objects, H, W] as [objects, 1, H, W]; with `non_overlap_masks` at most -10 but for the highest
+        one of each pixel."""
+        masks = masks[:, None]
         if not self.non_overlap_masks:
-            return resized
-        highest = np.arange(len(resized))[:, None, None, None] == resized.argmax(0)
-        return np.where(highest, resized, np.minimum(resized, np.float32(-10)))
+            return masks
+        highest = np.arange(len(masks))[:, None, None, None] == masks.argmax(0)
+        return np.where(highest, masks, np.minimum(masks, np.float32(-10)))

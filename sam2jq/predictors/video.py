@@ -1,9 +1,9 @@
 """Objects tracked through a clip: the counterpart of sam2's SAM2VideoPredictor (SAM 2, arXiv 2408.00714, section 4)."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from sam2jq.data.images import MEAN, STD
 from sam2jq.errors import UserError
 from sam2jq.models.params import check_params
 from sam2jq.models.precision import cast_kernels, float_dtype
@@ -19,6 +19,7 @@ from sam2jq.predictors.video_steps import (
     encode_frame,
     mask_frame,
     memorize_prompted,
+    normalize_frame,
     prompt_frame,
     resize_maps,
     track_frame,
@@ -70,6 +71,9 @@ class VideoPredictor(PromptedVideo, FromPretrained):
             )
         self.model, self.dtype = model, float_dtype(dtype)
         self.params = cast_kernels(params, self.dtype)
+        self._range = jax.device_put((MEAN, STD))
+        # the cores of a CPU gain nothing, and a caller that stops early would have paid for one more frame
+        self.encodes_ahead = jax.default_backend() != "cpu"
         self.fill_hole_area, self.non_overlap_masks = fill_hole_area, non_overlap_masks
         self.add_all_frames_to_correct_as_cond = add_all_frames_to_correct_as_cond
         self.clear_non_cond_mem_around_input = clear_non_cond_mem_around_input
@@ -84,8 +88,19 @@ class VideoPredictor(PromptedVideo, FromPretrained):
     def batch_size(self, objects: int) -> int:
         return power_of_two(objects)
 
+    def to_device(self, arrays):
+        return jax.device_put(arrays)
+
+    def copy_async(self, arrays) -> None:
+        for array in jax.tree.leaves(arrays):
+            array.copy_to_host_async()
+
+    def to_host(self, arrays):
+        return jax.device_get(arrays)
+
     def encode_frame(self, image: np.ndarray) -> list[Array]:
-        return encode_frame(self.model, self.params, jnp.asarray(image, self.dtype))
+        pixels = normalize_frame(jax.device_put(image), *self._range, self.dtype)
+        return encode_frame(self.model, self.params, pixels)
 
     def condition_frame(self, coarse: Array, bank: MemoryBank, info: FrameInfo) -> Array:
         return condition_frame(self.model, self.params, coarse, bank, info)
@@ -107,5 +122,5 @@ class VideoPredictor(PromptedVideo, FromPretrained):
     ) -> tuple[FrameOutput, MemoryBank]:
         return track_frame(self.model, self.params, features, conditioned, bank, cond, is_cond, self.memory_bits)
 
-    def resize(self, maps: Array, size: tuple[int, int], *, antialias: bool = False) -> np.ndarray:
-        return np.asarray(resize_maps(maps, size, antialias))
+    def resize(self, maps: Array, size: tuple[int, int], *, count: int | None = None, antialias: bool = False) -> Array:
+        return resize_maps(maps, size, count, antialias)

@@ -54,15 +54,18 @@ class ObjectState:
 
 @dataclass
 class VideoState:
-    """A clip and its objects. Outputs are on the host; the device holds one frame's arrays.
+    """A clip and its objects. Outputs are on the host; the device holds the arrays of two frames.
 
     keep_outputs: whether outputs remain that tracking on cannot need, in a temporary file.
+    features: {number of a frame: its feature maps} of the two frames encoded last.
+    no_cond: what `track_frame` takes as outputs of conditioning frames where there are none, on the device.
     """
 
     video: Video
     keep_outputs: bool = True
     objects: dict[int, ObjectState] = field(default_factory=dict)
-    features: tuple[int, list] | None = None  # number and feature maps of the frame prompted last
+    features: dict[int, list] = field(default_factory=dict)
+    no_cond: tuple[FrameOutput, Any] | None = None
     last_tracked: int | None = None
 
     @property
@@ -147,9 +150,10 @@ def stack(outputs: list[FrameOutput]) -> FrameOutput:
     return FrameOutput(*map(np.concatenate, zip(*outputs)))
 
 
-def to_numpy(output: FrameOutput) -> FrameOutput:
-    """`output` in host memory; its memory may not be encoded yet."""
-    return FrameOutput(*(None if part is None else np.asarray(part) for part in output))
+def same_cond_frames(objects: list[ObjectState], frame: int, other: int, count: int) -> bool:
+    """Whether the `closest_cond_frames` of each object are the same, in the same order, in two frames."""
+    chosen = lambda obj, frame: list(closest_cond_frames(obj.cond, frame, count))
+    return all(chosen(obj, frame) == chosen(obj, other) for obj in objects)
 
 
 def frame_info(state: VideoState, frame: int, reverse: bool) -> FrameInfo:

@@ -25,6 +25,18 @@ from sam2jq.predictors.memory_bank import (
 Array = jax.Array
 
 
+@partial(jax.jit, static_argnames="dtype")
+def normalize_frame(image: Array, mean: Array, std: Array, dtype) -> Array:
+    """A frame uint8 [1, S, S, 3] as the image encoder takes it: (image / 255 - mean) / std in float32, then `dtype`.
+
+    Equal to the bit to numpy's. XLA divides by a broadcast number as a product with its reciprocal, which is rounded
+    twice; the divisors below differ from pixel to pixel, as far as XLA can tell.
+    """
+    image = image.astype(jnp.float32)
+    is_pixel = image >= 0
+    return ((image / jnp.where(is_pixel, 255.0, 1.0) - mean) / jnp.where(is_pixel, std, 1.0)).astype(dtype)
+
+
 @partial(jax.jit, static_argnames="model")
 def encode_frame(model: SAM2, params: dict, image: Array) -> list[Array]:
     """The feature maps of one preprocessed image [1, S, S, 3]."""
@@ -99,7 +111,7 @@ def memorize_prompted(
     return model.apply({"params": params}, coarse, output, method=memorize, **settings)
 
 
-@partial(jax.jit, static_argnames=("size", "antialias"))
-def resize_maps(maps: Array, size: tuple[int, int], antialias: bool) -> Array:
-    """Maps [B, H, W] -> [B, *size]."""
-    return resize(maps[..., None], size, antialias=antialias)[..., 0]
+@partial(jax.jit, static_argnames=("size", "count", "antialias"))
+def resize_maps(maps: Array, size: tuple[int, int], count: int | None, antialias: bool) -> Array:
+    """The first `count` of maps [B, H, W], None for all -> [count, *size]."""
+    return resize(maps[:count, ..., None], size, antialias=antialias)[..., 0]

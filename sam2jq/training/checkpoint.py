@@ -14,8 +14,11 @@ from sam2jq.errors import UserError, few
 
 @contextmanager
 def open_checkpoints(folder: Path) -> Iterator[ocp.CheckpointManager]:
-    """A manager of the checkpoints in `folder`, which keeps only the latest one."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+    """A manager of the checkpoints in `folder`, which keeps only the latest one.
+
+    It writes in threads. The end of the block waits for them, and raises the error of one that failed.
+    """
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=True)
     handler = ocp.StandardCheckpointHandler()  # named here, it reads a checkpoint's shapes without restoring it
     with ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handler) as manager:
         yield manager
@@ -54,5 +57,9 @@ def leaf_types(tree: Any) -> dict[str, tuple]:
 
 
 def save(checkpoints: ocp.CheckpointManager, step: int, state: Any) -> None:
-    """Writes `state` as the checkpoint of `step` and deletes the one before it."""
-    checkpoints.save(step, args=ocp.args.StandardSave(jax.device_get(state)))
+    """Starts to write `state` as the checkpoint of `step`, after which the one before it is deleted.
+
+    Waits for the checkpoint before, and raises its error if it failed.
+    """
+    # a copy: on a CPU `device_get` gives the state's own memory, which the next steps may write to
+    checkpoints.save(step, args=ocp.args.StandardSave(jax.tree.map(np.array, jax.device_get(state))))

@@ -17,6 +17,7 @@ import pytest
 from sam2jq.config import loader
 from sam2jq.config.distill import DistillConfig, DistributedConfig
 from sam2jq.distillation import trainer as cdpq
+from sam2jq.distillation.bit_trials import evaluate_bits, make_bits_evaluator
 from sam2jq.distillation.history import history
 from sam2jq.distillation.losses import PARTS
 from sam2jq.quant.algorithms.activations import materialize_weights
@@ -95,6 +96,36 @@ def test_a_step_waits_for_no_transfer_between_host_and_device():
             state.train.step + np.ones(1)
         state = take(take(state))
     assert int(state.train.step) == 3
+
+
+def test_what_is_done_between_two_steps_waits_for_no_step(tmp_path):
+    """Neither the hooks nor the question whether patience has run out read or compute anything on the device."""
+    student, settings = make_student(), config("--train.patience", "2", "--train.checkpoint_every", "9")
+    run = cdpq.Run(task()._replace(steps_per_epoch=9), settings, None, LAYERS, None)
+    hooks = cdpq.make_hooks(run, tmp_path, lambda row: None)
+    state = cdpq.init_distill_state(student, cdpq.make_student_loss(student, loss, settings, 20)[1], settings)
+    with jax.transfer_guard("disallow"):
+        for step in (1, 2):
+            state = hooks.after_step(step, state, {"loss": state.train.step})
+            assert not hooks.is_save_step(step)
+            assert not hooks.should_stop(state)
+    stopped = state._replace(stale=state.stale + 2)
+    assert hooks.should_stop(stopped)
+    assert isinstance(state.stale, np.ndarray)
+
+
+def test_each_batch_is_sent_to_the_devices_once_for_all_trials(monkeypatch):
+    """And a trial's loss is that of the assignment alone, to the bit."""
+    student, batches = make_student(), task().val_batches
+    evaluator = make_bits_evaluator(loss)
+    bits = np.array([[6, 5], [5, 6], [4, 4]], np.float32)
+    alone = [evaluate_bits(evaluator, student, one[None], batches)[0][0] for one in bits]
+    sent, send = [], jax.make_array_from_process_local_data
+    monkeypatch.setattr(jax, "make_array_from_process_local_data", lambda to, x: (sent.append(x.shape), send(to, x))[1])
+    with jax.transfer_guard_host_to_device("disallow"):
+        losses, _ = evaluate_bits(evaluator, student, bits, batches)
+    np.testing.assert_array_equal(losses, alone)
+    assert sent == [batch.shape for batch in batches]
 
 
 def test_a_run_s_history_is_what_its_curves_and_its_page_are_drawn_from(tmp_path):

@@ -162,6 +162,20 @@ def test_moments_and_norms_have_the_gradients_of_their_formulas():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, expected)
 
 
+@pytest.mark.parametrize("mean", [0, 3, 30, 300])
+def test_a_norm_of_bfloat16_numbers_is_as_exact_as_they_are(mean):
+    """Its variance is the difference of two sums, of which a large mean leaves few digits: that adds less than a tenth
+    of the error that the numbers have from their own rounding."""
+    x = (normal(1000, 96) + mean).astype(jnp.bfloat16)
+    exact = np.asarray(x, np.float64)
+    expected = (exact - exact.mean(-1, keepdims=True)) / np.sqrt(exact.var(-1, keepdims=True) + 1e-5)
+    got = LayerNorm().apply({"params": {"scale": jnp.ones(96), "bias": jnp.zeros(96)}}, x)
+    rounding = 2**-9  # of a bfloat16, relative; the norm's result is rounded too
+    np.testing.assert_allclose(
+        np.asarray(got, np.float64), expected, rtol=2 * rounding, atol=0.1 * rounding * mean + 1e-4
+    )
+
+
 @pytest.mark.parametrize(("height", "width", "size"), [(8, 8, 4), (10, 13, 4), (3, 5, 7)])
 def test_windows_come_back_whole(height, width, size):
     x = normal(2, height, width, 3)

@@ -47,5 +47,6 @@ class PlainVideo(PromptedVideo):
                for i, value in enumerate(conditioned)]  # fmt: skip
         return stack(own), shift_bank(bank, stack(own), ~is_cond, np.concatenate)
 
-    def resize(self, maps, size, *, antialias=False):
-        return np.broadcast_to(np.asarray(maps, np.float32).mean((1, 2))[:, None, None], (len(maps), *size)).copy()
+    def resize(self, maps, size, *, count=None, antialias=False):
+        maps = np.asarray(maps[:count], np.float32)
+        return np.broadcast_to(maps.mean((1, 2))[:, None, None], (len(maps), *size)).copy()

@@ -230,6 +230,28 @@ def test_a_whole_clip_compiles_one_step(pair):
     assert shapes[0] == shapes[1]
 
 
+def test_of_a_frame_only_its_bytes_go_to_the_device_and_only_results_come_back(pair, monkeypatch):
+    """Memories stay where they are. On a CPU jax guards copies to the device only, so those back are counted."""
+    _, predictor = pair
+    state = predictor.init_state(draw_clip(4, 6).frames)
+    for obj_id, x in enumerate((60, 120, 200)):
+        predictor.add_new_points_or_box(state, 0, obj_id, points=[[x, 80]], labels=[1])
+    frames = predictor.propagate_in_video(state)
+    next(frames), next(frames)  # the frame with the prompts, and the first one without
+    sent, fetched = [], []
+    put, get = jax.device_put, jax.device_get
+    sizes = lambda tree: [leaf.nbytes for leaf in jax.tree.leaves(tree)]
+    monkeypatch.setattr(jax, "device_put", lambda tree: (sent.extend(sizes(tree)), put(tree))[1])
+    monkeypatch.setattr(jax, "device_get", lambda tree: (fetched.extend(sizes(tree)), get(tree))[1])
+    with jax.transfer_guard_host_to_device("disallow"):
+        for _, _, masks in frames:
+            assert sorted(sent) == [4, 4, 4, 256 * 256 * 3]  # the frame's place in the clip, and the frame
+            assert len(fetched) == len(state.objects[0].cond[0]) + 1  # masks, pointers, scores, memories; large masks
+            assert fetched[-1] == masks.nbytes
+            sent.clear(), fetched.clear()
+    assert all(type(part) is np.ndarray for output in state.objects[0].non_cond.values() for part in output)
+
+
 @pytest.mark.end_to_end
 def test_another_number_of_objects_or_prompts_compiles_nothing_of_the_image_encoder(pair):
     _, predictor = pair

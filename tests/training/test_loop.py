@@ -1,13 +1,20 @@
+import subprocess
+import sys
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from sam2jq.errors import UserError
+from sam2jq.training.checkpoint import open_checkpoints, restore, save
 from sam2jq.training.loop import Hooks, fit, log_mean_metrics
 from sam2jq.training.state import init_state
 from sam2jq.training.step import make_train_step
+from tests.conftest import file_limit
 
 PARAMS = {"w": np.ones((4, 2), np.float32)}
 
@@ -49,6 +56,59 @@ def test_a_finished_run_takes_no_further_step(tmp_path):
     again, logged = run(tmp_path, 10)
     assert logged == []
     np.testing.assert_array_equal(again.params["w"], state.params["w"])
+
+
+def test_a_checkpoint_is_written_while_training_goes_on(tmp_path, monkeypatch):
+    """What is written is the state as it was, though its memory is written to meanwhile."""
+    goes_on, finalize, waited = threading.Event(), ocp.StandardCheckpointHandler.finalize, []
+
+    def finalize_late(*args):
+        waited.append(goes_on.wait(10))
+        return finalize(*args)
+
+    monkeypatch.setattr(ocp.StandardCheckpointHandler, "finalize", finalize_late)
+    state = {"w": np.zeros(1000, np.float32)}
+    with open_checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, state)
+        state["w"] += 1
+        goes_on.set()
+    assert waited == [True]
+    with open_checkpoints(tmp_path) as checkpoints:
+        assert restore(checkpoints, state)[1]["w"].tolist() == [0] * 1000
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from tests.training import test_loop as loop
+finalize, calls = loop.ocp.StandardCheckpointHandler.finalize, []
+def kill(*args):
+    calls.append(0)
+    return finalize(*args) if len(calls) < 2 else os._exit(9)
+loop.ocp.StandardCheckpointHandler.finalize = kill
+loop.run(Path(sys.argv[1]), 20)
+"""
+
+
+@pytest.mark.slow  # starts a process
+def test_a_run_that_was_killed_while_it_wrote_a_checkpoint_goes_on_from_the_one_before(tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "killed"], check=False)
+    assert done.returncode == 9
+    with open_checkpoints(tmp_path / "killed") as checkpoints:
+        assert checkpoints.latest_step() == 5
+    resumed, uninterrupted = run(tmp_path / "killed", 20)[0], run(tmp_path / "whole", 20)[0]
+    np.testing.assert_array_equal(resumed.params["w"], uninterrupted.params["w"])
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(tmp_path):
+    """At the next checkpoint, or at the end; the one before it is kept."""
+    step, hooks = lambda state, batch: (state, {}), Hooks(is_save_step=lambda step: True)
+    state = {"w": np.random.default_rng(0).normal(size=100_000)}
+    fit(step, state, lambda first: [0], 1, tmp_path, hooks)
+    with pytest.raises((OSError, ValueError), match="File too large"), file_limit(50_000):
+        fit(step, state, lambda first: [0], 2, tmp_path, hooks)
+    with open_checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest_step() == 1
 
 
 def test_metrics_are_means_over_the_steps_between(tmp_path):
