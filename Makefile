@@ -10,7 +10,7 @@ ARGS ?=
 HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
 .PHONY: setup quantize distill sweep report segment track evaluate inspect export demo-model
-.PHONY: test test-default-xla lint typecheck bench compile-check docs docs-check pictures mask-pictures
+.PHONY: test test-end-to-end test-default-xla lint typecheck bench compile-check docs docs-check pictures mask-pictures
 setup: $(READY)
 
 # sam2 is built from source against the installed torch. In an isolated build environment pip would download another
@@ -81,13 +81,17 @@ export: setup
 test: setup
 	$(VENV)/bin/pytest $(ARGS)
 
+# Whole runs of commands, and models of the larger sizes. CI runs them too.
+test-end-to-end: setup
+	$(VENV)/bin/pytest -m "end_to_end and not slow" $(ARGS)
+
 # `make test` turns off most of XLA's optimizations, since compiling is most of its time. This runs the tests of
 # exactness with XLA's default flags, as users run.
 DEFAULT_XLA := tests/models/test_parity.py tests/predictors/test_image.py tests/quant/algorithms/test_gptq.py
 DEFAULT_XLA += tests/converters/exports/test_package.py
 DEFAULT_XLA += tests/predictors/test_video.py::test_two_objects_over_twelve_frames_match_the_original
 test-default-xla: setup
-	SAM2JQ_XLA_DEFAULTS=1 $(VENV)/bin/pytest $(DEFAULT_XLA) $(ARGS)
+	SAM2JQ_XLA_DEFAULTS=1 $(VENV)/bin/pytest -m "not slow" $(DEFAULT_XLA) $(ARGS)
 
 lint: setup
 	$(VENV)/bin/ruff check .

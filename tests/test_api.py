@@ -187,6 +187,7 @@ def scene():
     return read_image("scenes:7/0000")
 
 
+@pytest.mark.end_to_end
 def test_quantize_runs_a_transform_and_reports_every_layer(scene):
     """As many images as given; a folder, names and arrays mean the same pixels, and a recipe runs too."""
     model, params = sam2jq.load("demo", image_size=64)

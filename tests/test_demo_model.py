@@ -38,6 +38,7 @@ def test_different_clicks_give_different_masks_that_contain_the_click(demo):
     assert np.mean(overlaps) <= 0.15
 
 
+@pytest.mark.end_to_end
 def test_images_score_as_measured(demo):
     """Within half a point: the same images and weights, so only pixels at mask edges may flip by rounding."""
     miou = evaluate_images(ImagePredictor(*demo), IMAGES)["miou"]
@@ -45,6 +46,7 @@ def test_images_score_as_measured(demo):
         assert miou[name] == pytest.approx(expected, abs=0.005)
 
 
+@pytest.mark.end_to_end
 def test_a_clip_scores_as_measured(demo):
     """Within one point: rounding errors grow through the memory of 24 frames. An untrained memory scores 10."""
     clips = find_clips("scenes:2002", "", 1)

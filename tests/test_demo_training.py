@@ -19,7 +19,10 @@ def train(monkeypatch):
     return importlib.import_module("train")
 
 
-@pytest.mark.parametrize("name", ["trunk", "decoder", "full", "clips"])
+WHOLE = [pytest.param(name, marks=pytest.mark.end_to_end) for name in ("full", "clips")]
+
+
+@pytest.mark.parametrize("name", ["trunk", "decoder", *WHOLE])
 def test_the_loss_of_every_kind_of_phase_can_be_traced(train, name):
     phase = train.PHASES[name]._replace(size=64, clips=1)
     model, shape = build("nano", image_size=64), (1, phase.frames, 64, 64)

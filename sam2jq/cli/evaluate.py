@@ -1,4 +1,4 @@
-"""`sam2jq evaluate`: mIoU of prompted objects on images, J&F of tracked objects, or all masks against a reference."""
+"""`sam2jq evaluate`: mIoU or AP of prompted objects, J&F of tracked ones, or all masks against a reference."""
 
 import argparse
 import json
@@ -14,10 +14,12 @@ from sam2jq.cli.loading import load_image_predictor, load_mask_generators, load_
 from sam2jq.cli.run_folder import job_folder, job_path, stage
 from sam2jq.config import loader
 from sam2jq.config.run import EvaluateConfig
+from sam2jq.data.detections import find_detections
 from sam2jq.data.images import read_image
 from sam2jq.data.masks import write_labels
 from sam2jq.data.sav import write_mask
 from sam2jq.data.sources import find_clips, find_images, find_samples
+from sam2jq.eval.detection_benchmark import evaluate_detections
 from sam2jq.eval.everything_benchmark import compare_everything
 from sam2jq.eval.image_benchmark import evaluate_images
 from sam2jq.eval.vos_benchmark import evaluate_clips
@@ -47,6 +49,9 @@ def evaluate(config: EvaluateConfig, folder: Path) -> dict:
     unscored = {}
     with stage("data", config.data):
         match config.task:
+            case "image" if config.boxes:
+                detections = find_detections(config.data, config.boxes, config.allow_missing)
+                samples = detections.images[: config.num_samples]
             case "image":
                 say = partial(log.warning, "note        %s")
                 samples = find_samples(config.data, config.num_samples, config.allow_missing, say)
@@ -58,6 +63,8 @@ def evaluate(config: EvaluateConfig, folder: Path) -> dict:
                 unscored = {f"{clip.name}/{obj}": why for clip in samples for obj, why in clip.unscored.items()}
     log_left_out(unscored)
     match config.task:
+        case "image" if config.boxes:
+            score = partial(evaluate_detections, load_image_predictor(config)[0], detections=detections)
         case "image":
             score = partial(evaluate_images, load_image_predictor(config)[0])
         case "everything":

@@ -104,6 +104,8 @@ class MeasureConfig:
     split: str = ""
     # number of clips, from the first; null: all
     num_clips: int | None = None
+    # 8, 4 or both: J&F of the result also with memories of earlier frames in so many bits, as `track --memory_bits`
+    memory_bits: list[int] = field(default_factory=list)
     # number of images, of those for mIoU if there are, else of calibration's, in which the masks of `segment
     # --everything` are compared with those of full precision
     num_everything: int = 0
@@ -117,6 +119,10 @@ class MeasureConfig:
                 raise ConfigError(f"num_{name} is not set: there is no end of synthetic scenes, give a number")
             if number is not None and number < 1:
                 raise ConfigError(f"num_{name} must be at least 1, got {number}")
+        for bits in self.memory_bits:
+            check_memory_bits(bits)
+        if self.memory_bits and not self.clips:
+            raise ConfigError("memory_bits: it is measured on clips: set clips too, or leave it out")
         for name in ("allow_missing", "num_everything"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
@@ -238,6 +244,8 @@ class EvaluateConfig:
     # scenes:<seed>; a COCO, LVIS, Roboflow or SA-1B folder (image); an SA-V, DAVIS, MOSE or YouTube-VOS folder (vos);
     # a folder of images (everything)
     data: str = ""
+    # boxes of a detector for the images of a COCO folder, a json in COCO's results format: COCO's mask AP for image
+    boxes: str = ""
     # the checkpoint that everything is compared with, such as the one that was quantized
     reference: str = ""
     everything: EverythingConfig = field(default_factory=EverythingConfig)
@@ -262,6 +270,8 @@ class EvaluateConfig:
             raise ConfigError(f"memory_bits: task {self.task} has no memory: leave it out, or set task to vos")
         if not self.data:
             raise ConfigError("data is not set: give a COCO or SA-V folder, or scenes:0 for synthetic images")
+        if self.boxes and self.task != "image":
+            raise ConfigError(f"boxes: task {self.task} takes no boxes: leave it out, or set task to image")
         if bool(self.reference) != (self.task == "everything"):
             raise ConfigError("reference: set it to the checkpoint to compare with, for task everything only")
         if self.num_samples is not None and self.num_samples < 1:

@@ -5,6 +5,8 @@ ROOT/<split>/JPEGImages/<video>/00000.jpg  ROOT/<split>/Annotations/<video>/0000
 ROOT/ImageSets/2017/<split>.txt            the videos of a split of DAVIS, one per line; also ImageSets/<split>.txt
 ROOT/ImageSets/480p/<split>.txt            the same of DAVIS 2016: a frame and its label image per line
 ROOT/<split>/meta.json                     of YouTube-VOS and MOSE: the frames of each object; optional
+ROOT/<split>/<split>_meta.json             of LVOS: the first and the last frame of each object
+ROOT/<split>/unseen_videos.txt             of LVOS' evaluator: the videos of categories that are not in its training set
 """
 
 from collections.abc import Callable
@@ -21,6 +23,7 @@ from sam2jq.data.video import find_frames
 from sam2jq.errors import UserError
 
 FRAMES, MASKS, META = "JPEGImages", "Annotations", "meta.json"
+UNSEEN, LVOS_STRIDE = "unseen_videos.txt", 5  # frames from one label image of LVOS to the next
 RESOLUTIONS = ("480p", "1080p", "Full-Resolution")  # folders inside of FRAMES and MASKS, of DAVIS
 DEFAULT_SPLITS = ("val", "valid")
 
@@ -28,13 +31,15 @@ DEFAULT_SPLITS = ("val", "valid")
 class LabeledVideo(NamedTuple):
     """frames: folder of the clip; labels: {index into find_frames(frames): label image}, sorted.
 
-    listed: {object: the frames in which meta.json says that it is}, sorted; None if it does not say it.
+    listed: {object: the frames in which meta.json says that it is}, sorted; None if it does not say it. group: of LVOS
+    "seen" or "unseen"; an object is scored in its listed frames then, else from its first one on.
     """
 
     name: str
     frames: str
     labels: dict[int, str]
     listed: dict[str, list[int]] | None = None
+    group: str = ""
 
 
 def is_davis(root: Path) -> bool:
@@ -72,8 +77,15 @@ def label_videos(root: str, split: str) -> list[LabeledVideo]:
         raise FileNotFoundError(f"{missing[0]}: no such folder ({len(missing)} are missing); put it there")
     if not names:
         raise UserError(f"{frames}: holds no video; each needs a folder of frames")
-    meta = read_meta(folder / META)
-    return [label_video(name, frames / name, masks / name, meta.get(name)) for name in names]
+    if lvos := next(folder.glob("*_meta.json"), None):
+        meta, unseen = read_lvos_meta(lvos), unseen_videos(folder, root)
+        names = [name for name in names if name in meta]
+    else:
+        meta, unseen = read_meta(folder / META), None
+    videos = [label_video(name, frames / name, masks / name, meta.get(name)) for name in names]
+    if unseen is None:
+        return videos
+    return [video._replace(group="unseen" if video.name in unseen else "seen") for video in videos]
 
 
 def label_video(name: str, frames: Path, masks: Path, meta: dict[str, list[str]] | None = None) -> LabeledVideo:
@@ -90,6 +102,34 @@ def read_meta(path: Path) -> dict[str, dict[str, list[str]]]:
         case {"videos": dict(videos)}:
             return {name: frames for name, video in videos.items() if (frames := frames_by_object(video)) is not None}
     return {}
+
+
+def read_lvos_meta(path: Path) -> dict[str, dict[str, list[str]]]:
+    """{video: {object: names of its annotated frames}} of LVOS' json: every 5th from "start", below "end".
+
+    Raises UserError if the file has another form.
+    """
+    frames = lambda span: [f"{i:08d}" for i in range(int(span["start"]), int(span["end"]), LVOS_STRIDE)]
+    try:
+        return {
+            name: {obj: frames(each["frame_range"]) for obj, each in video["objects"].items()}
+            for name, video in read_json(path)["videos"].items()
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path}: not in LVOS' format, videos with the frame_range of each object ({error!r})"
+        ) from error
+
+
+def unseen_videos(folder: Path, root: str) -> set[str]:
+    """The videos in LVOS' list of unseen categories, in the folder of the split or in `root`."""
+    found = next((path for place in (folder, Path(root)) if (path := place / UNSEEN).is_file()), None)
+    if found is None:
+        raise FileNotFoundError(
+            f"{folder / UNSEEN}: no such file; the scores of LVOS are means over seen and unseen categories: put "
+            "the file of that name of LVOS' evaluator there"
+        )
+    return set(read_names(found))
 
 
 def frames_by_object(video) -> dict[str, list[str]] | None:
@@ -170,7 +210,8 @@ def label_masks(
                 raise error
             bad(obj, error)
         else:
-            masks[obj] = {frame: image == int(obj) for frame, image in images.items() if frame >= visible[0]}
+            scored = set(video.listed[obj]) if video.group else set(range(visible[0], max(images) + 1))
+            masks[obj] = {frame: image == int(obj) for frame, image in images.items() if frame in scored}
     return masks
 
 

@@ -46,7 +46,8 @@ class LabeledClip(NamedTuple):
 
     bad: called with an object and the error if its masks cannot be read; without it the error is raised.
     unscored: {object: why no frame of it has a score}, as far as it is known without reading masks.
-    exclusive: whether each pixel belongs to one object at most, as in the label images of DAVIS.
+    exclusive: whether each pixel belongs to one object at most, as in the label images of DAVIS. group: of clips whose
+    scores are averaged apart: "seen" and "unseen" in LVOS, else "".
     """
 
     name: str
@@ -54,6 +55,7 @@ class LabeledClip(NamedTuple):
     masks: Callable[..., dict[str, dict[int, np.ndarray]]]
     unscored: Mapping[str, str] = MappingProxyType({})
     exclusive: bool = False
+    group: str = ""
 
 
 def allow_some_missing(found: Found, allowed: int, say: Callable[[str], None]) -> list[LabeledImage]:
@@ -142,7 +144,9 @@ def davis_labeled_clips(spec: str, split: str, count: int | None) -> list[Labele
         check_mask_sizes(video.frames, list(video.labels.values()))
     check_scored({video.name: video.labels for video in videos})
     return [
-        LabeledClip(video.name, partial(open_video, video.frames), partial(masks, video), exclusive=True)
+        LabeledClip(
+            video.name, partial(open_video, video.frames), partial(masks, video), exclusive=True, group=video.group
+        )
         for video in videos
     ]
 

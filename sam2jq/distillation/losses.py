@@ -88,7 +88,7 @@ def distances(student: ModelOutputs, teacher: ModelOutputs) -> dict[str, Array]:
 
 
 def distillation_loss(model: SAM2, weights: Mapping[str, float], dtype=jnp.float32, capture: bool = True) -> Callable:
-    """loss(params, batch [B, ...], key) -> the mean of sum(weights * parts), and its {"parts", "layers"}.
+    """loss(params, batch [B, ...]) -> the mean of sum(weights * parts), and its {"parts", "layers"}.
 
     weights: {part of PARTS: factor}; dtype: of the student's computation. Without `capture` the parts "layers" and
     "affinity" are 0, and layers may run in chunks. "layers" [L]: the loss of each of the L fake-quantized layers, as
@@ -99,7 +99,8 @@ def distillation_loss(model: SAM2, weights: Mapping[str, float], dtype=jnp.float
         outputs = forward_with_capture(model, params, example.frames.astype(dtype), example.prompts, capture)
         return distances(outputs, example.outputs), outputs.moments
 
-    def loss(params: dict, batch: DistillBatch, key: Array | None = None):
+    @jax.jit  # so that the training step and the evaluation of bits trace it once
+    def loss(params: dict, batch: DistillBatch):
         plain = materialize_weights(materialize_fake_quant(params))
         parts, moments = jax.vmap(partial(example_distances, plain))(batch)
         parts = jax.tree.map(jnp.mean, parts)

@@ -157,7 +157,7 @@ def make_student_loss(
     """`loss` without gradients of what stays fixed in `student`, and the optimizer of the rest."""
     trainable = trainable_mask(student, config.quant.learn_clipping)
     frozen = jax.tree.map(operator.not_, trainable)
-    trained_loss = lambda params, *batch: loss(stop_gradient_where(params, frozen), *batch)
+    trained_loss = lambda params, batch, key: loss(stop_gradient_where(params, frozen), batch)
     return trained_loss, make_optimizer(config.train, last_step, trainable)
 
 

@@ -19,13 +19,15 @@ def compare_everything(
     generator: AutomaticMaskGenerator,
     reference: AutomaticMaskGenerator,
     images: Iterable[tuple[str, Callable[[], np.ndarray]]],
+    on_image: Callable[[str, np.ndarray, np.ndarray], None] = lambda *_: None,
 ) -> dict:
     """{"recall", "miou": 0..1, "count_mismatch": images with another number of masks, "masks", "reference_masks",
     "images": counts, "left_out": {image: why it cannot be read}}.
 
     Each mask of the reference is paired with one mask at most, so that the sum of IoUs is the largest. miou is the mean
     IoU of these pairs over all masks of the reference, 0 for those without a pair; recall is the share with an IoU of
-    FOUND or more. images: (name, a function that reads it).
+    FOUND or more. images: (name, a function that reads it). on_image: called with the name and the masks of both,
+    bool [N, H, W] and [M, H, W].
     Raises UserError if the reference finds no mask at all.
     """
     ious, counts, left_out = [], [], {}
@@ -36,6 +38,7 @@ def compare_everything(
             left_out[name] = str(error)
             continue
         found, expected = (stacked(each.generate(image), image.shape[:2]) for each in (generator, reference))
+        on_image(name, found, expected)
         ious.append(paired_ious(found, expected))
         counts.append((len(found), len(expected)))
     all_ious = np.concatenate([np.zeros(0), *ious])

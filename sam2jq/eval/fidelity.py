@@ -16,7 +16,7 @@ from sam2jq.data.sources import find_clips, find_samples
 from sam2jq.errors import UserError
 from sam2jq.eval.agreement import ImageAgreement, compare, summarize
 from sam2jq.eval.everything_benchmark import compare_everything
-from sam2jq.eval.gallery import Gallery, add_items, click_items, object_items, sample_images
+from sam2jq.eval.gallery import EverythingItem, Gallery, add_items, click_items, object_items, sample_images
 from sam2jq.eval.image_benchmark import mean_ious, object_ious, read_sample, segment_objects
 from sam2jq.eval.vos_benchmark import evaluate_clips
 from sam2jq.models.sam2 import FLOW, SAM2
@@ -106,7 +106,10 @@ def measure(
         with on_stage("everything", f"{len(images)} images"):
             settings = asdict(config.measure.everything) | {"dtype": config.model.dtype}
             pair = (AutomaticMaskGenerator(model, params, **settings) for params in (variants[last], full))
-            results["everything"] = compare_everything(*pair, tqdm(images, unit="image", leave=False, disable=None))
+            progress, shown = tqdm(images, unit="image", leave=False, disable=None), []
+            keep_first = lambda name, after, before: shown or shown.append(EverythingItem(name, before, after))
+            results["everything"] = compare_everything(*pair, progress, keep_first)
+        gallery = gallery._replace(everything=shown[0])
     return results, errors, gallery
 
 
@@ -154,13 +157,19 @@ def score_images(
 
 
 def score_clips(model: SAM2, variants: Mapping[str, dict], clips: list[LabeledClip], config: Config) -> dict:
-    """{"video": {variant: {"j", "f", "j&f"}}, in percent, "video_clips", "video_objects"}."""
+    """{"video": {variant: {"j", "f", "j&f"}}, in percent, "video_clips", "video_objects"}.
+
+    Also of the last variant with the memories in each of `measure.memory_bits`, as "memory in 8 bits".
+    """
+    runs = {name: (params, None) for name, params in variants.items()}
+    last_params = next(reversed(variants.values()))
+    runs |= {f"memory in {bits} bits": (last_params, bits) for bits in config.measure.memory_bits}
     results = {
         name: evaluate_clips(
-            VideoPredictor(model, params, dtype=config.model.dtype),
+            VideoPredictor(model, params, dtype=config.model.dtype, memory_bits=bits),
             tqdm(clips, unit="clip", leave=False, disable=None),
         )
-        for name, params in variants.items()
+        for name, (params, bits) in runs.items()
     }
     last = next(reversed(results.values()))
     scores = {name: {key: result[key] for key in ("j", "f", "j&f")} for name, result in results.items()}

@@ -24,11 +24,21 @@ class GalleryItem(NamedTuple):
     ground_truth: tuple[float, float] | None = None  # IoUs of before and after with the ground truth, if there is one
 
 
+class EverythingItem(NamedTuple):
+    """All masks of one image, bool [N, H, W] each, in full precision and quantized."""
+
+    image: str
+    before: np.ndarray
+    after: np.ndarray
+
+
 class Gallery(NamedTuple):
-    """worst: the worst mask of each of the WORST images with the lowest IoU; sample: one mask per sampled image."""
+    """worst: the worst mask of each of the WORST images with the lowest IoU; sample: one mask per sampled image;
+    everything: of the first image that was compared."""
 
     worst: tuple[GalleryItem, ...] = ()
     sample: tuple[GalleryItem, ...] = ()
+    everything: EverythingItem | None = None
 
 
 def sample_images(images: int, seed: int) -> dict[int, float]:

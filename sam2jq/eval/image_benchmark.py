@@ -64,31 +64,49 @@ def segment_objects(predictor: PromptedImage, image: np.ndarray, masks: np.ndarr
 def segment_batch(predictor: PromptedImage, features: list, masks: np.ndarray) -> dict[str, np.ndarray]:
     """As `segment_objects`, for at most BATCH objects."""
     count, *size = masks.shape
-    scale = predictor.image_size / np.array(size[::-1], np.float32)
-
-    def predict(points: np.ndarray, labels: np.ndarray, mask_input: np.ndarray | None, multimask: bool):
-        """Mask logits [count, S / 4, S / 4] and bool masks [count, H, W]."""
-        pad = lambda x: np.concatenate([x, np.repeat(x[-1:], BATCH - len(x), axis=0)])
-        if mask_input is not None:
-            mask_input = pad(mask_input.clip(-LOGIT_LIMIT, LOGIT_LIMIT))[..., None]
-        out = predictor.decode(features, (pad(points * scale), pad(labels)), mask_input, multimask=multimask)
-        best = np.asarray(out.ious).argmax(1)
-        logits = np.asarray(out.masks, np.float32)[np.arange(BATCH), best][:count]
-        return logits, resize_maps(logits, size) > 0
-
-    results = {}
     boxes = np.stack([corners(mask) for mask in masks])
-    _, results["box"] = predict(boxes, np.tile(np.array([[2, 3]], np.int32), (count, 1)), None, False)
+    results = {"box": segment_boxes(predictor, features, boxes, size)}
     points = np.stack([interior_point(mask)[0] for mask in masks])[:, None].astype(np.float32)
     labels = np.ones((count, 1), np.int32)
-    logits, predicted = predict(points, labels, None, True)
+    logits, predicted = decode_padded(predictor, features, size, points, labels, multimask=True)
     results["1 click"] = predicted
     for _ in range(2):
         clicks = [correction_click(*pair) for pair in zip(predicted, masks)]
         points = np.concatenate([points, np.array([[point] for point, _ in clicks], np.float32)], 1)
         labels = np.concatenate([labels, np.array([[label] for _, label in clicks], np.int32)], 1)
-        logits, predicted = predict(points, labels, logits, False)
+        logits, predicted = decode_padded(predictor, features, size, points, labels, logits)
     return results | {"3 clicks": predicted}
+
+
+def segment_boxes(predictor: PromptedImage, features: list, boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """bool [N, H, W]: the masks of boxes [N, 2, 2], x0 y0 and x1 y1 in pixels of an image of `size` (H, W)."""
+    parts = [boxes[i : i + BATCH] for i in range(0, len(boxes), BATCH)]
+    labels = lambda part: np.tile(np.array([[2, 3]], np.int32), (len(part), 1))
+    return np.concatenate([decode_padded(predictor, features, size, part, labels(part))[1] for part in parts])
+
+
+def decode_padded(
+    predictor: PromptedImage,
+    features: list,
+    size: tuple[int, int],
+    points: np.ndarray,
+    labels: np.ndarray,
+    mask_input: np.ndarray | None = None,
+    multimask: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mask logits [N, S / 4, S / 4] and bool masks [N, H, W] of the points [N, P, 2] of N <= BATCH objects.
+
+    The best mask by estimated IoU is taken. The batch is padded with its last object.
+    """
+    count = len(points)
+    scale = predictor.image_size / np.array(size[::-1], np.float32)
+    pad = lambda x: np.concatenate([x, np.repeat(x[-1:], BATCH - count, axis=0)])
+    if mask_input is not None:
+        mask_input = pad(mask_input.clip(-LOGIT_LIMIT, LOGIT_LIMIT))[..., None]
+    out = predictor.decode(features, (pad(points * scale), pad(labels)), mask_input, multimask=multimask)
+    best = np.asarray(out.ious).argmax(1)
+    logits = np.asarray(out.masks, np.float32)[np.arange(BATCH), best][:count]
+    return logits, resize_maps(logits, size) > 0
 
 
 def corners(mask: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ J & F follow facebookresearch/sam2, sav_dataset/utils/sav_benchmark.py, which to
 Values are in 0..1 here; the evaluator prints percent.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,14 @@ class VideoScores(NamedTuple):
     @property
     def jf(self) -> float:
         return (self.j + self.f) / 2
+
+
+class LongVideoScores(NamedTuple):
+    """J, F and, of LVOS, V: the deviation of their mean over the frames of an object; all in 0..1."""
+
+    j: float
+    f: float
+    v: float
 
 
 def iou(predicted: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -108,15 +117,32 @@ def video_scores(predicted: np.ndarray, reference: np.ndarray, *, from_first_mas
         )
     first = 0 if from_first_mask else np.argmax((predicted | reference).any((1, 2)))
     predicted, reference = predicted[first:], reference[first:]
+    j, f = frame_scores(predicted, reference)
+    return VideoScores(float(j.mean()), float(f.mean()))
+
+
+def frame_scores(predicted: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """J and F of each frame, [T] each, of boolean masks [T, H, W]."""
     f = [contour_accuracy(*masks) for masks in zip(predicted, reference)]
-    return VideoScores(float(region_similarity(predicted, reference).mean()), float(np.mean(f)))
+    return region_similarity(predicted, reference), np.array(f)
 
 
-def mean_scores(scores: list[VideoScores]) -> VideoScores:
+def lvos_scores(predicted: np.ndarray, reference: np.ndarray) -> LongVideoScores:
+    """The scores of one object from its boolean masks [T, H, W] in all its annotated frames, as LVOS' evaluator's.
+
+    The first and the last frame are left out. The evaluator rounds the variance of (J + F) / 2 to four digits, and V is
+    its root (arXiv 2404.19326).
+    """
+    check_masks(predicted, reference, "T, H, W")
+    j, f = frame_scores(predicted[1:-1], reference[1:-1])
+    return LongVideoScores(float(j.mean()), float(f.mean()), math.sqrt(round(float(((j + f) / 2).var()), 4)))
+
+
+def mean_scores(scores: list):
     """The score of a dataset: the mean over the objects of all videos. Raises UserError if there is no object."""
     if not scores:
         raise UserError("no object to average over")
-    return VideoScores(*np.mean(scores, axis=0).tolist())
+    return type(scores[0])(*np.mean(scores, axis=0).tolist())
 
 
 def check_shapes(predicted: np.ndarray, reference: np.ndarray) -> None:

@@ -1,5 +1,6 @@
 """Video object segmentation: objects given by their first mask, tracked through clips, scored by J and F."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from itertools import count, groupby
 
@@ -8,7 +9,7 @@ import numpy as np
 from sam2jq.data.labeled import SCORED, LabeledClip, too_few
 from sam2jq.data.video import Video
 from sam2jq.errors import UserError, few
-from sam2jq.eval.metrics import VideoScores, mean_scores, video_scores
+from sam2jq.eval.metrics import LongVideoScores, VideoScores, lvos_scores, mean_scores, video_scores
 from sam2jq.predictors.video import VideoPredictor
 
 Masks = dict[str, dict[int, np.ndarray]]  # {object: {frame: bool [H, W]}}
@@ -21,12 +22,15 @@ def evaluate_clips(
 ) -> dict:
     """{"j", "f", "j&f": means over all objects in percent; "clips", "objects": counts; "scores": by clip and object}.
 
+    For clips in groups, as in LVOS, "groups" has these means and "v" of each group, and "j", "f", "j&f" and "v" are
+    means over the groups.
+
     "left_out" is {clip or clip/object: why it has no score}: its files cannot be read, or no scored frame shows it.
     write: called with the clip's name, the object, the frame's name and the bool mask [H, W] of every frame; for clips
     with label images once for a frame, with "" and the labels, unsigned [H, W].
     Raises UserError if no object has a score.
     """
-    scores, left_out = {}, {}
+    scores, left_out, groups = {}, {}, defaultdict(list)
     for clip in clips:
         writer = write and (lambda *args, name=clip.name: write(name, *args))
         bad = lambda obj, why, name=clip.name: left_out.__setitem__(f"{name}/{obj}", why)
@@ -34,24 +38,26 @@ def evaluate_clips(
             scores[clip.name] = track_objects(predictor, clip, writer, bad)
         except (UserError, FileNotFoundError) as error:  # no other OSError: a full disk ends the run
             left_out[clip.name] = str(error)
-    all_scores = [score for by_object in scores.values() for score in by_object.values()]
-    if not all_scores:
+        else:
+            groups[clip.group] += scores[clip.name].values()
+    means = {group: mean_scores(found) for group, found in groups.items() if found}
+    if not means:
         raise UserError(f"no object has a score: {few([f'{name}: {why}' for name, why in left_out.items()], 3)}")
-    mean = mean_scores(all_scores)
+    mean = percent(mean_scores(list(means.values())))
     return {
-        "j": 100 * mean.j,
-        "f": 100 * mean.f,
-        "j&f": 100 * mean.jf,
+        **mean,
+        "j&f": (mean["j"] + mean["f"]) / 2,
+        **({"groups": {group: percent(one) for group, one in means.items()}} if any(means) else {}),
         "clips": len(scores),
-        "objects": len(all_scores),
+        "objects": sum(map(len, groups.values())),
         "left_out": left_out,
-        "scores": {name: {obj: score_dict(s) for obj, s in objects.items()} for name, objects in scores.items()},
+        "scores": {name: {obj: s._asdict() for obj, s in objects.items()} for name, objects in scores.items()},
     }
 
 
-def score_dict(score: VideoScores) -> dict[str, float]:
-    """J and F, 0..1, for a json file."""
-    return {"j": score.j, "f": score.f}
+def percent(score: VideoScores | LongVideoScores) -> dict[str, float]:
+    """{"j", "f" and, for LVOS, "v"} in percent."""
+    return {name: 100 * value for name, value in score._asdict().items()}
 
 
 def track_objects(
@@ -59,8 +65,8 @@ def track_objects(
     clip: LabeledClip,
     write: Callable[[str, str, np.ndarray], None] | None = None,
     bad: Callable[[str, str], None] | None = None,
-) -> dict[str, VideoScores]:
-    """{object: J and F} of a clip's objects, each given by its first mask that is not empty.
+) -> dict[str, VideoScores | LongVideoScores]:
+    """{object: J and F, for LVOS also V} of a clip's objects, each given by its first mask that is not empty.
 
     write: called with the object, the frame's name and the mask of every frame, as in `evaluate_clips`. bad: called
     before the clip is tracked with each object that has no score, and why.
@@ -77,7 +83,9 @@ def track_objects(
     scores = {}
     for obj in truth.keys() - without_score.keys():
         got, expected = (np.stack(list(masks[obj].values())) for masks in (predicted, truth))
-        scores[obj] = video_scores(got, expected, from_first_mask=clip.exclusive)
+        scores[obj] = (
+            lvos_scores(got, expected) if clip.group else video_scores(got, expected, from_first_mask=clip.exclusive)
+        )
     return {obj: scores[obj] for obj in truth if obj in scores}
 
 

@@ -38,7 +38,7 @@ def padded_prompts(points, masks) -> Iterator[tuple]:
     """Yields (points, masks, point_mask) of at most MOST_PROMPTS prompts, for `SAM2.decode_masks`.
 
     points: coords [P, N, 2] and labels [P, N], or None; masks: logits [1 or P, h, w, 1], or None. P and N are rounded
-    up to powers of two, N to 2 at least. Added points are ignored by `point_mask`; added prompts are copies.
+    up to powers of two, N to 4 at least. Added points are ignored by `point_mask`; added prompts are copies.
     """
     prompts, point_mask, count = (None, None), None, prompt_count(points, masks)
     if points is not None:
@@ -59,12 +59,12 @@ def prompt_count(points, masks) -> int:
 def padded_points(coords: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """coords [P, N, 2] and labels [P, N] with copies of the last point, zeros if there is none, and bool [P, N].
 
-    N becomes a power of two, 2 at least; the third array is False at copies.
+    N becomes a power of two, 4 at least; the third array is False at copies.
     """
     count = labels.shape[1]
     if count == 0:
         coords, labels = np.zeros((len(coords), 1, 2), np.float32), np.zeros((len(labels), 1), np.int32)
-    columns = np.arange(power_of_two(max(count, 2)))
+    columns = np.arange(power_of_two(max(count, 4)))
     copied = np.minimum(columns, labels.shape[1] - 1)
     return coords[:, copied], labels[:, copied], np.broadcast_to(columns < count, (len(labels), len(columns)))
 

@@ -52,6 +52,7 @@ DECISION = {"epoch": int, "layer": str, "from": int, "to": int, "impact": NUMBER
 EVERYTHING = {"recall": float, "miou": float} | dict.fromkeys(
     ("count_mismatch", "masks", "reference_masks", "images"), int
 )
+EVERYTHING |= {"shown?": {"image": str, "files": {"before": str, "after": str}}}
 METRICS = {
     "model": {"name": str, "version": str, "checkpoint": str, "image_size": int},
     "checkpoint": str,

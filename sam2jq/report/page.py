@@ -32,6 +32,7 @@ def run_page(folder: Path, metrics: dict) -> str:
         scores=verdict.scores(metrics),
         warnings=verdict.warnings(metrics),
         gallery=[shown | pictures(folder, shown) for shown in metrics["gallery"]],
+        everything=everything_pictures(folder, metrics["results"]),
         config=yaml.safe_dump(metrics["config"], sort_keys=False),
         charts=run_charts(metrics),
     )
@@ -74,6 +75,15 @@ def pictures(folder: Path, shown: dict) -> dict:
     columns = np.nonzero((before | after).any(0))[0]
     middle = round(100 * columns.mean() / width) if len(columns) else 50
     return uris | {"photo": photo, "width": width, "height": height, "middle": middle}
+
+
+def everything_pictures(folder: Path, results: dict) -> dict | None:
+    """{"image", "before", "after": data URI} of all masks of an image; None where a run did not compare these."""
+    shown = results.get("everything", {}).get("shown")
+    if shown is None:
+        return None
+    uris = {name: data_uri(file_inside(folder, file).read_bytes(), "jpeg") for name, file in shown["files"].items()}
+    return uris | {"image": shown["image"]}
 
 
 def read_picture(path: Path, size: tuple[int, int]) -> np.ndarray:

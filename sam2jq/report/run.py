@@ -11,9 +11,9 @@ from PIL import Image
 
 from sam2jq.data import read_image
 from sam2jq.errors import UserError
-from sam2jq.eval.gallery import Gallery, GalleryItem
+from sam2jq.eval.gallery import EverythingItem, Gallery, GalleryItem
 from sam2jq.report.check import METRICS, check_metrics
-from sam2jq.report.figures import SIDE, draw_prompts
+from sam2jq.report.figures import SIDE, draw_prompts, overlay
 from sam2jq.report.page import file_inside, run_page
 from sam2jq.report.schema import REPORT_VERSION, RunMetrics
 
@@ -65,13 +65,38 @@ def save_shown(folder: Path, stem: str, why: str, shown: GalleryItem) -> dict:
     draw_prompts(photo, np.array([shown.click]) * photo.size, [1])
     photo.save(folder / files["photo"], quality=85)
     truth = dict(zip(("before", "after"), shown.ground_truth)) if shown.ground_truth else None
-    image = shown.image if shown.image.startswith("scenes:") else Path(shown.image).name
-    return {"image": image, "click": shown.click, "iou": shown.iou, "truth": truth, "why": why, "files": files}
+    return {
+        "image": base_name(shown.image),
+        "click": shown.click,
+        "iou": shown.iou,
+        "truth": truth,
+        "why": why,
+        "files": files,
+    }
+
+
+def save_everything(folder: Path, shown: EverythingItem) -> dict:
+    """Writes the image with all masks before and after to folder/gallery; returns {"image", "files"}."""
+    photo = read_image(shown.image)
+    files = {name: f"gallery/everything_{name}.jpg" for name in ("before", "after")}
+    for name, file in files.items():
+        picture = overlay(photo, getattr(shown, name))
+        picture.thumbnail((2 * SIDE, 2 * SIDE))
+        picture.save(folder / file, quality=85)
+    return {"image": base_name(shown.image), "files": files}
+
+
+def base_name(image: str) -> str:
+    """The name of an image file without its folder, or of a drawn scene."""
+    return image if image.startswith("scenes:") else Path(image).name
 
 
 def save_run(folder: Path, metrics: RunMetrics, gallery: Gallery) -> RunMetrics:
     """Writes metrics.json, gallery/ and report.html; returns `metrics` with its gallery."""
     metrics = replace(metrics, gallery=save_gallery(folder, gallery))
+    if gallery.everything:
+        everything = metrics.results["everything"] | {"shown": save_everything(folder, gallery.everything)}
+        metrics = replace(metrics, results=metrics.results | {"everything": everything})
     content = metrics.to_dict()
     (folder / "metrics.json").write_text(json.dumps(content, indent=1))
     page = run_page(folder, content)
@@ -131,7 +156,16 @@ def missing_parts(folder: Path, metrics: dict) -> list[str]:
             raise UserError(f"{folder / 'metrics.json'}: entry {index} of the gallery does not describe a mask: "
                             "quantize again")  # fmt: skip
     names = [name for shown in gallery for name in shown["files"].values()]
+    names += everything_files(metrics).values()
     return missing + [name for name in names if not file_inside(folder, name).is_file()]
+
+
+def everything_files(metrics: dict) -> dict[str, str]:
+    """{"before", "after": picture} of all masks of an image; {} where a run did not compare these."""
+    match metrics.get("results"):
+        case {"everything": {"shown": {"files": {"before": str(before), "after": str(after)}}}}:
+            return {"before": before, "after": after}
+    return {}
 
 
 def is_shown(shown: object) -> bool:

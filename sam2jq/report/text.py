@@ -41,11 +41,16 @@ def scores(results: dict) -> str:
     """The scores that `evaluate` measured, one per line."""
     if "recall" in results:
         lines = everything(results)
+    elif "ap" in results:
+        lines = [(name, "-" if value is None else f"{value:.4f}") for name, value in results["ap"].items()]
+        lines.append(("boxes", f"{results['boxes']} in {results['images']} images"))
     elif "miou" in results:
         lines = [(name, f"mIoU {value:.4f}") for name, value in results["miou"].items()]
         lines.append(("instances", f"{results['instances']} in {results['images']} images"))
     else:
-        lines = [(name.upper(), f"{results[name]:.2f}") for name in ("j", "f", "j&f")]
+        lines = [(name.upper(), f"{results[name]:.2f}") for name in ("j", "f", "j&f", "v") if name in results]
+        for group, means in results.get("groups", {}).items():
+            lines.append((group, ", ".join(f"{name.upper()} {value:.2f}" for name, value in means.items())))
         lines.append(("objects", f"{results['objects']} in {results['clips']} clips"))
     return aligned(lines + left_out(results["left_out"]))
 

@@ -51,7 +51,9 @@ def scores(metrics: dict) -> list[dict]:
             rows += [score(f"mIoU, {name}{where}", 100 * full[name], 100 * miou[name], behind) for name in PROMPTS]
     if "video" in results:
         full, small = of_kinds(results["video"])
-        rows.append(score("J&F", full["j&f"], small["j&f"], sample(results, "video", "clip")))
+        memory = {f", {k}": results["video"][k] for k in results["video"] if k not in results["kinds"]}
+        for where, video in ({"": small} | memory).items():
+            rows.append(score(f"J&F{where}", full["j&f"], video["j&f"], sample(results, "video", "clip")))
     if "everything" in results:
         every = results["everything"]
         behind = (

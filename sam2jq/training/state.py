@@ -23,4 +23,5 @@ class TrainState(NamedTuple):
 
 def init_state(params: dict, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
     """The state before the first step."""
-    return TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key_data(jax.random.key(seed)))
+    opt_state = jax.jit(optimizer.init)(params)  # without jit, `optax.flatten` runs a program for each shape of a leaf
+    return TrainState(jnp.int32(0), params, opt_state, jax.random.key_data(jax.random.key(seed)))

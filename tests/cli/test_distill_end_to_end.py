@@ -17,6 +17,7 @@ from sam2jq.models.variants import Variant
 from sam2jq.quant.leaves import materialize_params
 from sam2jq.tree import flatten
 
+pytestmark = pytest.mark.end_to_end
 SKIPS = [
     "image_encoder",
     "memory_attention",

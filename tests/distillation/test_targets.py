@@ -7,21 +7,28 @@ import numpy as np
 import pytest
 
 from sam2jq import abstract_params, init_params
-from sam2jq.config.distill import DistillLossConfig
+from sam2jq.config import loader
+from sam2jq.config.distill import DistillConfig, DistillLossConfig
+from sam2jq.distillation import losses
+from sam2jq.distillation.bit_trials import bits_program
 from sam2jq.distillation.losses import PARTS, distillation_loss, mask_distance, moment_losses
 from sam2jq.distillation.target_cache import Teacher, target_program
-from sam2jq.distillation.targets import affinity, make_targets
+from sam2jq.distillation.targets import DistillBatch, ModelOutputs, affinity, make_targets
+from sam2jq.distillation.trainer import make_student_loss
 from sam2jq.models.sam2 import SAM2, Variant
 from sam2jq.ptq.recipe import layers
 from sam2jq.quant.algorithms.fake_quant import fake_quant_layers, init_fake_quant
 from sam2jq.quant.leaves import base_weight
 from sam2jq.quant.spec import QuantSpec
+from sam2jq.training.state import init_state
+from sam2jq.training.step import sharded_step, train_step
 from sam2jq.tree import flatten, kernels, layer_name
 
 SMALL = Variant(
     8, 1, (1, 1, 1, 1), (2,), (4, 4, 4, 2), features=32, memory_features=16, memory_layers=1, memory_hidden=32,
     image_size=64,
 )  # fmt: skip
+CONFIG = ["--teacher.name", "nano", "--student.name", "nano", "--data.train", "scenes:1", "--data.val", "scenes:2"]
 LARGE = replace(SMALL, embed_dim=16, stages=(1, 2, 1, 1), global_blocks=(3,))
 
 
@@ -113,6 +120,28 @@ def test_a_teacher_in_bfloat16_gives_slightly_different_targets_in_float32():
         assert 1e-4 < error < 0.05  # bfloat16 has 8 bits of mantissa: 0.4 % a rounding, over tens of layers
 
 
+def test_the_training_step_and_the_evaluation_of_bits_trace_the_loss_once(monkeypatch):
+    ones = lambda *shape: jnp.ones(shape, jnp.float32)
+    tracked = ones(1, 4, 2, 2), ones(1, 4), ones(1, 1)
+    outputs = ModelOutputs([ones(1, 2, 2, 3)], ones(3, 4, 2, 2), ones(3, 4), ones(3, 1), tracked, ones(1, 3), None,
+                           {"a": (ones(1, 2), ones(1, 2))})  # fmt: skip
+    traced = []
+
+    def forward(model, params, frames, prompts, capture):
+        traced.append(1)
+        return jax.tree.map(lambda x: x * params["a"]["kernel"].mean(), outputs)
+
+    monkeypatch.setattr(losses, "forward_with_capture", forward)
+    config = loader.load(None, CONFIG, DistillConfig)
+    batch = DistillBatch(ones(2, 1, 4, 4, 3), None, jax.tree.map(lambda x: jnp.stack([x, x]), outputs))
+    student = init_fake_quant({"a": {"kernel": ones(4, 2), "bias": ones(2)}}, {"a": QuantSpec(4)})
+    loss = distillation_loss(None, dict.fromkeys(PARTS, 1.0))
+    bits_program(loss).trace(student, ones(jax.device_count(), 1), batch)
+    trained, optimizer = make_student_loss(student, loss, config, 20)
+    sharded_step(train_step(trained, optimizer)).trace(init_state(student, optimizer, 0), batch)
+    assert len(traced) == 1
+
+
 @pytest.mark.slow  # compiles the gradient of a whole SAM 2
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_every_weight_that_may_learn_gets_a_gradient_from_a_teacher_of_another_size(dtype):
@@ -134,6 +163,6 @@ def test_every_weight_that_may_learn_gets_a_gradient_from_a_teacher_of_another_s
     assert [layer for layer, size in sizes.items() if not size > 0] == []
     assert set(metrics["parts"]) == set(PARTS)
     assert all(np.isfinite(value) and value > 0 for value in metrics["parts"].values())
-    losses = dict(zip(fake_quant_layers(student), metrics["layers"]))
-    assert losses["image_encoder.trunk.blocks.0.attn.qkv"] == metrics["parts"]["features"]  # of another width
-    assert losses["sam_mask_decoder.transformer.layers.0.self_attn.q_proj"] != metrics["parts"]["features"]
+    by_layer = dict(zip(fake_quant_layers(student), metrics["layers"]))
+    assert by_layer["image_encoder.trunk.blocks.0.attn.qkv"] == metrics["parts"]["features"]  # of another width
+    assert by_layer["sam_mask_decoder.transformer.layers.0.self_attn.q_proj"] != metrics["parts"]["features"]

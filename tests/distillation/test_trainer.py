@@ -45,7 +45,7 @@ def run(params, x):
     return outputs
 
 
-def loss(params, batch, key=None):
+def loss(params, batch):
     got, expected = run(materialize_weights(params), batch), run(PLAIN, batch)
     energy = lambda x: jnp.square(x).sum(-1)
     layers = jnp.stack([(energy(got[name] - expected[name]) / energy(expected[name])).mean() for name in LAYERS])
@@ -261,7 +261,7 @@ def alone(tmp_path_factory):
     return np.concatenate([base_weight(best[name]["kernel"]).kernel.ravel() for name in LAYERS])
 
 
-@pytest.mark.parametrize("parallel", ["jit", "pmap"])
+@pytest.mark.parametrize("parallel", ["jit", pytest.param("pmap", marks=pytest.mark.end_to_end)])
 def test_four_devices_learn_what_one_does(alone, tmp_path, parallel):
     """Up to the order in which gradients are added."""
     count, found = weights_of(start_process(tmp_path, "--train.parallel", parallel, devices=4))
@@ -289,6 +289,7 @@ def under_slurm(port: int, index: int) -> tuple[list[str], dict[str, str]]:
     return ["auto"], {f"SLURM_{name}": str(value) for name, value in places.items()}
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("places", [named, pytest.param(under_slurm, marks=pytest.mark.slow)])
 def test_two_processes_learn_what_one_does_and_the_first_writes(alone, tmp_path, places):
     """Each reads its own half of every batch; they add gradients over the loopback."""

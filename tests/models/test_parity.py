@@ -35,7 +35,7 @@ def clicks(prompts: int) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize(
     ("name", "version", "size"),
-    [("nano", "2.1", 256), ("tiny", "2.0", 480)]
+    [("nano", "2.1", 256), pytest.param("tiny", "2.0", 480, marks=pytest.mark.end_to_end)]
     + [
         pytest.param(*case, marks=pytest.mark.slow)
         for case in (
@@ -57,7 +57,7 @@ def test_encoder_features_equal_torch(name, version, size):
 
 @models
 @pytest.mark.parametrize("multimask", [True, False])
-@pytest.mark.parametrize("prompt", ["points", "masks", "points and masks"])
+@pytest.mark.parametrize("prompt", ["points", "masks", pytest.param("points and masks", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_decoded_masks_and_scores_equal_torch(name, version, prompt, multimask):
     pair = twin(name, version, SIZE)

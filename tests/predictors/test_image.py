@@ -257,7 +257,7 @@ def test_a_session_of_mixed_prompts_compiles_a_handful_of_programs(predictors, m
             assert ours.predict(box=np.ones((count, 4)))[0].shape == (count, 3, *size)
             calls += 1
     assert calls == 176
-    assert len(compiled) == 9  # 2, 4 and 8 points, these with logits, 8 and 64 boxes, and one for all sizes
+    assert len(compiled) == 7  # 4 and 8 points, these with logits, 8 and 64 boxes, and one for all sizes
 
 
 def test_ignored_points_change_nothing(predictors):

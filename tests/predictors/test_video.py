@@ -34,6 +34,7 @@ def prompted_alone(clip):
     return run
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("version", ["2.1", pytest.param("2.0", marks=pytest.mark.slow)])
 def test_two_objects_over_twelve_frames_match_the_original(version, clip):
     def run(predictor, state):
@@ -229,6 +230,7 @@ def test_a_whole_clip_compiles_one_step(pair):
     assert shapes[0] == shapes[1]
 
 
+@pytest.mark.end_to_end
 def test_another_number_of_objects_or_prompts_compiles_nothing_of_the_image_encoder(pair):
     _, predictor = pair
     state = predictor.init_state(draw_clip(4, 3).frames)

@@ -15,6 +15,8 @@ from sam2jq.config.loader import load
 from sam2jq.tree import layer_name
 from tests.flags import override
 
+pytestmark = pytest.mark.end_to_end
+
 
 @pytest.fixture(scope="module")
 def thorough(flags) -> Path:

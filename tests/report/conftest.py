@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from sam2jq.config import loader
-from sam2jq.eval.gallery import Gallery, GalleryItem
+from sam2jq.eval.gallery import EverythingItem, Gallery, GalleryItem
 from sam2jq.report.run import save_run
 from sam2jq.report.schema import RunMetrics
 
@@ -25,11 +25,14 @@ def make_run(tmp_path) -> Callable[..., Path]:
     return partial(write_run, tmp_path)
 
 
-def write_run(root: Path, name: str, bits: int = 4, miou: float = 0.6, **changes) -> Path:
+def write_run(
+    root: Path, name: str, bits: int = 4, miou: float = 0.6, everything: EverythingItem | None = None, **changes
+) -> Path:
     folder = root / name
     folder.mkdir()
     Image.effect_noise((64, 48), 60).convert("RGB").save(root / MARKUP, "JPEG")
-    save_run(folder, RunMetrics(**metrics(bits, miou) | changes), gallery(str(root / MARKUP)))
+    shown = gallery(str(root / MARKUP))._replace(everything=everything)
+    save_run(folder, RunMetrics(**metrics(bits, miou) | changes), shown)
     return folder
 
 

@@ -2,16 +2,18 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from sam2jq.errors import UserError
+from sam2jq.eval.gallery import EverythingItem
 from sam2jq.report.check import check_metrics
 from sam2jq.report.page import run_page
 from sam2jq.report.run import NEEDED, layer_rows, merged, read_metrics
 from sam2jq.report.verdict import scheme, scores, warnings
 
-from .conftest import metrics
+from .conftest import MARKUP, metrics
 
 HISTORY = {
     "loss": [[0, 1.0], [10, 0.5], [20, 0.4]],
@@ -51,6 +53,31 @@ def test_a_page_takes_no_picture_from_outside_the_folder_of_its_run(make_run, tm
     for make in (lambda: read_metrics(folder), lambda: run_page(folder, found)):
         with pytest.raises(UserError, match=re.escape(f"names the file {name!r}, which is not in the run's folder")):
             make()
+
+
+EVERYTHING = {"recall": 0.9, "miou": 0.8, "count_mismatch": 1, "masks": 20, "reference_masks": 22, "images": 3}
+
+
+def test_a_page_shows_all_masks_of_an_image_before_and_after(make_run, tmp_path):
+    masks = np.zeros((2, 48, 64), bool)
+    masks[0, :20], masks[1, 20:] = True, True
+    results = metrics(4, 0.6)["results"] | {"everything": EVERYTHING}
+    folder = make_run("a", results=results, everything=EverythingItem(str(tmp_path / MARKUP), masks, masks[:1]))
+    found = read_metrics(folder)
+    assert run_page(folder, found) == (page := (folder / "report.html").read_text())
+    assert 'alt="All masks of &lt;img' in page
+    before, after = (
+        np.asarray(Image.open(folder / name), float)
+        for name in found["results"]["everything"]["shown"]["files"].values()
+    )
+    assert np.abs(before - after)[:16].mean() < 5 < np.abs(before - after)[24:].mean()
+    (tmp_path / "secret.jpg").write_bytes((folder / "gallery/everything_after.jpg").read_bytes())
+    found["results"]["everything"]["shown"]["files"]["after"] = "../secret.jpg"
+    with pytest.raises(UserError, match="which is not in the run's folder"):
+        run_page(folder, found)
+    (folder / "gallery/everything_after.jpg").unlink()
+    with pytest.raises(UserError, match=r"lacks gallery/everything_after\.jpg"):
+        read_metrics(folder)
 
 
 def set_shown(folder, changes):
@@ -176,13 +203,25 @@ def test_the_verdict_is_before_after_and_change():
 
 
 def test_the_verdict_has_everything_found_again():
-    every = {"recall": 0.9, "miou": 0.8, "count_mismatch": 1, "masks": 20, "reference_masks": 22, "images": 3}
     found = metrics(4, 0.6)
-    found |= {"results": found["results"] | {"everything": every}}
+    found |= {"results": found["results"] | {"everything": EVERYTHING}}
     assert not check_metrics(json.loads(json.dumps(found)))
     miou, recall = (row for row in scores(found) if row["name"].startswith("everything"))
     assert (miou["before"], miou["after"], recall["after"]) == (100.0, 80.0, 90.0)
     assert miou["behind"] == "3 images, 22 masks before and 20 after, another number in 1 image"
+
+
+def test_the_verdict_has_j_and_f_with_memory_in_fewer_bits():
+    found = metrics(4, 0.6)
+    values = zip([*found["results"]["kinds"], "memory in 8 bits"], (70.0, 69.0, 68.5))
+    video = {name: {"j&f": value} for name, value in values}
+    found |= {
+        "results": found["results"] | {"video": video, "video_clips": 2, "video_objects": 5, "video_data": "sa-v"}
+    }
+    assert not check_metrics(json.loads(json.dumps(found)))
+    rows = {row["name"]: row for row in scores(found)}
+    assert rows["J&F"]["change"] == -1
+    assert rows["J&F, memory in 8 bits"]["change"] == -1.5
 
 
 def test_the_verdict_has_the_scores_of_onnx_files_beside_full_precision():

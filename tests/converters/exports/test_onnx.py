@@ -138,11 +138,13 @@ def expected(original, clip):
     return track(original, clip)
 
 
+@pytest.mark.end_to_end
 def test_a_clip_is_tracked_as_by_the_original(folder, clip, expected, engine):
     compare(track(OnnxVideoPredictor(folder, engine, dtype="float32"), clip), expected)
 
 
 @pytest.mark.slow  # a program of ours for each step; the original fails on a CPU where a frame has no pointer
+@pytest.mark.end_to_end
 def test_a_clip_is_tracked_in_reverse_as_by_our_predictor(small, folder, clip, engine):
     expected = track(sam2jq.VideoPredictor(*small), clip, reverse=True)
     compare(track(OnnxVideoPredictor(folder, engine, dtype="float32"), clip, reverse=True), expected)
