@@ -29,7 +29,6 @@ from sam2jq.quant.qtensor import QTensor
 from sam2jq.quant.spec import QuantSpec
 from sam2jq.tree import flatten, kernels, layer_name
 
-METHOD, STATUS = "compressed-tensors", "compressed"
 INT8, PACKED, MIXED = "int-quantized", "pack-quantized", "mixed-precision"  # the package's names of its formats
 
 
@@ -62,9 +61,9 @@ def quantization_config(schemes: Mapping[str, list[str]]) -> dict:
     }
     formats = {group["format"] for group in groups.values()}
     return {
-        "quant_method": METHOD,
+        "quant_method": "compressed-tensors",
         "format": formats.pop() if len(formats) == 1 else MIXED,
-        "quantization_status": STATUS,
+        "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": [],
     }

@@ -143,6 +143,14 @@ def test_a_fixed_grid_of_smoothed_inputs_is_left_out():
     assert isinstance(nearest_leaf(replace(leaf, inner=replace(leaf.inner, scale=None, zero_point=None))), ActQuantized)
 
 
+def test_our_own_loader_names_what_the_folder_holds(demo, tmp_path):
+    model, params = demo
+    about = {"model": describe_model(model), "random_weights": False}
+    EXPORTS["compressed-tensors"].write(tmp_path, model, sam2jq.rtn(QuantSpec(4)).apply(params, {}), about)
+    with pytest.raises(UserError, match="holds weights in codes of compressed-tensors .*: give the package"):
+        sam2jq.load(tmp_path)
+
+
 def test_the_error_names_the_layers_and_the_way_out(demo, tmp_path):
     model, params = demo
     flat = flatten(sam2jq.rtn(QuantSpec(4)).apply(params, {}))
