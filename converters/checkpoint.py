@@ -160,8 +160,8 @@ def read_weights(source: str) -> Weights:
     arrays = select(arrays, part, path, lambda x: isinstance(x, np.ndarray))
     if codes := [key for key in arrays if key.endswith((".weight_packed", ".weight_scale"))]:
         raise UserError(
-            f"{path} holds weights in codes of compressed-tensors ({codes[0]}): give the package that it was made of, or "
-            "the checkpoint before quantization"
+            f"{path} holds weights in codes of compressed-tensors ({codes[0]}): give the package that it was made of, "
+            "or the checkpoint before quantization"
         )
     known = DEMO if source == "demo" else about | config_size(config)
     return replace(from_state_dict(arrays, path), model=known, config=config)

@@ -77,6 +77,7 @@ def write_container(path: str | Path, arrays: Mapping[str, np.ndarray], header: 
 
     The file's metadata holds the format name `kind`, its version, the header, and the sha256 of arrays and header.
     """
+    arrays = {name: np.asarray(array) for name, array in arrays.items()}  # jax arrays, too
     text = json.dumps(header, sort_keys=True)
     metadata = {"format": kind, "format_version": str(version), "header": text, "sha256": content_hash(arrays, text)}
     write_safetensors(path, arrays, metadata)
