@@ -158,6 +158,11 @@ def read_weights(source: str) -> Weights:
     # what lies beside a file of another name may not belong to it
     config = read_config(path.parent) if path.suffix == ".json" or path.name == "model.safetensors" else {}
     arrays = select(arrays, part, path, lambda x: isinstance(x, np.ndarray))
+    if codes := [key for key in arrays if key.endswith((".weight_packed", ".weight_scale"))]:
+        raise UserError(
+            f"{path} holds weights in codes of compressed-tensors ({codes[0]}): give the package that it was made of, "
+            "or the checkpoint before quantization"
+        )
     known = DEMO if source == "demo" else about | config_size(config)
     return replace(from_state_dict(arrays, path), model=known, config=config)
 

@@ -12,12 +12,14 @@ FILES = ("config.json", "processor_config.json", "preprocessor_config.json", "vi
 HF_MEMORY_FEATURES = 64  # channels of a memory that transformers' memory attention is built for
 
 
-def write_config(folder: Path, model: SAM2, *, video: bool = True) -> None:
+def write_config(folder: Path, model: SAM2, *, video: bool = True, quantization: dict | None = None) -> None:
     """Writes config.json and processor_config.json into `folder`.
 
     video: for `Sam2VideoModel` and `Sam2VideoProcessor`, else for the image-only `Sam2Model` and `Sam2Processor`.
+    quantization: the `quantization_config` of config.json.
     """
-    for name, content in zip(FILES, (model_config(model, video), processor_config(model, video))):
+    config = model_config(model, video) | ({"quantization_config": quantization} if quantization else {})
+    for name, content in zip(FILES, (config, processor_config(model, video))):
         with atomic_write(folder / name) as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n")
 

@@ -138,8 +138,9 @@ def load(
     name, version: of the model (tiny, small, base-plus, large, nano; "2.0", "2.1"). Packages hold them, and they are
       recognized from the tensors of checkpoints. image_size: in pixels, in place of the model's; packages and Hugging
       Face's folders hold it. What is given must not contradict the file.
-    Packages come with their weight leaves. Params are float32, whatever the file holds; those of an image-only model
-    lack the memory. `.pt` and `.pth` need torch, nothing else does.
+    Packages come with their weight leaves, whose codes of 4 bits and less take half a byte of the device's memory each.
+    Params are float32, whatever the file holds; those of an image-only model lack the memory. `.pt` and `.pth` need
+    torch, nothing else does.
     Raises UserError or FileNotFoundError that names the file and what to do.
     """
     from converters.checkpoint import open_checkpoint

@@ -67,7 +67,9 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 def write_safetensors(path: str | Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:
     """Writes arrays, in C order, and text metadata to a safetensors file, atomically."""
     with atomic_write(path) as temporary:
-        temporary.write_bytes(safetensors.numpy.save(dict(arrays), metadata))
+        # the bytes of an array in another order would be written as they lie in memory
+        ordered = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+        temporary.write_bytes(safetensors.numpy.save(ordered, metadata))
 
 
 def write_container(path: str | Path, arrays: Mapping[str, np.ndarray], header: dict, kind: str, version: int) -> None:
@@ -75,7 +77,7 @@ def write_container(path: str | Path, arrays: Mapping[str, np.ndarray], header: 
 
     The file's metadata holds the format name `kind`, its version, the header, and the sha256 of arrays and header.
     """
-    arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    arrays = {name: np.asarray(array) for name, array in arrays.items()}  # jax arrays, too
     text = json.dumps(header, sort_keys=True)
     metadata = {"format": kind, "format_version": str(version), "header": text, "sha256": content_hash(arrays, text)}
     write_safetensors(path, arrays, metadata)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -277,6 +278,31 @@ def test_a_recipe_takes_the_bits_of_the_package_that_it_names(tmp_path, demo):
 
 def is_quantized(leaf) -> bool:
     return isinstance(leaf, sam2jq.QTensor)
+
+
+def test_a_loaded_package_takes_half_a_byte_for_a_code_of_4_bits(tmp_path, demo):
+    sam2jq.save(tmp_path / "p.safetensors", *demo)
+    _, small = sam2jq.load(tmp_path / "p.safetensors")
+    assert all(any(x is array for array in jax.live_arrays()) for x in jax.tree.leaves(small))
+    # what XLA allocates for a program's arguments: the `nbytes` of an array counts such a code as a byte
+    memory = jax.jit(lambda params: params).lower(small).compile().memory_analysis()
+    codes = sum(leaf.qvalue.size for leaf in jax.tree.leaves(small, is_leaf=is_quantized) if is_quantized(leaf))
+    others = sum(x.nbytes for x in jax.tree.leaves(small) if x.dtype == np.float32)
+    assert codes > 1e6
+    assert memory.argument_size_in_bytes == pytest.approx(codes / 2 + others, rel=1e-3)  # an odd number is padded
+
+
+@pytest.mark.slow
+def test_masks_of_packed_codes_are_those_of_codes_in_bytes_to_the_bit():
+    model, params = sam2jq.load("random:0", name="nano", image_size=64)
+    small = sam2jq.rtn(sam2jq.QuantSpec(4, group_size=64)).apply(params, {})
+    in_bytes = lambda leaf: replace(leaf, qvalue=leaf.qvalue.astype(np.int8)) if is_quantized(leaf) else leaf
+    results = []
+    for tree in (small, jax.tree.map(in_bytes, small, is_leaf=is_quantized)):
+        predictor = sam2jq.ImagePredictor(model, tree)
+        predictor.set_image(np.arange(64 * 64 * 3).astype(np.uint8).reshape(64, 64, 3))
+        results.append(predictor.predict(point_coords=[[30, 30]], point_labels=[1], return_logits=True))
+    assert all(map(np.array_equal, *results))
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])

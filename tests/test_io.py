@@ -10,7 +10,14 @@ from safetensors.torch import save_file
 
 from sam2jq.errors import UserError
 from sam2jq.files import atomic_write
-from sam2jq.io import content_hash, read_container, read_metadata, read_safetensors, write_container
+from sam2jq.io import (
+    content_hash,
+    read_container,
+    read_metadata,
+    read_safetensors,
+    write_container,
+    write_safetensors,
+)
 
 DTYPES = ["bool", "uint8", "int8", "int32", "int64", "float16", "float32", "float64", "bfloat16", "float8_e4m3fn"]
 
@@ -69,3 +76,9 @@ def test_what_is_no_regular_file_is_never_replaced(name, tmp_path, monkeypatch):
         temporary.write_text("x")
     assert Path("folder").is_dir()
     assert Path("/dev/null").is_char_device()
+
+
+def test_arrays_in_another_order_keep_their_values(tmp_path):
+    array = np.arange(12, dtype=np.int32).reshape(3, 4).T
+    write_safetensors(tmp_path / "a.safetensors", {"a": array}, {})
+    np.testing.assert_array_equal(read_safetensors(tmp_path / "a.safetensors")[0]["a"], array)

@@ -15,10 +15,12 @@ class Export(NamedTuple):
 
     help: the files that it writes, for `--help`. write(out, model, params, metadata) writes them into `out`, a folder
     that exists; metadata is that of a package (`complete_metadata`). Modules that need torch are imported in `write`.
+    nearest(params): the params with layers that `write` refuses in forms that it writes, for `--nearest`.
     """
 
     help: str
     write: Callable[[Path, SAM2, dict, dict], None]
+    nearest: Callable[[dict], dict] | None = None
 
 
 def write_vanilla(out: Path, model: SAM2, params: dict, metadata: dict) -> None:
@@ -28,12 +30,21 @@ def write_vanilla(out: Path, model: SAM2, params: dict, metadata: dict) -> None:
 
 
 def write_safetensors(out: Path, model: SAM2, params: dict, metadata: dict) -> None:
-    """Warns about a size whose video model transformers cannot build: it fixes the width of memories."""
     from converters.hf import to_hf
-    from converters.hf_config import HF_MEMORY_FEATURES, write_config
+    from converters.hf_config import write_config
     from converters.names import array, to_torch
     from converters.safetensors_files import write_tensors
     from sam2jq.quant.leaves import materialize_params
+
+    warn_of_memory_features(model, params)
+    state_dict = to_hf(to_torch(materialize_params(params)))
+    write_tensors(out / "model.safetensors", {key: array(x) for key, x in state_dict.items()}, metadata["model"])
+    write_config(out, model, video=not is_image_only(params))
+
+
+def warn_of_memory_features(model: SAM2, params: dict) -> None:
+    """Warns about a size whose video model transformers cannot build: it fixes the width of memories."""
+    from converters.hf_config import HF_MEMORY_FEATURES
 
     if not is_image_only(params) and model.variant.memory_features != HF_MEMORY_FEATURES:
         log.warning(
@@ -42,9 +53,20 @@ def write_safetensors(out: Path, model: SAM2, params: dict, metadata: dict) -> N
             HF_MEMORY_FEATURES,
             model.variant.memory_features,
         )
-    state_dict = to_hf(to_torch(materialize_params(params)))
-    write_tensors(out / "model.safetensors", {key: array(x) for key, x in state_dict.items()}, metadata["model"])
-    write_config(out, model, video=not is_image_only(params))
+
+
+def write_compressed_tensors(out: Path, model: SAM2, params: dict, metadata: dict) -> None:
+    from converters.exports.compressed_tensors import save_compressed_tensors
+
+    warn_of_memory_features(model, params)
+    save_compressed_tensors(out, model, params, metadata)
+
+
+def nearest_compressed_tensors(params: dict) -> dict:
+    from converters.exports import compressed_tensors as target
+    from converters.exports.nearest import round_again
+
+    return round_again(params, target.why_refused, target.nearest_leaf)
 
 
 def write_deepcompressor(out: Path, model: SAM2, params: dict, metadata: dict) -> None:
@@ -73,12 +95,26 @@ def write_onnx(out: Path, model: SAM2, params: dict, metadata: dict) -> None:
     save_onnx(out, model, params, metadata)
 
 
+def nearest_onnx(params: dict) -> dict:
+    from converters.exports.nearest import round_again
+    from converters.exports.onnx import leaves as target
+
+    return round_again(params, target.why_refused, target.nearest_leaf)
+
+
 EXPORTS = {
     "vanilla": Export("vanilla.pt for build_sam2", write_vanilla),
     "safetensors": Export("a folder for Sam2VideoModel.from_pretrained of transformers", write_safetensors),
+    "compressed-tensors": Export(
+        "a folder for from_pretrained of transformers that holds linear layers in codes, for its package of that name",
+        write_compressed_tensors,
+        nearest_compressed_tensors,
+    ),
     "deepcompressor": Export(
         "model.pt, scale.pt, smooth.pt and branch.pt, and rotation.pt where layers are rotated", write_deepcompressor
     ),
     "nunchaku": Export("hiera_blocks.safetensors and unquantized_layers.safetensors", write_nunchaku),
-    "onnx": Export("image_encoder.onnx, prompt_mask_decoder.onnx, ... for sam2jq.deploy, and model.json", write_onnx),
+    "onnx": Export(
+        "image_encoder.onnx, prompt_mask_decoder.onnx, ... for sam2jq.deploy, and model.json", write_onnx, nearest_onnx
+    ),
 }

@@ -95,7 +95,7 @@ def scales(weight: str, q: QTensor) -> dict[str, torch.Tensor | None]:
         return {f"{weight}.scale.0": torch.tensor([common]), f"{weight}.scale.1": steps, f"{weight}.zero": None}
     return {
         f"{weight}.scale.0": by_output(q.scale),
-        f"{weight}.zero": None if q.zero_point is None else by_output(q.zero_point),
+        f"{weight}.zero": None if q.zero_point is None else by_output(np.asarray(q.zero_point, np.float32)),
     }
 
 

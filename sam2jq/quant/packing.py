@@ -13,8 +13,8 @@ import numpy as np
 from sam2jq.errors import UserError
 from sam2jq.quant import algorithms
 from sam2jq.quant.leaves import LEAVES
-from sam2jq.quant.qtensor import QTensor
-from sam2jq.quant.spec import E2M1, QuantSpec
+from sam2jq.quant.qtensor import QTensor, storage_dtype
+from sam2jq.quant.spec import QuantSpec
 
 
 def pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -64,8 +64,7 @@ def unpack_leaf(stored: dict):
         case {"kind": "QTensor", "shape": shape, "spec": spec, "codes": codes, "scale": scale, "zero": zero}:
             spec = QuantSpec(**spec)
             codes = from_bits(unpack_bits(codes, spec.bits, math.prod(shape)), spec).reshape(shape)
-            zero_point = None if zero is None else zero.astype(np.float32)
-            return QTensor(codes, scale.astype(np.float32), zero_point, spec)
+            return QTensor(codes, scale.astype(np.float32), zero, spec)
         case {"kind": "array", "values": values}:
             return values.astype(np.float32)
         case {"kind": "QuantSpec", **fields}:
@@ -90,20 +89,16 @@ def to_bits(codes: np.ndarray, spec: QuantSpec) -> np.ndarray:
     """A QTensor's codes as integers whose low `bits` bits hold the code; for e2m1 they are sign and magnitude index."""
     if spec.codes == "int":
         return codes
-    if spec.bits == 8:
-        return codes.view(np.uint8)
-    values = codes.astype(np.float32)
-    return (np.searchsorted(E2M1, np.abs(values)) + 8 * (values < 0)).astype(np.uint8)
+    return codes.view(np.uint8)
 
 
 def from_bits(codes: np.ndarray, spec: QuantSpec) -> np.ndarray:
-    """Inverse of `to_bits`, with sign extension."""
-    if spec.codes == "int":
-        unused = 8 - spec.bits
-        return (codes << unused).view(np.int8) >> unused if spec.symmetric else codes
-    if spec.bits == 4:
-        codes = (np.array(E2M1)[codes & 7] * np.where(codes & 8, -1, 1)).astype(ml_dtypes.float8_e4m3fn)
-    return codes.view(ml_dtypes.float8_e4m3fn)
+    """Inverse of `to_bits`, with sign extension, in the spec's `storage_dtype`."""
+    if spec.codes == "float":
+        return codes.view(ml_dtypes.float4_e2m1fn if spec.bits == 4 else ml_dtypes.float8_e4m3fn)
+    unused = 8 - spec.bits
+    codes = (codes << unused).view(np.int8) >> unused if spec.symmetric else codes
+    return codes.astype(storage_dtype(spec))
 
 
 def compact(array) -> np.ndarray:

@@ -9,7 +9,7 @@ import math
 import jax
 import numpy as np
 
-from sam2jq.quant.qtensor import QTensor, group_count
+from sam2jq.quant.qtensor import QTensor, group_count, storage_dtype
 from sam2jq.quant.spec import QuantSpec
 
 Array = jax.Array
@@ -41,5 +41,6 @@ def unpad_qtensor(codes: Array, scale: Array, zero_point: Array, shape: tuple[in
     inputs, outputs = math.prod(shape[:-1]), shape[-1]
     codes, scale, zero_point = jax.device_get((codes, scale, zero_point))
     groups = slice(group_count(inputs, spec)), slice(outputs)
-    qvalue = codes[:inputs, :outputs].reshape(shape)
-    return jax.device_put(QTensor(qvalue, scale[groups], None if spec.symmetric else zero_point[groups], spec))
+    qvalue = codes[:inputs, :outputs].reshape(shape).astype(storage_dtype(spec))
+    zero_point = None if spec.symmetric else zero_point[groups].astype(np.uint8)
+    return jax.device_put(QTensor(qvalue, scale[groups], zero_point, spec))

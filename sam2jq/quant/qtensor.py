@@ -19,8 +19,8 @@ Array = jax.Array
 class QTensor:
     """A weight in codes: w = (qvalue - zero_point) * scale, bit for bit.
 
-    qvalue: [*reduce, out], int8 or uint8, or float8_e4m3fn where codes are floats. scale, zero_point: float32
-    [groups, out], or [1, 1] per tensor; zero_point is None on symmetric grids.
+    qvalue: [*reduce, out], in the `storage_dtype` of the spec. scale: float32 [groups, out], or [1, 1] per tensor.
+    zero_point: uint8 of the same shape; None on symmetric grids.
     """
 
     qvalue: Array
@@ -30,7 +30,7 @@ class QTensor:
 
 
 class TracedSpec(NamedTuple):
-    """A QuantSpec of integer codes with bits that may be traced: qmin and qmax are arrays."""
+    """A QuantSpec of integer codes with bits that may be traced: qmin and qmax are arrays, bits is their limit."""
 
     qmin: Array
     qmax: Array
@@ -39,6 +39,7 @@ class TracedSpec(NamedTuple):
     per_tensor: bool
     scales: str
     codes: str = "int"
+    bits: int = 8
 
 
 def trace_spec(spec: QuantSpec, bits: Array) -> TracedSpec:
@@ -151,9 +152,17 @@ def round_to_grid(x: Array, scale: Array, zero_point: Array, spec: QuantSpec) ->
     return jnp.where(x < 0, -found, found) + 0.0  # no negative zero
 
 
-def storage_dtype(spec: QuantSpec):
-    """The dtype of a QTensor's qvalue."""
-    return jnp.float8_e4m3fn if spec.codes == "float" else jnp.int8 if spec.symmetric else jnp.uint8
+def storage_dtype(spec: QuantSpec | TracedSpec):
+    """The dtype of a QTensor's qvalue: of 4 bits or of 8, of integers or of floats.
+
+    Devices hold two codes of 4 bits in a byte, also those of 2 and 3 bits. numpy holds each in a byte of its own, and
+    the `nbytes` of a jax array counts as numpy does.
+    """
+    if spec.codes == "float":
+        return jnp.float4_e2m1fn if spec.bits == 4 else jnp.float8_e4m3fn
+    if spec.bits <= 4:
+        return jnp.int4 if spec.symmetric else jnp.uint4
+    return jnp.int8 if spec.symmetric else jnp.uint8
 
 
 def quantize(w: Array, spec: QuantSpec | TracedSpec) -> QTensor:
@@ -165,7 +174,7 @@ def _quantize(w: Array, spec: QuantSpec | TracedSpec) -> QTensor:
     grouped = by_group(w.astype(jnp.float32), spec)
     scale, zero_point = fit_scale_zero_point(grouped, spec)
     qvalue = from_groups(round_to_grid(grouped, scale, zero_point, spec), w.shape).astype(storage_dtype(spec))
-    return QTensor(qvalue, scale[:, 0], None if spec.symmetric else zero_point[:, 0], spec)
+    return QTensor(qvalue, scale[:, 0], None if spec.symmetric else zero_point[:, 0].astype(jnp.uint8), spec)
 
 
 _quantize_jitted = jax.jit(_quantize, static_argnames="spec")  # one program in place of a dozen operations
@@ -181,7 +190,7 @@ def _dequantize(q: QTensor) -> Array:
     codes = q.qvalue.reshape(-1, q.qvalue.shape[-1]).astype(jnp.float32)
     # one row of scales for each row of codes; a single row is broadcast
     rows = lambda x: x if len(x) == 1 else x.repeat(q.spec.group_size, axis=0)[: len(codes)]
-    centred = codes if q.zero_point is None else codes - rows(q.zero_point)
+    centred = codes if q.zero_point is None else codes - rows(q.zero_point).astype(jnp.float32)
     return (centred * rows(q.scale)).reshape(q.qvalue.shape)
 
 

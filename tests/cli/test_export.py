@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+import sam2jq
 from converters.checkpoint import load_checkpoint
 from converters.exports import EXPORTS, Export
 from sam2jq import build
@@ -17,6 +18,7 @@ from .conftest import failure
     [
         ("vanilla", {"vanilla.pt"}),
         ("safetensors", {"model.safetensors", "config.json", "processor_config.json"}),
+        ("compressed-tensors", {"model.safetensors", "config.json", "processor_config.json"}),
         ("deepcompressor", {"model.pt", "scale.pt", "smooth.pt", "branch.pt"}),
         ("nunchaku", {"hiera_blocks.safetensors", "unquantized_layers.safetensors"}),
     ],
@@ -53,3 +55,23 @@ def test_a_file_in_place_of_the_folder_is_an_error(job, tmp_path, capsys):
     error = failure(capsys, "export", "--package", str(job), "--to", "vanilla", "--out", str(tmp_path / "file"))
     assert "file is not a folder" in error
     assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("to", ["onnx", "compressed-tensors"])
+def test_nearest_rounds_again_what_the_format_refuses_and_names_the_layers(tmp_path, capsys, to):
+    model, params = sam2jq.load("random:0", name="nano", image_size=64)
+    u8, w4 = sam2jq.QuantSpec(8, symmetric=False), sam2jq.QuantSpec(4, group_size=32)
+    small = sam2jq.quantize_activations(u8).apply(sam2jq.rtn(w4).apply(params, {}), {})
+    sam2jq.save(tmp_path / "p.safetensors", model, small)
+    command = ["export", "--package", str(tmp_path / "p.safetensors"), "--to", to, "--out", str(tmp_path / "out")]
+    assert "--nearest" in failure(capsys, *command)
+    assert not list((tmp_path / "out").iterdir())
+    assert main([*command, "--nearest"]) == 0
+    expected = "inputs and outputs not rounded: image_encoder.neck.convs.0.conv, " if to != "onnx" else "and 128 more"
+    assert expected in capsys.readouterr().out
+
+
+def test_nearest_is_an_error_where_nothing_is_refused(tmp_path, capsys):
+    out = str(tmp_path / "out")
+    error = failure(capsys, "export", "--package", str(tmp_path), "--to", "vanilla", "--out", out, "--nearest")
+    assert "--nearest is for compressed-tensors, onnx: vanilla" in error

@@ -40,6 +40,15 @@ def test_a_weight_is_code_minus_zero_times_scale_to_the_bit(spec):
     np.testing.assert_array_equal(dequantize(q), (np.asarray(q.qvalue, np.float32) - zero) * scale)
 
 
+@pytest.mark.parametrize(
+    "spec", [QuantSpec(b, s, group_size=16) for b in (2, 3, 4) for s in (True, False)] + [QuantSpec(4, codes="float")]
+)
+def test_devices_hold_two_codes_of_4_bits_in_a_byte_and_zero_points_in_one(spec):
+    q = quantize(weights(48, 6), spec)
+    held = jax.jit(lambda q: q).lower(q).compile().memory_analysis().argument_size_in_bytes
+    assert held == 48 * 6 / 2 + q.scale.nbytes + (0 if spec.symmetric else q.scale.size)
+
+
 @every_spec
 def test_a_group_of_zeros_stays_zero(spec):
     w = np.zeros((48, 5), np.float32)

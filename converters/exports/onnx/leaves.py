@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 from onnx import TensorProto
 
+from converters.exports.nearest import bare, without
 from converters.exports.onnx.graph import MICROSOFT, Graph
 from sam2jq.quant.algorithms.activations import ActQuantized, OutQuantized
 from sam2jq.quant.algorithms.hadamard import factors
@@ -44,6 +45,14 @@ def why_refused(leaf) -> str:
     if unknown := [cls.__name__ for cls in around if apply_kernel.dispatch(cls) is apply_kernel.dispatch(object)]:
         return f"no operators are known for its leaf {unknown[0]}: add them to converters/exports/onnx/leaves.py"
     return ""
+
+
+def nearest_leaf(leaf):
+    """A leaf that has an exact form in ONNX, in place of one that is `why_refused`; see `round_again`."""
+    leaf = without(leaf, [OutQuantized])
+    if ActQuantized in unwrap(leaf)[1] and why_refused(leaf):
+        leaf = without(leaf, [ActQuantized])
+    return bare(leaf) if why_refused(leaf) else leaf
 
 
 @singledispatch
@@ -108,7 +117,7 @@ def unsigned_codes(w: QTensor) -> tuple[np.ndarray, np.ndarray, int]:
     """
     bits = 4 if w.spec.bits <= 4 else 8
     shift = 2 ** (bits - 1) if w.spec.symmetric else 0
-    zero_point = np.zeros(w.scale.shape) if w.zero_point is None else np.asarray(w.zero_point)
+    zero_point = np.zeros(w.scale.shape) if w.zero_point is None else np.asarray(w.zero_point, np.int16)
     codes = np.asarray(w.qvalue).astype(np.int16) + shift
     return codes.astype(np.uint8), (zero_point + shift).astype(np.uint8), bits
 
@@ -184,7 +193,7 @@ def integer_matmul(w: ActQuantized, g: Graph, x: str, bias: np.ndarray | None) -
     codes = g.QuantizeLinear(x, scale, zero_point)
     shift = 0 if weight.spec.symmetric else 128
     kernel = (np.asarray(weight.qvalue).astype(np.int16) - shift).astype(np.int8)
-    own_zero = np.zeros((1, 1)) if weight.zero_point is None else np.asarray(weight.zero_point) - shift
+    own_zero = np.zeros((1, 1)) if weight.zero_point is None else np.asarray(weight.zero_point, np.int16) - shift
     row = lambda x, dtype: np.broadcast_to(np.asarray(x), (1, outputs))[0].astype(dtype)
     inputs = codes, kernel, scale, row(weight.scale, np.float32), zero_point, row(own_zero, np.int8)
     return g.MatMulIntegerToFloat(*inputs, "" if bias is None else bias, domain=MICROSOFT)

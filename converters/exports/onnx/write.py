@@ -31,7 +31,7 @@ def save_onnx(folder: Path, model: SAM2, params: dict, metadata: Mapping) -> Non
     """
     refused = {layer_name(path): why_refused(leaf) for path, leaf in kernels(flatten(params)).items()}
     if layers := [layer for layer, why in refused.items() if why]:
-        raise UserError(f"{few(layers, 3)}: {refused[layers[0]]}")
+        raise UserError(f"{few(layers, 3)}: {refused[layers[0]]}, or export with --nearest")
     (folder / DESCRIPTION).unlink(missing_ok=True)
     files = {}
     graphs = IMAGE_GRAPHS if is_image_only(params) else IMAGE_GRAPHS | MEMORY_GRAPHS

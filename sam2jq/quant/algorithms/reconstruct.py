@@ -130,14 +130,15 @@ def codes_and_scale(w: Start, offsets: Array, log_ratios: Array) -> tuple[Array,
 def soft_weight(w: Start, offsets: Array, log_ratios: Array) -> Array:
     """float32 [*reduce, out]: the dequantized weight, with gradients to offsets and log_ratios."""
     codes, scale = codes_and_scale(w, offsets, log_ratios)
-    zero_point = 0 if w.zero_point is None else w.zero_point[:, None]
+    zero_point = 0 if w.zero_point is None else w.zero_point[:, None].astype(jnp.float32)
     return from_groups((by_group(codes, w.spec) - zero_point) * scale[:, None], codes.shape)
 
 
 def to_qtensor(w: Start, offsets: Array, log_ratios: Array) -> QTensor:
     """The QTensor that `soft_weight` computes with."""
     codes, scale = codes_and_scale(w, offsets, log_ratios)
-    return QTensor(codes.astype(storage_dtype(w.spec)), scale, w.zero_point, replace(w.spec, bits=int(w.bits)))
+    spec = replace(w.spec, bits=int(w.bits))
+    return QTensor(codes.astype(storage_dtype(spec)), scale, w.zero_point, spec)
 
 
 def to_block(start: dict, trained: dict, fn: Callable = to_qtensor) -> dict:

@@ -16,6 +16,7 @@ from sam2jq.tree import flatten, kernels, layer_name, unflatten
 WRITTEN = {
     "vanilla": {"vanilla.pt"},
     "safetensors": {"model.safetensors", "config.json", "processor_config.json"},
+    "compressed-tensors": {"model.safetensors", "config.json", "processor_config.json"},
     "deepcompressor": {"model.pt", "scale.pt", "smooth.pt", "branch.pt"},
     "nunchaku": {"hiera_blocks.safetensors", "unquantized_layers.safetensors"},
     "onnx": {

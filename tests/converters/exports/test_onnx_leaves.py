@@ -20,7 +20,7 @@ from tests.conftest import relative
 pytest.importorskip("onnx")
 from converters.exports.onnx import layers
 from converters.exports.onnx.graph import Graph
-from converters.exports.onnx.leaves import STATIC, why_refused
+from converters.exports.onnx.leaves import STATIC, nearest_leaf, why_refused
 
 WIDTH, OUTPUTS = 72, 24  # WIDTH is no multiple of most group sizes
 RNG = np.random.default_rng(0)
@@ -114,6 +114,26 @@ def test_what_has_no_kernel_is_refused_with_the_way_out():
     assert STATIC in why_refused(Smoothed(dynamic(QuantSpec(8)), KERNEL[:, 0]))
     assert STATIC in why_refused(OutQuantized(KERNEL, QuantSpec(8)))
     assert "dtype uint8" in why_refused(fixed(QuantSpec(8, codes="float")))
+
+
+@pytest.mark.parametrize(
+    "leaf",
+    [
+        Smoothed(ActQuantized(quantize(KERNEL, QuantSpec(4)), None, None, QuantSpec(8)), KERNEL[:, 0]),
+        OutQuantized(LowRank(quantize(KERNEL, QuantSpec(4)), KERNEL[:, :4], KERNEL[:4]), QuantSpec(8)),
+        ActQuantized(KERNEL, np.float32(1), np.float32(0), QuantSpec(8, codes="float")),
+    ],
+)
+def test_the_nearest_form_has_the_same_weight_and_inputs_in_float32(leaf):
+    nearest = nearest_leaf(leaf)
+    assert why_refused(nearest) == ""
+    assert not {ActQuantized, OutQuantized} & ours.unwrap(nearest)[1].keys()
+    np.testing.assert_array_equal(ours.materialize(nearest), ours.materialize(leaf))
+
+
+def test_the_nearest_form_keeps_inputs_on_a_fixed_grid():
+    inner = ActQuantized(quantize(KERNEL, QuantSpec(4)), np.float32(1), np.float32(0), QuantSpec(8))
+    assert nearest_leaf(OutQuantized(inner, QuantSpec(8))) == inner
 
 
 @dataclass(frozen=True)
