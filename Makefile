@@ -10,7 +10,8 @@ ARGS ?=
 HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
 .PHONY: setup quantize distill sweep report segment track evaluate inspect export demo-model
-.PHONY: test test-end-to-end test-default-xla lint typecheck bench compile-check docs docs-check pictures mask-pictures
+.PHONY: test test-end-to-end test-default-xla lint typecheck bench peers compile-check
+.PHONY: docs docs-check pictures mask-pictures
 setup: $(READY)
 
 # sam2 is built from source against the installed torch. In an isolated build environment pip would download another
@@ -109,6 +110,21 @@ bench: setup
 	$(VENV)/bin/python experiments/bench/ptq.py
 	$(VENV)/bin/python experiments/bench/startup.py
 	$(HUGE_PAGES) $(VENV)/bin/python experiments/bench/distill.py
+
+# The demo model quantized by this program and by public libraries, which are in an environment of their own:
+# make peers ARGS=hqq for the rows of one library.
+PEERS := .peers
+peers: $(PEERS)/ready
+	mkdir -p build
+	$(PEERS)/bin/python -m experiments.peers.table $(ARGS) > build/peers.md
+	mv build/peers.md experiments/peers/table.md
+
+$(PEERS)/ready: experiments/peers/requirements.txt pyproject.toml constraints.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 setuptools
+	$(PEERS)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation \
+	  --requirement experiments/peers/requirements.txt --editable '.[torch,onnx]'
+	touch $@
 
 # Compiles the programs for accelerators that are not here. Their compilers are kept apart, so that nothing else here
 # looks for a TPU or a GPU: make compile-check ARGS="--quick", or with CUDA=1 (625 MB) for H100 too.
