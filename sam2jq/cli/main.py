@@ -1,6 +1,7 @@
 """The `sam2jq` command: its parser, the table of commands, and exit codes."""
 
 import argparse
+import gc
 import importlib
 import io
 import logging
@@ -47,6 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     with -v the traceback before it. 130: interrupted. 141: nobody reads the output any more, which prints nothing.
     """
     print_every_character()
+    # Tracing makes millions of objects that stay: with Python's own threshold of 700 new ones a tenth of a short run
+    # goes into searching them for cycles
+    gc.set_threshold(100_000)
     try:
         try:
             return run_command(sys.argv[1:] if argv is None else argv)
