@@ -83,8 +83,8 @@ def pmap_step(step: Callable) -> Step:
     return lambda state, batch: mapped(state, jax.tree.map(by_device, batch))
 
 
-# One dot of XLA's YNNPACK takes as long as one of Eigen, but when a program is loaded, each of its thousands searches all
-# instructions of the program: a third of the time to read the training step from the cache.
+# YNNPACK's products take as long as Eigen's in the training step. But each of them searches all instructions of its
+# program while that is read from the cache, which takes longer than all other parts of reading it.
 CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
