@@ -64,7 +64,8 @@ def unpack_leaf(stored: dict):
         case {"kind": "QTensor", "shape": shape, "spec": spec, "codes": codes, "scale": scale, "zero": zero}:
             spec = QuantSpec(**spec)
             codes = from_bits(unpack_bits(codes, spec.bits, math.prod(shape)), spec).reshape(shape)
-            return QTensor(codes, scale.astype(np.float32), zero, spec)
+            zero_point = None if zero is None else zero.astype(np.int16)
+            return QTensor(codes, scale.astype(np.float32), zero_point, spec)
         case {"kind": "array", "values": values}:
             return values.astype(np.float32)
         case {"kind": "QuantSpec", **fields}:

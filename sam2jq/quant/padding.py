@@ -42,5 +42,5 @@ def unpad_qtensor(codes: Array, scale: Array, zero_point: Array, shape: tuple[in
     codes, scale, zero_point = jax.device_get((codes, scale, zero_point))
     groups = slice(group_count(inputs, spec)), slice(outputs)
     qvalue = codes[:inputs, :outputs].reshape(shape).astype(storage_dtype(spec))
-    zero_point = None if spec.symmetric else zero_point[groups].astype(np.uint8)
+    zero_point = None if spec.symmetric else zero_point[groups].astype(np.int16)
     return jax.device_put(QTensor(qvalue, scale[groups], zero_point, spec))

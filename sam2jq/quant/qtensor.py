@@ -20,7 +20,7 @@ class QTensor:
     """A weight in codes: w = (qvalue - zero_point) * scale, bit for bit.
 
     qvalue: [*reduce, out], in the `storage_dtype` of the spec. scale: float32 [groups, out], or [1, 1] per tensor.
-    zero_point: uint8 of the same shape; None on symmetric grids.
+    zero_point: int16 of the same shape, so that the difference to a code of 8 bits fits; None on symmetric grids.
     """
 
     qvalue: Array
@@ -174,7 +174,7 @@ def _quantize(w: Array, spec: QuantSpec | TracedSpec) -> QTensor:
     grouped = by_group(w.astype(jnp.float32), spec)
     scale, zero_point = fit_scale_zero_point(grouped, spec)
     qvalue = from_groups(round_to_grid(grouped, scale, zero_point, spec), w.shape).astype(storage_dtype(spec))
-    return QTensor(qvalue, scale[:, 0], None if spec.symmetric else zero_point[:, 0].astype(jnp.uint8), spec)
+    return QTensor(qvalue, scale[:, 0], None if spec.symmetric else zero_point[:, 0].astype(jnp.int16), spec)
 
 
 _quantize_jitted = jax.jit(_quantize, static_argnames="spec")  # one program in place of a dozen operations

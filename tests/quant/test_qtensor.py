@@ -43,10 +43,10 @@ def test_a_weight_is_code_minus_zero_times_scale_to_the_bit(spec):
 @pytest.mark.parametrize(
     "spec", [QuantSpec(b, s, group_size=16) for b in (2, 3, 4) for s in (True, False)] + [QuantSpec(4, codes="float")]
 )
-def test_devices_hold_two_codes_of_4_bits_in_a_byte_and_zero_points_in_one(spec):
+def test_devices_hold_two_codes_of_4_bits_in_a_byte_and_a_zero_point_in_two_bytes(spec):
     q = quantize(weights(48, 6), spec)
     held = jax.jit(lambda q: q).lower(q).compile().memory_analysis().argument_size_in_bytes
-    assert held == 48 * 6 / 2 + q.scale.nbytes + (0 if spec.symmetric else q.scale.size)
+    assert held == 48 * 6 / 2 + q.scale.nbytes + (0 if spec.symmetric else 2 * q.scale.size)
 
 
 @every_spec
@@ -131,3 +131,12 @@ def test_eager_and_jitted_calls_give_the_same_bits(spec):
     w = jnp.asarray(np.random.default_rng(0).standard_normal((128, 128)), jnp.float32)
     eager, jitted = quantize(w, spec), jax.jit(quantize, static_argnums=1)(w, spec)
     jax.tree.map(np.testing.assert_array_equal, eager, jitted)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_code_minus_zero_point_does_not_wrap_around(bits):
+    """As users compute it from the two arrays: codes of 0 below zero points of 255."""
+    q = quantize(np.array([[-2.0], [0.5], [-1.0]], np.float32), QuantSpec(bits, symmetric=False))
+    difference = np.asarray(q.qvalue) - np.asarray(q.zero_point)
+    np.testing.assert_array_equal(difference * np.asarray(q.scale), dequantize(q))
+    assert difference.min() < 0
