@@ -7,17 +7,16 @@ little, and the least of the runs hardly at all.
 """
 
 import argparse
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import sam2jq
+from experiments.bench.startup import processor
 from sam2jq.predictors.image import decode, encode_images
 from sam2jq.quant.algorithms.activations import materialize_weights
 from sam2jq.quant.qtensor import QTensor
@@ -40,11 +39,6 @@ def cpu_seconds(fn: Callable, repeats: int) -> float:
     for _ in range(repeats):
         jax.block_until_ready(fn())
     return (time.process_time() - begin) / repeats
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def main() -> None:

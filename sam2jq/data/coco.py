@@ -175,12 +175,13 @@ def missing_parts(content) -> list[str]:
     return [part for part in PARTS if not isinstance(content, dict) or part not in content]
 
 
-def listed_images(file: Path) -> list[tuple[list[str], CocoImage]]:
+def listed_images(file: Path, content=None) -> list[tuple[list[str], CocoImage]]:
     """The images of one json file with at least one instance, each after its `image_names`; `path` is the first.
 
+    content: of the file, if it is read already.
     Raises UserError that names the file and the annotation if one is invalid.
     """
-    content, by_image = read_json(file), defaultdict(list)
+    content, by_image = read_json(file) if content is None else content, defaultdict(list)
     if lacking := missing_parts(content):
         raise UserError(
             f"{file}: not in COCO's format for instances, it has no {few(map(repr, lacking))}; download it again"

@@ -82,10 +82,9 @@ def label_videos(root: str, split: str) -> list[LabeledVideo]:
         names = [name for name in names if name in meta]
     else:
         meta, unseen = read_meta(folder / META), None
+    group = lambda name: "" if unseen is None else "unseen" if name in unseen else "seen"
     videos = [label_video(name, frames / name, masks / name, meta.get(name)) for name in names]
-    if unseen is None:
-        return videos
-    return [video._replace(group="unseen" if video.name in unseen else "seen") for video in videos]
+    return [video._replace(group=group(video.name)) for video in videos]
 
 
 def label_video(name: str, frames: Path, masks: Path, meta: dict[str, list[str]] | None = None) -> LabeledVideo:
@@ -210,8 +209,8 @@ def label_masks(
                 raise error
             bad(obj, error)
         else:
-            scored = set(video.listed[obj]) if video.group else set(range(visible[0], max(images) + 1))
-            masks[obj] = {frame: image == int(obj) for frame, image in images.items() if frame in scored}
+            scored = video.listed[obj] if video.group else [frame for frame in images if frame >= visible[0]]
+            masks[obj] = {frame: images[frame] == int(obj) for frame in scored if frame in images}
     return masks
 
 

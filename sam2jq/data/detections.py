@@ -59,10 +59,9 @@ def find_detections(root: str, boxes: str, allow_missing: int = 0) -> Detections
 
 def json_of(boxes: str, found: dict[int, list[dict]], files: list[Path]) -> tuple[Path, dict]:
     """The json of `files` that lists all images of the boxes, and its content."""
-    contents = {}
-    for file in files:
-        listed_images(file)  # raises an error if an annotation is invalid
-        contents[file] = read_json(file)
+    contents = {file: read_json(file) for file in files}
+    for file, content in contents.items():
+        listed_images(file, content)  # raises an error if an annotation is invalid
     ids = {file: {entry["id"] for entry in content["images"]} for file, content in contents.items()}
     fits = [file for file, known in ids.items() if found.keys() <= known]
     if not fits:
