@@ -1,10 +1,10 @@
 """Times the original SAM 2, sam2jq and its ONNX files in turn, by the calls that all have, and writes a table.
 
-python -m experiments.bench.deploy [--models tiny base-plus] [--runs 5] [--out experiments/bench/deploy.md]
+python -m experiments.bench.deploy [--models tiny base-plus] [--clips tiny] [--runs 3] [--out FILE]
 
 Random weights, batch 1. Every part of the work is done by one predictor after the other, again and again, so that a
-change in the speed of the machine affects all. Peak memory is that of a process that sets an image and clicks twice.
-Static grids are arbitrary: they change no time.
+change in the speed of the machine affects all. The first round is not counted, as it compiles. Peak memory is that of a
+process that sets an image and clicks twice. Static grids are arbitrary: they change no time.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -75,7 +75,7 @@ def predictors(name: str, side: str, folder: Path):
 
 
 def work(image_predictor, video_predictor, context, clip: Path) -> dict[str, Callable]:
-    """{part: function that does it once, to the end}."""
+    """{part of PARTS: function that does it once, to the end}."""
     image = np.array(Image.open(clip / "00000.jpg"))
     clicks = np.random.default_rng(0).uniform(0, min(image.shape[:2]), (CLICKS, 1, 2)).astype(np.float32)
     labels = np.ones((CLICKS, 1), np.int32)
@@ -102,8 +102,8 @@ def work(image_predictor, video_predictor, context, clip: Path) -> dict[str, Cal
     return dict(zip(PARTS, map(within, calls)))
 
 
-def table(name: str, runs: int) -> list[str]:
-    """The lines of a model size, one per side."""
+def table(name: str, runs: int, parts: Sequence[str]) -> list[str]:
+    """The lines of a model size, one per side, with the seconds of these parts; the others are left empty."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model = build(name)
@@ -117,12 +117,12 @@ def table(name: str, runs: int) -> list[str]:
         sides += [f"{files} in {engine}" for engine in ENGINES if find_spec(engine) for files in QUANTIZED]
         done = {side: work(*predictors(name, side, folder), folder / "clip") for side in sides}
         taken = {side: {} for side in sides}
-        for part in PARTS:
+        for part in parts:
             turns = [{side: seconds(done[side][part]) for side in sides} for _ in range(runs + 1)][1:]
             for side in sides:
                 taken[side][part] = statistics.median(turn[side] for turn in turns)
         sizes = {files: sum(path.stat().st_size for path in (folder / files).iterdir()) / 1e6 for files in QUANTIZED}
-        row = lambda side: [f"{taken[side][part]:.3f}" for part in PARTS]
+        row = lambda side: [f"{taken[side][part]:.3f}" if part in parts else "" for part in PARTS]
         memory = lambda side: f"{peak_gigabytes(name, side, folder):.2f}"
         size = lambda side: f"{sizes[side.split(' in ')[0]]:.0f}" if " in " in side else ""
         return [f"| {' | '.join([name, side, *row(side), memory(side), size(side)])} |" for side in sides]
@@ -137,7 +137,8 @@ def peak_gigabytes(name: str, side: str, folder: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["tiny", "base-plus"], choices=list(VARIANTS))
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--clips", nargs="*", default=["tiny"], help="the models that track a clip, too")
+    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -157,7 +158,7 @@ def main() -> None:
         "",
         f"| model | side | {' | '.join(PARTS)} | peak GB | files MB |",
         f"|{'---|' * (4 + len(PARTS))}",
-        *(line for name in args.models for line in table(name, args.runs)),
+        *(line for name in args.models for line in table(name, args.runs, PARTS[: None if name in args.clips else -1])),
     ]
     print("\n".join(lines))
     if args.out:

@@ -37,6 +37,12 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
     model, params = api.load(args.package)
     if args.nearest:
         params = target.nearest(params)
+    is_new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    target.write(out, model, params, metadata)
+    try:
+        target.write(out, model, params, metadata)
+    except UserError:  # what the format refuses is known before anything is written
+        if is_new and not any(out.iterdir()):
+            out.rmdir()
+        raise
     log.info("written     %s", args.out)

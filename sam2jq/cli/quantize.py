@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sam2jq.api import replay_bits
 from sam2jq.cli.arguments import add_config, command_line
+from sam2jq.cli.cost import measure_costs
 from sam2jq.cli.finish import MeasuredRun, finish_run, run_metadata
 from sam2jq.cli.loading import load_model, require_memory, resolved
 from sam2jq.cli.run_folder import job_folder, job_path, stage
@@ -83,6 +84,9 @@ def quantize(config: Config, folder: Path, command: str) -> None:
     results, errors, gallery = measure(
         model, variants, done.params_by_stage, names, ground_truth, config, timed, deployed
     )
+    if config.convert_onnx:
+        with timed("cost", "an image and a click, each program in a process of its own"):
+            results["cost"] = measure_costs(config, folder / "onnx", deployed)
     ranges = {layer: [float(s.low.min()), float(s.high.max())] for layer, s in done.stats.items()}
     about, size = loader.to_dict(config.model), model.variant.image_size
     measured = MeasuredRun(

@@ -84,6 +84,7 @@ METRICS = {
         "miou_objects?": int,
         "miou_data?": str,
         "everything?": EVERYTHING,
+        "cost?": Each({"seconds": float, "peak_gb": float, "megabytes?": float}),
         "video?": Each({"j&f": float}),
         "video_clips?": int,
         "video_objects?": int,

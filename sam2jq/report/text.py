@@ -100,6 +100,10 @@ def totals(summary: dict) -> str:
         for kind, scores in results.get("video", {}).items():
             lines.append(("J&F", f"{scores['j&f']:.2f} ({kind})"))
         lines += everything(results["everything"]) if "everything" in results else []
+        for program, cost in results.get("cost", {}).items():
+            lines.append(
+                ("cost", f"{cost['seconds']:.3f} s an image and a click, {cost['peak_gb']:.2f} GB at most ({program})")
+            )
         lines += left_out(results.get("miou_left_out", {})) + left_out(results.get("video_left_out", {}))
     if summary["random_weights"]:
         lines.append(("warning", "the weights are RANDOM: no result here says anything about a trained model"))

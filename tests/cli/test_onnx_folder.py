@@ -5,7 +5,9 @@ import json
 import pytest
 
 import sam2jq
+from sam2jq.cli.cost import run_alone
 from sam2jq.cli.main import main
+from sam2jq.errors import UserError
 
 from .conftest import failure
 
@@ -84,13 +86,25 @@ def assert_match(pattern: str, text: str) -> None:
         raise ValueError(text)
 
 
+def test_the_cost_of_files_is_that_of_a_process_without_jax(checkpoint):
+    settings = {"checkpoint": checkpoint[1], "engine": "onnxruntime", "dtype": "auto"}
+    cost = run_alone(settings)
+    assert cost["seconds"] > 0
+    assert 0.03 < cost["peak_gb"] < 0.3  # importing jax alone takes 0.2 GB more
+    with pytest.raises(UserError, match="engine 'tensorrt'"):
+        run_alone(settings | {"engine": "tensorrt"})
+
+
 @pytest.mark.slow
 def test_quantize_measures_the_files_that_it_writes(tmp_path):
     images = ["--quant.calib.path", "scenes:7", "--quant.calib.num-samples", "2", "--quant.wgts.dtype", "sint8"]
     inputs = ["--quant.ipts.dtype", "uint8", "--quant.ipts.static", "true", "--quant.ipts.group_shapes", "[[-1,-1]]"]
     where = ["--output.root", str(tmp_path), "--output.job", "w8a8", "--cache.root", str(tmp_path / "cache")]
     assert main(["quantize", "--model.name", "nano", "--convert-onnx", *images, *inputs, *where]) == 0
-    results = json.loads((tmp_path / "w8a8" / "metrics.json").read_text())["results"]["miou"]
-    assert results["onnxruntime"]["box"] == pytest.approx(results["inputs"]["box"], abs=0.02)
+    results = json.loads((tmp_path / "w8a8" / "metrics.json").read_text())["results"]
+    miou = results["miou"]
+    assert miou["onnxruntime"]["box"] == pytest.approx(miou["inputs"]["box"], abs=0.02)
+    assert {"full precision", "onnxruntime"} <= set(results["cost"])
+    assert results["cost"]["onnxruntime"]["peak_gb"] < results["cost"]["full precision"]["peak_gb"]
     assert (tmp_path / "w8a8" / "onnx" / "model.json").is_file()
     assert "onnxruntime" in (tmp_path / "w8a8" / "report.html").read_text()

@@ -8,6 +8,7 @@ from PIL import Image
 
 from sam2jq.errors import UserError
 from sam2jq.eval.gallery import EverythingItem
+from sam2jq.report import text
 from sam2jq.report.check import check_metrics
 from sam2jq.report.page import run_page
 from sam2jq.report.run import NEEDED, layer_rows, merged, read_metrics
@@ -200,6 +201,16 @@ def test_the_verdict_is_before_after_and_change():
     assert (box["name"], box["before"], box["after"], round(box["change"], 6)) == ("mIoU, box", 80.0, 60.0, -20.0)
     assert box["behind"] == "16 images, 50 objects, scenes:7"
     assert agreement["after"] == 70.0
+
+
+def test_a_run_with_exported_files_shows_what_they_cost(make_run):
+    cost = {"full precision": {"seconds": 1.5, "peak_gb": 0.75}}
+    cost |= {"openvino": {"seconds": 0.125, "peak_gb": 0.25, "megabytes": 30.5}}
+    folder = make_run("a", results=metrics(4, 0.6)["results"] | {"cost": cost})
+    page = (folder / "report.html").read_text()
+    for value in ("1.500", "0.75", "0.125", "0.25", "30.5"):
+        assert f">{value}</td>" in page
+    assert "0.125 s an image and a click, 0.25 GB at most (openvino)" in text.totals(read_metrics(folder))
 
 
 def test_the_verdict_has_everything_found_again():
