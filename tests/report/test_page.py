@@ -192,8 +192,8 @@ def test_every_figure_of_the_page_is_in_metrics_json(make_run):
     assert [shown["iou"] for shown in found["gallery"]] == [0.1, 0.5]
     assert {"seconds", "feature_error", "mask_iou"} < set(found["stages"][1])
     page = (folder / "report.html").read_text()
-    for text in ("60.0", "-20.0", "1.60 MB", "4.20", "0.2000", "0.100"):
-        assert text in page
+    for shown in ("60.0", "-20.0", "1.60 MB", "4.20", "0.2000", "0.100"):
+        assert shown in page
 
 
 def test_the_verdict_is_before_after_and_change():
