@@ -24,7 +24,7 @@ import torch
 import sam2jq
 from converters.exports.onnx.write import save_onnx
 from converters.exports.vanilla import build_original, save_vanilla
-from experiments.bench.encoder import proc, seconds
+from experiments.bench.timing import processor, seconds
 from experiments.measured import ABOUT, cached_samples
 from sam2jq.data import read_image
 from sam2jq.deploy import OnnxImagePredictor
@@ -143,7 +143,7 @@ def main() -> None:
         "# The demo model's deployed files beside the original",
         "",
         f"`python -m experiments.bench.deploy_nano --runs {args.runs} {' '.join(map(str, args.run))}` on "
-        f"{os.cpu_count()} cores of {proc('cpuinfo', 'model name')}. mIoU in percent on {IMAGES[1]} images of "
+        f"{os.cpu_count()} cores of {processor()}. mIoU in percent on {IMAGES[1]} images of "
         f"{IMAGES[0]}. Milliseconds of setting an image of 256 pixels and one click, medians of {args.runs} runs in "
         "turn. Files: of the whole model, its memory included.",
         "",

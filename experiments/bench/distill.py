@@ -25,7 +25,7 @@ import jax
 import numpy as np
 import optax
 import torch
-from encoder import proc
+from timing import peak_gigabytes, processor
 
 from converters.exports.vanilla import build_original
 from converters.names import to_torch
@@ -129,7 +129,7 @@ def work(run: Callable[[], float]) -> None:
         start = time.perf_counter()
         loss = run()
         print(time.perf_counter() - start, loss, flush=True)
-    print(proc("self/status", "VmHWM").split()[0])
+    print(peak_gigabytes())
 
 
 class Worker:
@@ -147,7 +147,7 @@ class Worker:
 
     def peak_gigabytes(self) -> float:
         """The peak memory in GB; ends the process."""
-        return 1024 * int(self.process.communicate()[0]) / 1e9
+        return float(self.process.communicate()[0])
 
 
 def main() -> None:
@@ -177,8 +177,7 @@ def main() -> None:
         "",
         f"`{prefix}python experiments/bench/distill.py --student {args.student} --teacher {args.teacher} "
         f"--runs {args.runs}`",
-        f"on {os.cpu_count()} cores of {proc('cpuinfo', 'model name')}, jax {version('jax')}, "
-        f"torch {version('torch')};",
+        f"on {os.cpu_count()} cores of {processor()}, jax {version('jax')}, torch {version('torch')};",
         f"{args.teacher} teaches {args.student}, 1024 x 1024, batch 1, float32, encoders only. Medians of {args.runs} "
         "steps in turn, each in a process of its own; ratio to torch: median (range) of the turns' ratios. Losses of "
         f"the {args.runs + 1} steps differ by {difference:.1e} at most, relative ({reference[0]:.4f} at the first, "

@@ -18,6 +18,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import torch
+from timing import peak_gigabytes as own_peak_gigabytes
+from timing import processor, seconds
 
 from converters.exports.vanilla import build_original
 from sam2jq import VARIANTS, build, init_params
@@ -44,17 +46,10 @@ def encoders(name: str, frameworks: tuple[str, ...] = ("jax", "torch")) -> tuple
     return functions, compile_seconds
 
 
-def seconds(run) -> float:
-    """The duration of run()."""
-    begin = time.perf_counter()
-    run()
-    return time.perf_counter() - begin
-
-
 def peak_gigabytes(name: str, framework: str) -> float:
     """The peak memory, in GB, of a new process that loads the weights and runs the encoder of one framework twice."""
     command = [sys.executable, __file__, "--alone", framework, "--models", name]
-    return 1024 * int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]) / 1e9
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
 def row(name: str, runs: int) -> str:
@@ -83,13 +78,13 @@ def main() -> None:
         functions, _ = encoders(args.models[0], (args.alone,))
         for _ in range(2):
             functions[args.alone]()
-        print(proc("self/status", "VmHWM").split()[0])  # ru_maxrss includes the memory of the parent process
+        print(own_peak_gigabytes())
         return
     lines = [
         "# Image encoder: sam2jq against torch",
         "",
         f"`python experiments/bench/encoder.py --runs {args.runs}` on {os.cpu_count()} cores of "
-        f"{proc('cpuinfo', 'model name')}, jax {version('jax')}, torch {version('torch')}; 1024 x 1024, batch 1, "
+        f"{processor()}, jax {version('jax')}, torch {version('torch')}; 1024 x 1024, batch 1, "
         f"float32. Medians of {args.runs} runs in turn; ratio: median (range) of the pairs' ratios.",
         "",
         "| model | sam2jq s | torch s | ratio | compile s | peak GB sam2jq | peak GB torch |",
@@ -99,12 +94,6 @@ def main() -> None:
     print("\n".join(lines))
     if args.out:
         args.out.write_text("\n".join(lines) + "\n")
-
-
-def proc(file: str, key: str) -> str:
-    """The value of the first line of a file under /proc that starts with `key`."""
-    lines = Path("/proc", file).read_text().splitlines()
-    return next(line.partition(":")[2].strip() for line in lines if line.startswith(key))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import torch
-from encoder import proc
+from timing import processor
 
 from converters.exports.vanilla import build_original
 from converters.names import from_torch
@@ -100,7 +100,7 @@ def main() -> None:
     table = [
         "# Images: sam2jq against sam2",
         "",
-        f"`{command}` on {os.cpu_count()} cores of {proc('cpuinfo', 'model name')}, jax {version('jax')}, "
+        f"`{command}` on {os.cpu_count()} cores of {processor()}, jax {version('jax')}, "
         f"torch {version('torch')}; {side} x {side}, float32. Medians of calls in turn; "
         "there are five times as many of those before everything-mode.",
         "",

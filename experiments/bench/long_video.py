@@ -20,8 +20,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from encoder import proc
 from PIL import Image
+from timing import processor
 
 from sam2jq import StreamPredictor, VideoPredictor, load
 from sam2jq.cli.clip_files import clip_file
@@ -117,7 +117,7 @@ def main() -> None:
         "# Long clips: peak memory",
         "",
         f"`python experiments/bench/long_video.py --side {args.side}` on {os.cpu_count()} cores of "
-        f"{proc('cpuinfo', 'model name')}, jax {jax.__version__}, numpy {version('numpy')}: the demo model, nano, at "
+        f"{processor()}, jax {jax.__version__}, numpy {version('numpy')}: the demo model, nano, at "
         f"{args.side} x {args.side}, float32, frames of that size, one object. Peak resident memory of the process in "
         "MB, and seconds with loading and compiling.",
         "",

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import sam2jq
-from experiments.bench.startup import processor
+from experiments.bench.timing import processor
 from sam2jq.predictors.image import decode, encode_images
 from sam2jq.quant.algorithms.activations import materialize_weights
 from sam2jq.quant.qtensor import QTensor

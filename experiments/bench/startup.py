@@ -16,6 +16,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+from timing import processor
+
 EXPERIMENTS = Path(__file__).parents[1]
 JOBS = {
     "quantize": ["--config", EXPERIMENTS / "nano_w4a16.yaml", "--quant.calib.image_size", 64]
@@ -56,12 +58,6 @@ def measure(job: str, runs: int) -> str:
             full.append(run(job, cache)[0])
     cell = lambda x: f"{statistics.median(x):.0f} ({min(x):.0f}-{max(x):.0f})"
     return f"| `{job}` | {cell(empty)} | {cell(full)} | {programs} |"
-
-
-def processor() -> str:
-    """The name of the processor."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
 
 
 def main() -> None:

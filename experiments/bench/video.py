@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from encoder import proc, seconds
 from PIL import Image
+from timing import processor, seconds
 
 from converters.exports.vanilla import build_original
 from converters.names import from_torch
@@ -84,7 +84,7 @@ def main() -> None:
     lines = [
         "# Video predictor: sam2jq against sam2",
         "",
-        f"`{command}` on {os.cpu_count()} cores of {proc('cpuinfo', 'model name')}, jax {version('jax')}, "
+        f"`{command}` on {os.cpu_count()} cores of {processor()}, jax {version('jax')}, "
         f"torch {version('torch')}; {side} x {side}, float32. Seconds of tracking all frames, frame by frame in turn. "
         "A frame: the median of the last five, with a full memory bank. Clicks: one an object, with the first frame's "
         "features. First run: 2 frames with compiling.",
