@@ -1,3 +1,4 @@
+import gc
 import os
 import resource
 import tempfile
@@ -50,6 +51,7 @@ def pytest_configure(config):
             os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
             # the older code generator; and one module a program, as there is a test process for each core
             os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    gc.set_threshold(100_000)  # as the command line does: traces are large, and to search them is a tenth of the time
     if not XLA_DEFAULTS:
         jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_compilation_cache_dir", os.environ[CACHE_DIR])
