@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -54,8 +55,9 @@ def run_ptq(
     """
     size = model.variant.image_size
 
-    def clips(start: int) -> Iterator[np.ndarray]:
-        return (read_item(item, size) for item in tqdm(images.items[start:], leave=False, disable=None))
+    def clips(start: int, step: int = 1) -> Iterator[np.ndarray]:
+        shown = tqdm(images.items[start::step], leave=False, disable=True if jax.process_index() else None)
+        return (read_item(item, size) for item in shown)
 
     cache = Path(cache_root) / "calibration", (images.ids, quant.calib.frames, quant.calib.stride)
     with section(key):
