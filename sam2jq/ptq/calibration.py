@@ -4,6 +4,7 @@ Letters: T frames of a clip, S the side of the model's input, K inputs of a laye
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
@@ -85,7 +86,7 @@ def collect(
     mutable = tuple(sorted({"range", *needs}))
     chosen = None if layers is None else frozenset(layers)
     step = partial(fold_clip, model, mutable, chosen)
-    clip = next(iter(clips(0)), None)
+    clip = next(iter(clips(0, sys.maxsize)), None)  # the first alone: others might be read ahead
     if clip is None:
         raise UserError("calibration got no clip or image")
     shapes = jax.eval_shape(step, params, {}, clip)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from sam2jq.data.loader import prefetched
 from sam2jq.training.distributed import all_gather_objects
-from sam2jq.training.sharding import compute_devices
+from sam2jq.training.sharding import own_devices
 
 MISSING = object()
 
@@ -24,7 +24,7 @@ class Replicas(NamedTuple):
 
 def replicate(make: Callable[[Any], Any], params: Any) -> Replicas:
     """make(params) for each device of this process, with a copy of the arrays `params` on that device."""
-    devices = [device for device in compute_devices() if device.process_index == jax.process_index()]
+    devices = own_devices()
     if len(devices) == 1:
         return Replicas((None,), (make(params),))
 

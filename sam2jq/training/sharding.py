@@ -32,6 +32,11 @@ def compute_devices() -> list[jax.Device]:
     return jax.local_devices(backend=default)[:1] if isinstance(default, str) else [default]
 
 
+def own_devices() -> list[jax.Device]:
+    """Those of `compute_devices` that belong to this process."""
+    return [device for device in compute_devices() if device.process_index == jax.process_index()]
+
+
 def put_if_needed(tree: Any, sharding: NamedSharding) -> Any:
     """`tree` with every leaf placed as `sharding` says.
 
