@@ -14,8 +14,6 @@ from sam2jq.predictors.automatic_masks import AutomaticMaskGenerator
 from sam2jq.training.parallel_map import Replicas, parallel_map
 
 FOUND = 0.5  # IoU from which on a mask of the reference counts as found
-
-
 Pair = tuple[AutomaticMaskGenerator, AutomaticMaskGenerator]  # of a model and of its reference
 
 
