@@ -96,7 +96,7 @@ def quantize(
 
 
 class Clips:
-    """Calibration images as `collect` takes them: clips(n) yields the images after the first n."""
+    """Calibration images as `collect` takes them: clips(n, step) yields each step-th image after the first n."""
 
     def __init__(self, images: Images, num_images: int, seed: int, size: int):
         from sam2jq.data.sources import find_images
@@ -106,13 +106,13 @@ class Clips:
         self.images = [] if images is None else list(images)
         self.size = size
 
-    def __call__(self, start: int) -> Iterator[np.ndarray]:
+    def __call__(self, start: int, step: int = 1) -> Iterator[np.ndarray]:
         """Yields float32 [1, S, S, 3] per image. Raises UserError if there is none, or if one cannot be read."""
         from sam2jq.data.images import preprocess, read_image
 
         if not self.images:
             raise UserError("this transform needs calibration images: give a list of images, a folder or 'scenes:0'")
-        for image in self.images[start:]:
+        for image in self.images[start::step]:
             pixels = read_image(str(image)) if isinstance(image, str | Path) else check_pixels(image)
             yield preprocess(pixels, self.size)[None]
 

@@ -45,7 +45,7 @@ def calibrate(name: str, images: int, size: int | None, needs: tuple[str, ...], 
     """({layer: kernel}, {layer: Stats}) of the trunk's linear layers; everything: calibrate all layers of the model."""
     model = build(name, image_size=size)
     params, side = init_params(model, 0), model.variant.image_size
-    clips = lambda n: (preprocess(draw_scene(seed, side).image, side)[None] for seed in range(n, images))
+    clips = lambda n, step=1: (preprocess(draw_scene(seed, side).image, side)[None] for seed in range(n, images, step))
     weights = {layer_name(path): w for path, w in kernels(flatten(params)).items()}
     chosen = [layer for layer in weights if TRUNK_LINEAR.fullmatch(layer)]
     stats = collect(model, params, clips, needs, layers=None if everything else chosen)

@@ -84,7 +84,7 @@ def bootstrap(full: dict, runs: Sequence[dict]) -> list[tuple[float, float, floa
 def calibration_clips(model: SAM2, seed: int) -> tuple[Callable, tuple[Path, list[str]]]:
     """(the images of scenes:<seed> as `quantize_params` takes them, where their statistics are kept)."""
     size, names = model.variant.image_size, find_images(f"scenes:{seed}", CALIBRATED, 0)
-    clips = lambda n: (preprocess(read_image(image), size)[None] for image in names[n:])
+    clips = lambda n, step=1: (preprocess(read_image(image), size)[None] for image in names[n::step])
     return clips, (Path("cache/sam2/calibration"), names)
 
 

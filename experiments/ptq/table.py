@@ -84,7 +84,7 @@ def main() -> None:
 
     def quantize(config: QuantConfig, seed: int) -> dict:
         size, names = model.variant.image_size, find_images(f"scenes:{seed}", CALIBRATED, 0)
-        clips = lambda n: (preprocess(read_image(name), size)[None] for name in names[n:])
+        clips = lambda n, step=1: (preprocess(read_image(name), size)[None] for name in names[n::step])
         store = Path("cache/sam2/calibration"), names
         needs = ("gram", "tokens")  # the statistics that any row needs, so that all rows share one calibration
         *_, params = quantize_params(

@@ -22,7 +22,8 @@ from sam2jq.cli.loading import (
     resolved,
     with_image_size,
 )
-from sam2jq.cli.run_folder import job_folder, job_path, stage
+from sam2jq.cli.processes import joined_processes, shared_job_folder
+from sam2jq.cli.run_folder import job_path, stage
 from sam2jq.config import loader
 from sam2jq.config.distill import DistillConfig
 from sam2jq.config.quant import CalibConfig, QuantConfig
@@ -41,7 +42,6 @@ from sam2jq.quant.algorithms.activations import materialize_weights
 from sam2jq.quant.algorithms.fake_quant import fake_quant_layers, to_quantized_params
 from sam2jq.quant.leaves import materialize_params
 from sam2jq.report import text
-from sam2jq.training.distributed import fails_together, initialize_distributed, wait_for_processes
 from sam2jq.training.metric_logging import metric_logger
 from sam2jq.tree import fingerprint, flatten, kernels
 
@@ -65,15 +65,12 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
     if device == "cpu":
         jax.config.update("jax_platforms", "cpu")  # training runs on all devices of jax's first platform
     final = job_path(config.output, args.config, "distill")
-    initialize_distributed(config.distributed)
-    configure_jax(device, config.cache, key)
-    if jax.process_index():
-        log.setLevel(logging.WARNING)
-    with fails_together(), shared_run_folder(final, loader.dump(config)) as folder:
-        distill(config, folder, command_line(args, flags))
-    if jax.process_index() == 0:
-        log.info("\nwritten     %s (all layers: sam2jq inspect %s; curves: %s)", final, final, final / "curves.png")
-        log.info("report      %s", final / "report.html")
+    with joined_processes(config.distributed, device):
+        configure_jax(device, config.cache, key)
+        with shared_job_folder(final, loader.dump(config), resumable=True) as folder:
+            distill(config, folder, command_line(args, flags))
+    log.info("\nwritten     %s (all layers: sam2jq inspect %s; curves: %s)", final, final, final / "curves.png")
+    log.info("report      %s", final / "report.html")
 
 
 def device_setting(config: DistillConfig) -> tuple[str, str]:
@@ -87,7 +84,7 @@ def device_setting(config: DistillConfig) -> tuple[str, str]:
 
 
 def distill(config: DistillConfig, folder: Path, command: str) -> None:
-    """Loads both models, trains the student, and in process 0 measures it and writes the files of a run."""
+    """Loads both models, trains the student, measures it, and in process 0 writes the files of a run."""
     record = []
     timed = partial(stage, record=record)
     with timed("data", f"{config.data.train}, {config.data.val}"):
@@ -98,9 +95,8 @@ def distill(config: DistillConfig, folder: Path, command: str) -> None:
     teacher = cdpq.Teacher(teacher_model, materialize_params(teacher_source.params), float_dtype(config.teacher.dtype))
     full = teacher.params if teacher_model == model else materialize_params(source.params)
     begin, best = train_student(config, folder, teacher, model, source.params, splits, timed)
-    if jax.process_index() == 0:
-        params_by_stage = {"start": to_quantized_params(begin), "distill": to_quantized_params(best)}
-        measure_and_write(config, folder, command, model, source, full, params_by_stage, val, timed)
+    params_by_stage = {"start": to_quantized_params(begin), "distill": to_quantized_params(best)}
+    measure_and_write(config, folder, command, model, source, full, params_by_stage, val, timed)
 
 
 def load_pair(config: DistillConfig):
@@ -151,11 +147,13 @@ def measure_and_write(
     val: list[Item],
     timed: partial,
 ) -> None:
-    """Compares the student before and after training with full precision, and writes package, curves and page."""
+    """Compares the student before and after training with full precision; process 0 writes package, curves and page."""
     names, asked = [item.frames[0] for item in val[:COMPARED]], measure_config(config, len(val))
     ground_truth = find_ground_truth(asked)
     variants = {"full precision": full} | {name: materialize_weights(tree) for name, tree in params_by_stage.items()}
     results, errors, gallery = measure(model, variants, params_by_stage, names, ground_truth, asked, timed)
+    if jax.process_index():
+        return
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     settings = loader.to_dict(config) | {"model": loader.to_dict(resolved(config.student, model))}
     size, past = model.variant.image_size, history(rows)
@@ -220,18 +218,6 @@ def measure_config(config: DistillConfig, held_out: int) -> Config:
     calib = CalibConfig(config.data.val, held_out)
     quant = QuantConfig(calib, config.quant.wgts, config.quant.ipts)
     return Config(config.student, quant=quant, measure=config.measure, seed=config.seed)
-
-
-@contextmanager
-def shared_run_folder(final: Path, settings: str) -> Iterator[Path]:
-    """The `job_folder` of process 0, for all processes."""
-    if jax.process_index() == 0:
-        with job_folder(final, settings, resumable=True) as folder:
-            wait_for_processes("folder")
-            yield folder
-    else:
-        wait_for_processes("folder")
-        yield final.with_name(f".{final.name}.partial")
 
 
 def find_clips(config: DistillConfig) -> tuple[list[Item], list[Item]]:

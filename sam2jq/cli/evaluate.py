@@ -7,11 +7,12 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
+import jax
 
 from sam2jq.cli.arguments import add_config
 from sam2jq.cli.loading import load_image_predictor, load_mask_generators, load_video_predictor
-from sam2jq.cli.run_folder import job_folder, job_path, stage
+from sam2jq.cli.processes import joined_processes, shared_job_folder
+from sam2jq.cli.run_folder import job_path, stage
 from sam2jq.config import loader
 from sam2jq.config.run import EvaluateConfig
 from sam2jq.data.detections import find_detections
@@ -24,6 +25,7 @@ from sam2jq.eval.everything_benchmark import compare_everything
 from sam2jq.eval.image_benchmark import evaluate_images
 from sam2jq.eval.vos_benchmark import evaluate_clips
 from sam2jq.report import text
+from sam2jq.training.parallel_map import replicate
 
 SCHEMA = EvaluateConfig
 log = logging.getLogger("sam2jq")
@@ -37,15 +39,22 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
     """Writes metrics.json, and the masks of videos, to <output.root>/<job>/."""
     config = loader.load(args.config, flags, EvaluateConfig)
     final = job_path(config.output, args.config, f"evaluate_{config.task}")
-    with job_folder(final, loader.dump(config)) as folder:
+    with (
+        joined_processes(config.distributed, config.model.device),
+        shared_job_folder(final, loader.dump(config)) as folder,
+    ):
         results = evaluate(config, folder)
-        (folder / "metrics.json").write_text(json.dumps(results, indent=1))
+        if jax.process_index() == 0:
+            (folder / "metrics.json").write_text(json.dumps(results, indent=1))
         log.info("\n%s", text.scores(results))
     log.info("\nwritten     %s", final)
 
 
 def evaluate(config: EvaluateConfig, folder: Path) -> dict:
-    """The scores of the checkpoint on the data that `config` names; masks of videos are written into `folder`."""
+    """The scores of the checkpoint on the data that `config` names; masks of videos are written into `folder`.
+
+    The data is split over all devices of all processes, and each process returns all scores.
+    """
     unscored = {}
     with stage("data", config.data):
         match config.task:
@@ -64,16 +73,16 @@ def evaluate(config: EvaluateConfig, folder: Path) -> dict:
     log_left_out(unscored)
     match config.task:
         case "image" if config.boxes:
-            score = partial(evaluate_detections, load_image_predictor(config)[0], detections=detections)
+            score = partial(evaluate_detections, load_image_predictor(config, replicate)[0], detections=detections)
         case "image":
-            score = partial(evaluate_images, load_image_predictor(config)[0])
+            score = partial(evaluate_images, load_image_predictor(config, replicate)[0])
         case "everything":
-            score = partial(compare_everything, *load_mask_generators(config))
+            score = partial(compare_everything, load_mask_generators(config))
         case _:
             write = mask_writer(folder) if config.masks else None
-            score = partial(evaluate_clips, load_video_predictor(config)[0], write=write)
+            score = partial(evaluate_clips, load_video_predictor(config, replicate)[0], write=write)
     with stage("evaluate", f"{len(samples)} {'clips' if config.task == 'vos' else 'images'}"):
-        results = score(tqdm(samples, leave=False, disable=None))
+        results = score(samples)
     log_left_out({name: why for name, why in results["left_out"].items() if name not in unscored})
     return results
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -22,21 +23,31 @@ from sam2jq.predictors.prompted_image import PromptedImage
 from sam2jq.predictors.prompted_video import PromptedVideo
 from sam2jq.predictors.video import VideoPredictor
 from sam2jq.quant.algorithms.activations import materialize_weights
+from sam2jq.training.parallel_map import Replicas, replicate
 
+Place = Callable[[Callable, dict], Any]  # (what makes a predictor of params, params) -> the predictor, or several
 RANDOM = "warning     the weights are RANDOM: no result here says anything about a trained model"
 log = logging.getLogger("sam2jq")
 
 
-def configure_jax(device: str, cache: CacheConfig, key: str = "model.device") -> None:
-    """Sets jax's default device, float32 precision and the cache of compiled programs.
+def on_one(make: Callable, params: dict) -> Any:
+    """make(params), on jax's default device."""
+    return make(params)
 
+
+def configure_jax(device: str, cache: CacheConfig, key: str = "model.device") -> None:
+    """Sets jax's device, float32 precision and the cache of compiled programs.
+
+    A device of jax's first platform is not set as the default one, so that all of that platform are used.
     Raises UserError, which names the setting `key`, if there is no such device.
     """
     if device != "auto":
         try:
-            jax.config.update("jax_default_device", jax.devices(device)[0])
+            first = jax.local_devices(backend=device)[0]
         except RuntimeError as error:
             raise UserError(f"{key} {device}: no such device here; use auto") from error
+        if first.platform != jax.default_backend():
+            jax.config.update("jax_default_device", first)
     jax.config.update("jax_default_matmul_precision", "highest")  # float32 products on GPU and TPU too
     use_compilation_cache(cache)
 
@@ -50,37 +61,42 @@ def load_model(config: ModelConfig, cache: CacheConfig, image_size: int | None =
     return load_checkpoint_of(config, image_size)
 
 
-def load_image_predictor(config: PredictConfig | EvaluateConfig) -> tuple[PromptedImage, bool]:
-    """The predictor of a checkpoint or of a folder of ONNX files, and whether its weights are random."""
-    return _load_predictor(config, ImagePredictor, OnnxImagePredictor)
+def load_image_predictor(config: PredictConfig | EvaluateConfig, place: Place = on_one) -> tuple[PromptedImage, bool]:
+    """The predictor of a checkpoint or of a folder of ONNX files, and whether its weights are random.
+
+    place: `replicate` for a predictor of a checkpoint on each device.
+    """
+    return _load_predictor(config, ImagePredictor, OnnxImagePredictor, place)
 
 
-def load_video_predictor(config: TrackConfig | EvaluateConfig) -> tuple[PromptedVideo, bool]:
+def load_video_predictor(config: TrackConfig | EvaluateConfig, place: Place = on_one) -> tuple[PromptedVideo, bool]:
     """As `load_image_predictor`, for clips."""
     if config.memory_bits and is_onnx_folder(config.model.checkpoint):
         raise UserError("memory_bits: the ONNX files hold memories in float32 only: leave it out, or give a package")
-    return _load_predictor(config, partial(VideoPredictor, memory_bits=config.memory_bits), OnnxVideoPredictor)
+    return _load_predictor(config, partial(VideoPredictor, memory_bits=config.memory_bits), OnnxVideoPredictor, place)
 
 
-def load_mask_generators(config: EvaluateConfig) -> tuple[AutomaticMaskGenerator, AutomaticMaskGenerator]:
-    """The generators of all masks of an image of `config.model` and of `config.reference`, which is the same model."""
+def load_mask_generators(config: EvaluateConfig) -> Replicas:
+    """Pairs of generators of all masks of an image, of `config.model` and of `config.reference`, the same model."""
     if is_onnx_folder(config.model.checkpoint):
         raise UserError("task everything: ONNX files have no mask generator yet: give a package or a checkpoint")
     refuse_engine(config)
     model, checkpoint = load_model(config.model, config.cache)
     settings = asdict(config.everything) | {"dtype": config.model.dtype}
-    own = AutomaticMaskGenerator(model, materialize_weights(checkpoint.params), **settings)
     _, other = load_checkpoint_of(replace(resolved(config.model, model), checkpoint=config.reference))
-    return own, AutomaticMaskGenerator(model, materialize_weights(other.params), **settings)
+    pair = tuple(materialize_weights(one.params) for one in (checkpoint, other))
+    make = lambda pair: tuple(AutomaticMaskGenerator(model, params, **settings) for params in pair)
+    return replicate(make, pair)
 
 
-def _load_predictor(config: PredictConfig | EvaluateConfig, of_params: Callable, of_onnx: Callable):
+def _load_predictor(config: PredictConfig | EvaluateConfig, of_params: Callable, of_onnx: Callable, place: Place):
     if is_onnx_folder(config.model.checkpoint):
         predictor = of_onnx(config.model.checkpoint, config.engine, **onnx_settings(config))
         return predictor, predictor.random
     refuse_engine(config)
     model, checkpoint = load_model(config.model, config.cache)
-    return of_params(model, materialize_weights(checkpoint.params), dtype=config.model.dtype), checkpoint.random
+    make = partial(of_params, model, dtype=config.model.dtype)
+    return place(make, materialize_weights(checkpoint.params)), checkpoint.random
 
 
 def refuse_engine(config: PredictConfig | EvaluateConfig) -> None:

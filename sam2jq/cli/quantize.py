@@ -6,12 +6,15 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import jax
+
 from sam2jq.api import replay_bits
 from sam2jq.cli.arguments import add_config, command_line
 from sam2jq.cli.cost import measure_costs
 from sam2jq.cli.finish import MeasuredRun, finish_run, run_metadata
 from sam2jq.cli.loading import load_model, require_memory, resolved
-from sam2jq.cli.run_folder import job_folder, job_path, stage
+from sam2jq.cli.processes import joined_processes, shared_job_folder
+from sam2jq.cli.run_folder import job_path, stage
 from sam2jq.config import loader
 from sam2jq.config.run import Config
 from sam2jq.deploy import OnnxImagePredictor
@@ -41,7 +44,10 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
     """Quantizes a checkpoint and writes <output.root>/<job>/."""
     config = load_config(args.config, flags)
     final = job_path(config.output, args.config, "quantize")
-    with job_folder(final, loader.dump(config)) as folder:
+    with (
+        joined_processes(config.distributed, config.model.device),
+        shared_job_folder(final, loader.dump(config)) as folder,
+    ):
         quantize(config, folder, command_line(args, flags))
     log.info("\nwritten     %s (all layers: sam2jq inspect %s)\nreport      %s", final, final, final / "report.html")
 
@@ -55,7 +61,7 @@ def load_config(path: str | None, flags: list[str]) -> Config:
 
 
 def quantize(config: Config, folder: Path, command: str) -> None:
-    """Calibrates, quantizes, measures, and writes the files of a run into `folder`."""
+    """Calibrates, quantizes, measures, and in process 0 writes the files of a run into `folder`."""
     if config.convert_onnx:
         import converters.exports.onnx.write  # noqa: F401  # where onnx is missing, this is found out before the work
     record = []
@@ -69,7 +75,8 @@ def quantize(config: Config, folder: Path, command: str) -> None:
     full = materialize_params(checkpoint.params)
     done = calibrate_and_quantize(model, full, asked, images, timed)
     config = replace(asked, quant=done.config, model=resolved(asked.model, model))
-    (folder / "config.yaml").write_text(loader.dump(config))  # again, with the model and the bits that were chosen
+    if jax.process_index() == 0:  # again, with the model and the bits that were chosen
+        (folder / "config.yaml").write_text(loader.dump(config))
 
     layers = layer_errors(done.params_by_stage.get(FOLDED, full), done.params, done.stats)
     variants = {"full precision": full} | {
@@ -87,6 +94,8 @@ def quantize(config: Config, folder: Path, command: str) -> None:
     if config.convert_onnx:
         with timed("cost", "an image and a click, each program in a process of its own"):
             results["cost"] = measure_costs(config, folder / "onnx", deployed)
+    if jax.process_index():
+        return
     ranges = {layer: [float(s.low.min()), float(s.high.max())] for layer, s in done.stats.items()}
     about, size = loader.to_dict(config.model), model.variant.image_size
     measured = MeasuredRun(

@@ -54,6 +54,8 @@ def find_jobs(args: argparse.Namespace, flags: list[str], folder: Path) -> Jobs:
         given = values | {"output.root": str(folder), "output.job": name}
         own = [*rest, *(part for key, value in given.items() for part in (f"--{key}", as_flag(value)))]
         jobs[folder / name] = own, quantize.load_config(args.config, own)
+        if jobs[folder / name][1].distributed.coordinator:
+            raise UserError("distributed.coordinator: a sweep runs in one process, on all of its devices: leave it out")
     return jobs
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from sam2jq.config.quant import InputsConfig, QuantConfig, WeightsConfig
-from sam2jq.config.run import CacheConfig, MeasureConfig, ModelConfig, OutputConfig, same_size
+from sam2jq.config.run import CacheConfig, DistributedConfig, MeasureConfig, ModelConfig, OutputConfig, same_size
 from sam2jq.errors import ConfigError, one_of
 from sam2jq.quant.field_types import check_types
 
@@ -212,26 +212,6 @@ class TrainConfig:
                 raise ConfigError(f"{name} must be at least 1")
         if not 0 <= self.ema < 1:
             raise ConfigError(f"ema must be in 0..1, below 1, got {self.ema}")
-
-
-@dataclass(frozen=True)
-class DistributedConfig:
-    """Several processes, each with its own devices: the section `distributed`."""
-
-    # HOST:PORT of process 0, or auto under Slurm and on TPU pods; null: one process
-    coordinator: str | None = None
-    # number of processes
-    processes: int | None = None
-    # number of this process, from 0
-    index: int | None = None
-    # seconds to wait for the other processes
-    timeout: int = 300
-
-    def __post_init__(self):
-        check_types(self)
-        alone = self.coordinator in (None, "auto")
-        if alone != (self.processes is None) or alone != (self.index is None):
-            raise ConfigError("coordinator HOST:PORT, processes and index belong together")
 
 
 @dataclass(frozen=True)

@@ -159,6 +159,26 @@ class OutputConfig:
 
 
 @dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes, each with its own devices: the section `distributed`."""
+
+    # HOST:PORT of process 0, or auto under Slurm and on TPU pods; null: one process
+    coordinator: str | None = None
+    # number of processes
+    processes: int | None = None
+    # number of this process, from 0
+    index: int | None = None
+    # seconds to wait for the other processes
+    timeout: int = 300
+
+    def __post_init__(self):
+        check_types(self)
+        alone = self.coordinator in (None, "auto")
+        if alone != (self.processes is None) or alone != (self.index is None):
+            raise ConfigError("coordinator HOST:PORT, processes and index belong together")
+
+
+@dataclass(frozen=True)
 class Config:
     """The settings of `quantize`."""
 
@@ -166,6 +186,7 @@ class Config:
     cache: CacheConfig = field(default_factory=CacheConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     # write vanilla.pt for build_sam2, and deepcompressor's files in cache/, beside the package
     save_model: bool = True
@@ -183,6 +204,11 @@ class Config:
         same_size("quant.calib.image_size", self.quant.calib.image_size, "model.image_size", self.model.image_size)
         if self.convert_nunchaku and self.quant.rotation.transforms:
             raise ConfigError("convert_nunchaku: nunchaku's kernels cannot rotate inputs: leave quant.rotation out")
+        alone = {"convert_nunchaku": self.convert_nunchaku, "convert_onnx": self.convert_onnx}
+        alone["quant.reconstruct"] = self.quant.reconstruct
+        if self.distributed.coordinator and any(alone.values()):
+            key = next(key for key, is_set in alone.items() if is_set)
+            raise ConfigError(f"{key}: this runs in one process: leave it or distributed.coordinator out")
         ipts = self.quant.ipts
         if self.convert_onnx and (self.quant.opts.dtype or (ipts.dtype and not (ipts.static and "int" in ipts.dtype))):
             raise ConfigError(
@@ -259,6 +285,7 @@ class EvaluateConfig:
     masks: bool = True
     # 8 or 4, in which vos stores memories and object pointers of earlier frames; null: bfloat16, as sam2
     memory_bits: int | None = None
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
 
     def __post_init__(self):
@@ -268,6 +295,9 @@ class EvaluateConfig:
         check_memory_bits(self.memory_bits)
         if self.memory_bits and self.task != "vos":
             raise ConfigError(f"memory_bits: task {self.task} has no memory: leave it out, or set task to vos")
+        if self.distributed.coordinator and self.task == "vos" and self.masks:
+            raise ConfigError("masks: only one process writes files: set masks to false, or leave "
+                              "distributed.coordinator out")  # fmt: skip
         if not self.data:
             raise ConfigError("data is not set: give a COCO or SA-V folder, or scenes:0 for synthetic images")
         if self.boxes and self.task != "image":

@@ -44,7 +44,7 @@ def collect_input_stats(
         return {}
     size, clips = model.variant.image_size, clips[:CALIBRATION_CLIPS]
     with on_stage("calibrate", f"inputs of each layer, {len(clips)} clips"):
-        frames = lambda n: (read_item(clip, size) for clip in clips[n:])
+        frames = lambda n, step=1: (read_item(clip, size) for clip in clips[n::step])
         return collect(model, materialize_params(params), frames, {"gram"})
 
 

@@ -1,6 +1,6 @@
 """Agreement of a quantized model with full precision, image by image, in constant memory."""
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from sam2jq.data import preprocess
 from sam2jq.data.prompts import click_grid
 from sam2jq.errors import UserError
 from sam2jq.eval.metrics import iou
-from sam2jq.models.precision import cast_kernels, float_dtype
+from sam2jq.models.precision import float_dtype
 from sam2jq.models.sam2 import SAM2
 from sam2jq.predictors.image import decode, encode_images
 
@@ -28,31 +28,27 @@ class ImageAgreement(NamedTuple):
 
 
 def compare(
-    model: SAM2, params: dict, quantized: dict, images: Iterable[list[np.ndarray]], side: int, dtype: str = "auto"
-) -> Iterable[ImageAgreement]:
-    """Yields one result per image of each batch of uint8 images [H, W, 3], for a grid of side * side clicks.
+    model: SAM2, params: dict, quantized: dict, images: list[np.ndarray], side: int, dtype: str = "auto"
+) -> Iterator[ImageAgreement]:
+    """Yields one result per image of a batch of uint8 images [H, W, 3], for a grid of side * side clicks.
 
     params: full precision; quantized: the params to compare; dtype: of the images and activations, as
     `float_dtype` takes it.
     All three masks of every click are compared by index. Comparing only the best ones would compare two different
     masks where the order of their estimated IoUs changes.
     """
-    dtype = float_dtype(dtype)
-    params, quantized = cast_kernels(params, dtype), cast_kernels(quantized, dtype)
     points = click_grid(side, model.variant.image_size)
     squares = lambda maps: np.array([np.sum(np.square(np.asarray(m, np.float64))) for m in maps])
-    for batch in images:
-        inputs = jnp.asarray(np.stack([preprocess(image, model.variant.image_size) for image in batch]), dtype)
-        full, small = encode_images(model, params, inputs), encode_images(model, quantized, inputs)
-        for i in range(len(batch)):
-            before, after = ([level[i : i + 1] for level in maps] for maps in (full, small))
-            outputs = [
-                decode(model, p, maps, points, multimask=True) for p, maps in ((params, before), (quantized, after))
-            ]
-            masks = tuple(np.asarray(out.masks) > 0 for out in outputs)
-            best = np.asarray(outputs[0].ious).argmax(1)
-            difference = squares(np.asarray(b, np.float32) - np.asarray(a, np.float32) for a, b in zip(before, after))
-            yield ImageAgreement(difference, squares(before), iou(masks[1], masks[0]), best, masks)
+    inputs = np.stack([preprocess(image, model.variant.image_size) for image in images])
+    inputs = jnp.asarray(inputs, float_dtype(dtype))
+    full, small = encode_images(model, params, inputs), encode_images(model, quantized, inputs)
+    for i in range(len(images)):
+        before, after = ([level[i : i + 1] for level in maps] for maps in (full, small))
+        outputs = [decode(model, p, maps, points, multimask=True) for p, maps in ((params, before), (quantized, after))]
+        masks = tuple(np.asarray(out.masks) > 0 for out in outputs)
+        best = np.asarray(outputs[0].ious).argmax(1)
+        difference = squares(np.asarray(b, np.float32) - np.asarray(a, np.float32) for a, b in zip(before, after))
+        yield ImageAgreement(difference, squares(before), iou(masks[1], masks[0]), best, masks)
 
 
 def summarize(results: list[ImageAgreement]) -> dict:

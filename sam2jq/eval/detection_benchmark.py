@@ -15,28 +15,36 @@ from sam2jq.data.images import check_size, read_image
 from sam2jq.errors import UserError, few
 from sam2jq.eval.image_benchmark import segment_boxes
 from sam2jq.predictors.prompted_image import PromptedImage
+from sam2jq.training.parallel_map import Replicas, parallel_map
 
 NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six of COCOeval.stats
 
 
-def evaluate_detections(predictor: PromptedImage, images: Iterable[DetectedImage], detections: Detections) -> dict:
+def evaluate_detections(
+    predictor: PromptedImage | Replicas, images: Iterable[DetectedImage], detections: Detections
+) -> dict:
     """{"ap": {name of NAMES: 0..1, or None without an instance of that size}, "images", "boxes": counts}.
 
-    images: those of `detections` that are scored. "left_out" is {image: why} of those that cannot be read.
-    Raises UserError if these have no box.
+    images: those of `detections` that are scored, split as by `parallel_map`. "left_out" is {image: why} of those that
+    cannot be read. Raises UserError if these have no box.
     """
-    results, scored, left_out = [], [], {}
-    for image in images:
-        try:
-            results += mask_results(predictor, image)
-            scored.append(image.id)
-        except (UserError, OSError) as error:
-            left_out[image.path] = str(error)
+    rows = parallel_map(try_mask_results, predictor, images)
+    results = [result for _, found, _ in rows for result in found]
+    scored = [image.id for image, _, error in rows if error is None]
+    left_out = {image.path: error for image, _, error in rows if error is not None}
     if not results:
         reasons = few([f"{name}: {why}" for name, why in left_out.items()], 3)
         raise UserError(f"{detections.file}: the images that are scored have no box{': ' * bool(reasons)}{reasons}")
     ap = average_precision(detections.content, results, scored)
     return {"ap": ap, "images": len(scored), "boxes": len(results), "left_out": left_out}
+
+
+def try_mask_results(predictor: PromptedImage, image: DetectedImage) -> tuple[DetectedImage, list[dict], str | None]:
+    """(the image, its `mask_results`, why it cannot be read or None)."""
+    try:
+        return image, mask_results(predictor, image), None
+    except (UserError, OSError) as error:
+        return image, [], str(error)
 
 
 def average_precision(content: dict, results: list[dict], images: list[int]) -> dict[str, float | None]:

@@ -11,13 +11,14 @@ from scipy.optimize import linear_sum_assignment
 
 from sam2jq.errors import UserError
 from sam2jq.predictors.automatic_masks import AutomaticMaskGenerator
+from sam2jq.training.parallel_map import Replicas, parallel_map
 
 FOUND = 0.5  # IoU from which on a mask of the reference counts as found
+Pair = tuple[AutomaticMaskGenerator, AutomaticMaskGenerator]  # of a model and of its reference
 
 
 def compare_everything(
-    generator: AutomaticMaskGenerator,
-    reference: AutomaticMaskGenerator,
+    generators: Pair | Replicas,
     images: Iterable[tuple[str, Callable[[], np.ndarray]]],
     on_image: Callable[[str, np.ndarray, np.ndarray], None] = lambda *_: None,
 ) -> dict:
@@ -26,22 +27,25 @@ def compare_everything(
 
     Each mask of the reference is paired with one mask at most, so that the sum of IoUs is the largest. miou is the mean
     IoU of these pairs over all masks of the reference, 0 for those without a pair; recall is the share with an IoU of
-    FOUND or more. images: (name, a function that reads it). on_image: called with the name and the masks of both,
-    bool [N, H, W] and [M, H, W].
+    FOUND or more. images: (name, a function that reads it), split as by `parallel_map`. on_image: called with the name
+    and the masks of both, bool [N, H, W] and [M, H, W], in the process that makes them.
     Raises UserError if the reference finds no mask at all.
     """
-    ious, counts, left_out = [], [], {}
-    for name, read in images:
+
+    def compare(generators: Pair, named: tuple[str, Callable]) -> tuple[str, str | None, np.ndarray, int]:
+        name, read = named
         try:
             image = read()
         except (UserError, OSError) as error:
-            left_out[name] = str(error)
-            continue
-        found, expected = (stacked(each.generate(image), image.shape[:2]) for each in (generator, reference))
+            return name, str(error), np.zeros(0), 0
+        found, expected = (stacked(each.generate(image), image.shape[:2]) for each in generators)
         on_image(name, found, expected)
-        ious.append(paired_ious(found, expected))
-        counts.append((len(found), len(expected)))
-    all_ious = np.concatenate([np.zeros(0), *ious])
+        return name, None, paired_ious(found, expected), len(found)
+
+    rows = parallel_map(compare, generators, images)
+    left_out = {name: why for name, why, *_ in rows if why is not None}
+    counts = [(number, len(ious)) for _, why, ious, number in rows if why is None]
+    all_ious = np.concatenate([np.zeros(0), *(ious for _, _, ious, _ in rows)])
     if not len(all_ious):
         raise UserError(
             f"the reference finds no mask in {len(counts)} images: lower everything.pred_iou_thresh or "

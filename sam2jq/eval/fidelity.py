@@ -3,11 +3,12 @@
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, is_dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from threading import Lock
 from types import MappingProxyType
 
 import numpy as np
-from tqdm import tqdm
 
 from sam2jq.config.run import Config
 from sam2jq.data import read_image
@@ -16,9 +17,18 @@ from sam2jq.data.sources import find_clips, find_samples
 from sam2jq.errors import UserError
 from sam2jq.eval.agreement import ImageAgreement, compare, summarize
 from sam2jq.eval.everything_benchmark import compare_everything
-from sam2jq.eval.gallery import EverythingItem, Gallery, add_items, click_items, object_items, sample_images
+from sam2jq.eval.gallery import (
+    EverythingItem,
+    Gallery,
+    add_items,
+    click_items,
+    merge_galleries,
+    object_items,
+    sample_images,
+)
 from sam2jq.eval.image_benchmark import mean_ious, object_ious, read_sample, segment_objects
 from sam2jq.eval.vos_benchmark import evaluate_clips
+from sam2jq.models.precision import cast_kernels, float_dtype
 from sam2jq.models.sam2 import FLOW, SAM2
 from sam2jq.predictors.automatic_masks import AutomaticMaskGenerator
 from sam2jq.predictors.image import ImagePredictor
@@ -28,6 +38,8 @@ from sam2jq.ptq.pipeline import UNROUNDED, in_order
 from sam2jq.quant.error import relative_error
 from sam2jq.quant.leaves import materialize_params
 from sam2jq.quant.stats import Stats
+from sam2jq.training.distributed import all_gather_objects
+from sam2jq.training.parallel_map import Replicas, parallel_map, replicate
 from sam2jq.tree import fingerprint, flatten, kernels, layer_name
 
 GRID = 4  # clicks per side of an image
@@ -78,6 +90,8 @@ def measure(
     variants: {"full precision", the quantizing stages, and optionally "nunchaku": params}. params_by_stage: {stage:
     params after it}. names: images without masks. ground_truth: images and clips with masks. on_stage: as for
     `quantize_params`. deployed: {name: predictor of exported files}, for scores with known masks.
+
+    Images and clips are split over all devices of all processes, which all call this with the same arguments.
     """
     full, (*_, last), (samples, clips) = variants["full precision"], params_by_stage, ground_truth
     with on_stage("compare", f"{len(names)} images x {GRID * GRID} clicks"):
@@ -91,7 +105,9 @@ def measure(
     if samples:
         with on_stage("segment", f"{len(samples)} images with ground-truth masks"):
             of_params = lambda params: ImagePredictor(model, params, dtype=config.model.dtype)
-            predictors = {name: of_params(params) for name, params in variants.items()} | dict(deployed)
+            of_all = lambda variants: {name: of_params(params) for name, params in variants.items()} | dict(deployed)
+            # engines of exported files run in one thread
+            predictors = of_all(variants) if deployed else replicate(of_all, dict(variants))
             scores, gallery = score_images(predictors, last, samples, config)
         used = {Path(name).resolve() for name in names}
         held_out = used.isdisjoint(Path(sample.name).resolve() for sample in samples)
@@ -105,11 +121,16 @@ def measure(
         images = (images or [(name, partial(read_image, name)) for name in names])[:number]
         with on_stage("everything", f"{len(images)} images"):
             settings = asdict(config.measure.everything) | {"dtype": config.model.dtype}
-            pair = (AutomaticMaskGenerator(model, params, **settings) for params in (variants[last], full))
-            progress, shown = tqdm(images, unit="image", leave=False, disable=None), []
-            keep_first = lambda name, after, before: shown or shown.append(EverythingItem(name, before, after))
-            results["everything"] = compare_everything(*pair, progress, keep_first)
-        gallery = gallery._replace(everything=shown[0])
+            of_params = lambda params: AutomaticMaskGenerator(model, params, **settings)
+            pairs = replicate(lambda pair: tuple(map(of_params, pair)), (variants[last], full))
+            place, shown = {name: i for i, (name, _) in enumerate(images)}, []
+
+            def keep_first(name: str, after: np.ndarray, before: np.ndarray) -> None:
+                if not shown or place[name] < place[shown[0].image]:
+                    shown[:] = [EverythingItem(name, before, after)]
+
+            results["everything"] = compare_everything(pairs, images, keep_first)
+        gallery = gallery._replace(everything=shown[0] if shown else None)
     return results, errors, gallery
 
 
@@ -117,42 +138,54 @@ def compare_to_full_precision(
     model: SAM2, full: dict, quantized: dict, names: list[str], config: Config
 ) -> tuple[list[ImageAgreement], Gallery]:
     """(the result of `compare` for each image, without masks; a gallery of some masks)."""
-    size = config.quant.calib.batch_size
-    batches = ([read_image(name) for name in names[i : i + size]] for i in range(0, len(names), size))
-    compared = compare(model, full, quantized, batches, GRID, config.model.dtype)
-    progress = tqdm(zip(names, compared), total=len(names), unit="image", leave=False, disable=None)
-    sampled, gallery, results = sample_images(len(names), config.seed), Gallery(), []
-    for i, (name, result) in enumerate(progress):
-        gallery = add_items(gallery, click_items(name, result), sampled.get(i))
-        results.append(result._replace(masks=None))
-    return results, gallery
+    size, dtype = config.quant.calib.batch_size, float_dtype(config.model.dtype)
+    sampled, gallery, lock = sample_images(len(names), config.seed), Gallery(), Lock()
+
+    def compare_batch(pair: tuple[dict, dict], indices: range) -> list[ImageAgreement]:
+        nonlocal gallery
+        results = []
+        for i, result in zip(indices, compare(model, *pair, [read_image(names[i]) for i in indices], GRID, dtype)):
+            with lock:
+                gallery = add_items(gallery, click_items(names[i], result), sampled.get(i))
+            results.append(result._replace(masks=None))
+        return results
+
+    pairs = replicate(lambda pair: tuple(cast_kernels(params, dtype) for params in pair), (full, quantized))
+    batches = [range(len(names))[i : i + size] for i in range(0, len(names), size)]
+    results = list(chain.from_iterable(parallel_map(compare_batch, pairs, batches, "batch")))
+    return results, merge_galleries(all_gather_objects(gallery), names)
 
 
 def score_images(
-    predictors: Mapping[str, PromptedImage], last: str, samples: list[LabeledImage], config: Config
+    predictors: Mapping[str, PromptedImage] | Replicas, last: str, samples: list[LabeledImage], config: Config
 ) -> tuple[dict, Gallery]:
     """({"miou": {predictor: {prompt: mIoU}}, "miou_images", "miou_objects"}, gallery of masks of the predictor `last`).
 
     Raises UserError if no image has an object.
     """
-    sampled, gallery, scores = sample_images(len(samples), config.seed), Gallery(), {name: [] for name in predictors}
-    left_out = {}
-    for i, sample in enumerate(tqdm(samples, unit="image", leave=False, disable=None)):
-        pair, without = read_sample(sample)
-        left_out |= without
-        if pair:
-            image, masks = pair
-            predicted = {name: segment_objects(predictor, image, masks) for name, predictor in predictors.items()}
-            for name in predictors:
-                scores[name].append(object_ious(predicted[name], masks))
-            both = (predicted[name]["1 click"] for name in ("full precision", last))
-            gallery = add_items(gallery, object_items(sample.name, masks, *both), sampled.get(i))
-    last_scores = scores[last]
-    if not last_scores:
+    sampled, gallery, lock = sample_images(len(samples), config.seed), Gallery(), Lock()
+
+    def score(predictors: Mapping[str, PromptedImage], index: int) -> tuple[dict[str, dict] | None, dict[str, str]]:
+        nonlocal gallery
+        pair, left_out = read_sample(samples[index])
+        if pair is None:
+            return None, left_out
+        image, masks = pair
+        predicted = {name: segment_objects(predictor, image, masks) for name, predictor in predictors.items()}
+        both = (predicted[name]["1 click"] for name in ("full precision", last))
+        items = object_items(samples[index].name, masks, *both)
+        with lock:
+            gallery = add_items(gallery, items, sampled.get(index))
+        return {name: object_ious(predicted[name], masks) for name in predictors}, left_out
+
+    rows = parallel_map(score, predictors, range(len(samples)))
+    scores, left_out = [found for found, _ in rows if found], dict(chain(*(each.items() for _, each in rows)))
+    if not scores:
         raise UserError(f"{config.measure.images}: no image has an object to segment, give others for measure.images")
-    objects = sum(len(ious["box"]) for ious in last_scores)
-    means = {name: mean_ious(ious) for name, ious in scores.items()}
-    results = {"miou": means, "miou_images": len(last_scores), "miou_objects": objects}
+    objects = sum(len(ious[last]["box"]) for ious in scores)
+    means = {name: mean_ious([ious[name] for ious in scores]) for name in scores[0]}
+    results = {"miou": means, "miou_images": len(scores), "miou_objects": objects}
+    gallery = merge_galleries(all_gather_objects(gallery), [sample.name for sample in samples])
     return results | ({"miou_left_out": left_out} if left_out else {}), gallery
 
 
@@ -164,11 +197,9 @@ def score_clips(model: SAM2, variants: Mapping[str, dict], clips: list[LabeledCl
     runs = {name: (params, None) for name, params in variants.items()}
     last_params = next(reversed(variants.values()))
     runs |= {f"memory in {bits} bits": (last_params, bits) for bits in config.measure.memory_bits}
+    make = partial(VideoPredictor, model, dtype=config.model.dtype)
     results = {
-        name: evaluate_clips(
-            VideoPredictor(model, params, dtype=config.model.dtype, memory_bits=bits),
-            tqdm(clips, unit="clip", leave=False, disable=None),
-        )
+        name: evaluate_clips(replicate(partial(make, memory_bits=bits), params), clips)
         for name, (params, bits) in runs.items()
     }
     last = next(reversed(results.values()))

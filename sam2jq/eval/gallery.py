@@ -1,6 +1,7 @@
 """The masks that a report shows: the worst ones and a random sample."""
 
 import random
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -55,6 +56,14 @@ def add_items(gallery: Gallery, items: list[GalleryItem], position: float | None
     worst = sorted([*gallery.worst, min(items, key=by_iou)], key=by_iou)[:WORST]
     sample = () if position is None else (items[int(position * len(items))],)
     return Gallery(tuple(worst), gallery.sample + sample)
+
+
+def merge_galleries(galleries: Sequence[Gallery], images: Sequence[str]) -> Gallery:
+    """The gallery of all images, from those of parts of them, whose items may be in any order. images: their names."""
+    place = {name: i for i, name in enumerate(images)}
+    in_order = lambda items: sorted(items, key=lambda item: place[item.image])
+    worst, sample = ([item for gallery in galleries for item in getattr(gallery, kind)] for kind in ("worst", "sample"))
+    return Gallery(tuple(sorted(in_order(worst), key=lambda item: item.iou)[:WORST]), tuple(in_order(sample)))
 
 
 def click_items(image: str, result: ImageAgreement) -> list[GalleryItem]:

@@ -15,28 +15,32 @@ from sam2jq.eval.metrics import iou
 from sam2jq.predictors.prompted_image import PromptedImage
 from sam2jq.predictors.prompts import LOGIT_LIMIT
 from sam2jq.predictors.resizing import resize_maps
+from sam2jq.training.parallel_map import Replicas, parallel_map
 
 PROMPTS = ("box", "1 click", "3 clicks")
 BATCH = 16  # prompts decoded together; smaller batches are padded, so that the decoder compiles once
 
 
-def evaluate_images(predictor: PromptedImage, samples: Iterable[LabeledImage]) -> dict:
+def evaluate_images(predictor: PromptedImage | Replicas, samples: Iterable[LabeledImage]) -> dict:
     """{"miou": {"box", "1 click", "3 clicks"}: means over all instances in 0..1, "images", "instances": counts}.
 
-    "left_out" is {image or image/annotation: why} of those that cannot be read, or have an empty mask.
-    Raises UserError if no image has an object.
+    "left_out" is {image or image/annotation: why} of those that cannot be read, or have an empty mask. The images are
+    split as by `parallel_map`. Raises UserError if no image has an object.
     """
-    ious, left_out = [], {}
-    for sample in samples:
-        pair, without = read_sample(sample)
-        left_out |= without
-        if pair:
-            ious.append(object_ious(segment_objects(predictor, *pair), pair[1]))
+    scored = parallel_map(score_sample, predictor, samples)
+    ious = [found for found, _ in scored if found]
+    left_out = {name: why for _, without in scored for name, why in without.items()}
     if not ious:
         reasons = few([f"{name}: {why}" for name, why in left_out.items()], 3)
         raise UserError(f"no image has an object to segment: {reasons or 'every annotation is a crowd or missing'}")
     counts = {"images": len(ious), "instances": sum(len(image["box"]) for image in ious)}
     return {"miou": mean_ious(ious), **counts, "left_out": left_out}
+
+
+def score_sample(predictor: PromptedImage, sample: LabeledImage) -> tuple[dict[str, np.ndarray] | None, dict[str, str]]:
+    """(the `object_ious` of an image or None, {image or image/annotation: why it is left out})."""
+    pair, left_out = read_sample(sample)
+    return object_ious(segment_objects(predictor, *pair), pair[1]) if pair else None, left_out
 
 
 def read_sample(sample: LabeledImage) -> tuple[tuple[np.ndarray, np.ndarray] | None, dict[str, str]]:

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import count, groupby
 
 import numpy as np
@@ -11,12 +12,13 @@ from sam2jq.data.video import Video
 from sam2jq.errors import UserError, few
 from sam2jq.eval.metrics import LongVideoScores, VideoScores, lvos_scores, mean_scores, video_scores
 from sam2jq.predictors.video import VideoPredictor
+from sam2jq.training.parallel_map import Replicas, parallel_map
 
 Masks = dict[str, dict[int, np.ndarray]]  # {object: {frame: bool [H, W]}}
 
 
 def evaluate_clips(
-    predictor: VideoPredictor,
+    predictor: VideoPredictor | Replicas,
     clips: Iterable[LabeledClip],
     write: Callable[[str, str, str, np.ndarray], None] | None = None,
 ) -> dict:
@@ -26,20 +28,17 @@ def evaluate_clips(
     means over the groups.
 
     "left_out" is {clip or clip/object: why it has no score}: its files cannot be read, or no scored frame shows it.
-    write: called with the clip's name, the object, the frame's name and the bool mask [H, W] of every frame; for clips
-    with label images once for a frame, with "" and the labels, unsigned [H, W].
+    The clips are split as by `parallel_map`. write: called with the clip's name, the object, the frame's name and the
+    bool mask [H, W] of every frame, in the process that tracks the clip; for clips with label images once for a frame,
+    with "" and the labels, unsigned [H, W].
     Raises UserError if no object has a score.
     """
     scores, left_out, groups = {}, {}, defaultdict(list)
-    for clip in clips:
-        writer = write and (lambda *args, name=clip.name: write(name, *args))
-        bad = lambda obj, why, name=clip.name: left_out.__setitem__(f"{name}/{obj}", why)
-        try:
-            scores[clip.name] = track_objects(predictor, clip, writer, bad)
-        except (UserError, FileNotFoundError) as error:  # no other OSError: a full disk ends the run
-            left_out[clip.name] = str(error)
-        else:
-            groups[clip.group] += scores[clip.name].values()
+    for name, group, found, without in parallel_map(partial(try_clip, write), predictor, clips, "clip"):
+        left_out |= without
+        if found is not None:
+            scores[name] = found
+            groups[group] += found.values()
     means = {group: mean_scores(found) for group, found in groups.items() if found}
     if not means:
         raise UserError(f"no object has a score: {few([f'{name}: {why}' for name, why in left_out.items()], 3)}")
@@ -53,6 +52,19 @@ def evaluate_clips(
         "left_out": left_out,
         "scores": {name: {obj: s._asdict() for obj, s in objects.items()} for name, objects in scores.items()},
     }
+
+
+def try_clip(
+    write: Callable[[str, str, str, np.ndarray], None] | None, predictor: VideoPredictor, clip: LabeledClip
+) -> tuple[str, str, dict[str, VideoScores | LongVideoScores] | None, dict[str, str]]:
+    """(name, group, scores of the objects or None, {clip or clip/object: why it has no score}) of a clip."""
+    left_out = {}
+    writer = write and partial(write, clip.name)
+    bad = lambda obj, why: left_out.__setitem__(f"{clip.name}/{obj}", why)
+    try:
+        return clip.name, clip.group, track_objects(predictor, clip, writer, bad), left_out
+    except (UserError, FileNotFoundError) as error:  # no other OSError: a full disk ends the run
+        return clip.name, clip.group, None, left_out | {clip.name: str(error)}
 
 
 def percent(score: VideoScores | LongVideoScores) -> dict[str, float]:

@@ -1,27 +1,34 @@
 """Calibration: statistics of the inputs of every layer of SAM 2 while it segments and tracks.
 
-Letters: T frames of a clip, S the side of the model's input, K inputs of a layer.
+Letters: T frames of a clip, S the side of the model's input, K inputs of a layer, D devices.
 """
 
 import math
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from sam2jq.data import prompts
 from sam2jq.errors import UserError
 from sam2jq.models.layers import resize
 from sam2jq.models.sam2 import MEMORIES, SAM2, ObjectOutput, is_image_only
 from sam2jq.ptq.stats_cache import accumulate
-from sam2jq.quant.stats import Range, Sample, Stats
+from sam2jq.quant.stats import MERGES, Range, Sample, Stats
+from sam2jq.training.sharding import compute_devices, data_sharding, make_mesh, put_if_needed, replicated
 from sam2jq.tree import flatten, kernels, layer_name, unflatten
 
 Array = jax.Array
-Clips = Callable[[int], Iterable[np.ndarray]]  # clips(n): the clips [T, S, S, 3] after the first n
+Clips = Callable[
+    ..., Iterable[np.ndarray]
+]  # clips(n, step=1): each step-th of the clips [T, S, S, 3] after the first n
 CLICKS = 4  # clicks per side of a frame
 TRACKED = 4  # objects that are tracked into the last frame
 
@@ -68,6 +75,10 @@ def collect(
     cache_file: keeps the sums over the clips so far, from which a later call goes on, also in another process. Its name
     must tell model, params, clips and needs apart (see `tree.fingerprint`).
 
+    The clips are split over `compute_devices`. With several processes all of them call this, with the same arguments;
+    each reads its share of the clips, and all return the same. Another number of devices gives sums in another order
+    and another sample of tokens.
+
     Raises UserError if there is no clip, or if the params are those of an image-only model.
     """
     if is_image_only(params):
@@ -75,13 +86,21 @@ def collect(
     mutable = tuple(sorted({"range", *needs}))
     chosen = None if layers is None else frozenset(layers)
     step = partial(fold_clip, model, mutable, chosen)
-    clip = next(iter(clips(0)), None)
+    clip = next(iter(clips(0, sys.maxsize)), None)  # the first alone: others might be read ahead
     if clip is None:
         raise UserError("calibration got no clip or image")
     shapes = jax.eval_shape(step, params, {}, clip)
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    folded = flatten(jax.device_get(accumulate(partial(step, params), zeros, clips, cache_file)))
-    stats = {}
+    devices = compute_devices()
+    if len(devices) == 1:
+        folded = accumulate(partial(step, params), zeros, clips, cache_file)
+    else:
+        mesh = make_mesh(devices)
+        on_all = partial(put_if_needed, sharding=replicated(mesh))
+        step, params = partial(fold_clips, model, mutable, chosen, mesh), on_all(params)
+        fold = lambda folded, batch: step(params, on_all(folded), *batch)
+        folded = accumulate(fold, zeros, partial(batches, clips, clip.shape, mesh), cache_file, mesh.size)
+    folded, stats = flatten(jax.device_get(folded)), {}
     for path, kernel in kernels(flatten(params)).items():
         if chosen is None or layer_name(path) in chosen:
             name = path.removesuffix("kernel") + "input"
@@ -98,6 +117,47 @@ def fold_clip(
     _, folded = model.apply({"params": params, **folded}, clip, method=calibration_forward, mutable=mutable)
     is_chosen = lambda path: layers is None or layer_name(path.partition("/")[2]) in layers
     return unflatten({path: leaf for path, leaf in flatten(folded).items() if is_chosen(path)})
+
+
+@partial(jax.jit, static_argnames=("model", "mutable", "layers", "mesh"), donate_argnames="folded")
+def fold_clips(
+    model: SAM2,
+    mutable: tuple[str, ...],
+    layers: frozenset | None,
+    mesh: Mesh,
+    params: dict,
+    folded: dict,
+    clips: Array,
+    is_clip: Array,
+) -> dict:
+    """`folded` after one more of the clips [D, T, S, S, 3] on each device of `mesh`; is_clip: bool [D], False for none.
+
+    Each device runs `fold_clip` on its own clip, and only the statistics are sent between devices.
+    """
+
+    def fold_own(params: dict, folded: dict, clip: Array, is_clip: Array) -> dict:
+        empty = jax.tree.map(jnp.zeros_like, folded)
+        fold = lambda: fold_clip(model, mutable, layers, params, empty, clip[0])
+        states, own = flatten(folded), flatten(jax.lax.cond(is_clip[0], fold, lambda: empty))
+        merge = lambda path: MERGES[path.partition("/")[0]](states[path], own[path], "data")
+        return unflatten({path: merge(path) for path in states})
+
+    full, split = replicated(mesh).spec, data_sharding(mesh).spec
+    specs = {"in_specs": (full, full, split, split), "out_specs": full}
+    return jax.shard_map(fold_own, mesh=mesh, **specs, check_vma=False)(params, folded, clips, is_clip)
+
+
+def batches(clips: Clips, shape: tuple[int, ...], mesh: Mesh, start: int) -> Iterator[tuple[Array, Array]]:
+    """Yields (clips [D, *shape], bool [D]: whether it is one), one for each device of `mesh`, after the first `start`.
+
+    Each process reads its own share. All processes yield equally often; where clips run out, the rest is zeros.
+    """
+    number, place = len(mesh.local_devices), partial(jax.make_array_from_process_local_data, data_sharding(mesh))
+    own = iter(clips(start + jax.process_index(), jax.process_count()))
+    is_any = lambda batch: np.any(multihost_utils.process_allgather(np.array(len(batch) > 0)))
+    while is_any(batch := list(islice(own, number))):
+        missing = number - len(batch)
+        yield place(np.stack(batch + [np.zeros(shape, np.float32)] * missing)), place(np.arange(number) < len(batch))
 
 
 def to_stats(totals: Range, gram: np.ndarray | None, sample: Sample | None, inputs: int) -> Stats:

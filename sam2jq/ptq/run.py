@@ -2,19 +2,22 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
 from sam2jq.config.quant import CalibConfig, QuantConfig
 from sam2jq.data import read_image
-from sam2jq.data.loader import Item, find_items, read_item
+from sam2jq.data.loader import Item, find_items, prefetched, read_item
 from sam2jq.data.video_frames import image_id
 from sam2jq.errors import section
 from sam2jq.models.sam2 import SAM2
 from sam2jq.ptq.pipeline import Quantized, quantize_params
+from sam2jq.training.sharding import own_devices
 
 
 class CalibrationImages(NamedTuple):
@@ -54,8 +57,10 @@ def run_ptq(
     """
     size = model.variant.image_size
 
-    def clips(start: int) -> Iterator[np.ndarray]:
-        return (read_item(item, size) for item in tqdm(images.items[start:], leave=False, disable=None))
+    def clips(start: int, step: int = 1) -> Iterator[np.ndarray]:
+        shown = tqdm(images.items[start::step], leave=False, disable=True if jax.process_index() else None)
+        read, devices = partial(read_item, size=size), len(own_devices())
+        return map(read, shown) if devices == 1 else prefetched(read, iter(shown), devices, devices)
 
     cache = Path(cache_root) / "calibration", (images.ids, quant.calib.frames, quant.calib.stride)
     with section(key):

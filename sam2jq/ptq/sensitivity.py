@@ -9,7 +9,6 @@ first order the masks change by J d. For a random z with independent entries of 
 import json
 from collections.abc import Mapping
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import jax
@@ -20,6 +19,8 @@ from sam2jq.files import atomic_write, code_fingerprint
 from sam2jq.models.sam2 import SAM2
 from sam2jq.ptq.calibration import Clips, calibration_forward
 from sam2jq.ptq.stats_cache import CODE
+from sam2jq.training.distributed import all_gather_objects
+from sam2jq.training.parallel_map import gather_in_turn, map_replicas, replicate
 from sam2jq.tree import fingerprint, flatten, kernels, layer_name
 
 Array = jax.Array
@@ -45,23 +46,35 @@ def mask_changes(
         return measure_changes(model, params, changes, clips)
     code = code_fingerprint(*CODE, "ptq/sensitivity.py")
     path = cache[0] / f"{fingerprint({'params': params, 'changes': dict(changes)}, code, model, cache[1])}.json"
-    if not path.is_file():
+    kept, *_ = all_gather_objects(json.loads(path.read_text()) if path.is_file() else None)  # what process 0 finds
+    if kept is not None:
+        return kept
+    measured = measure_changes(model, params, changes, clips)
+    if jax.process_index() == 0:
         with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(measure_changes(model, params, changes, clips)))
-    return json.loads(path.read_text())
+            temporary.write_text(json.dumps(measured))
+    return measured
 
 
 def measure_changes(model: SAM2, params: dict, changes: Mapping[str, Array], clips: Clips) -> dict[str, float]:
-    """`mask_changes` without a cache."""
+    """`mask_changes` without a cache. The clips are split over all devices of all processes."""
     changes, sums = {layer: np.asarray(d) for layer, d in changes.items()}, dict.fromkeys(changes, 0.0)
-    layers, count = frozenset(changes), 0
-    for clip in islice(clips(0), CLIPS):
-        for _ in range(DRAWS):
-            gradients = jax.device_get(random_gradient(model, layers, params, clip, count))
-            for layer, gradient in gradients.items():
-                sums[layer] += float(np.vdot(gradient, changes[layer])) ** 2
-            count += 1
-    return {layer: total / count for layer, total in sums.items()}
+    layers = frozenset(changes)
+
+    def squares(params: dict, numbered_clip: tuple[int, np.ndarray]) -> list[dict[str, float]]:
+        i, clip = numbered_clip
+        draws = (random_gradient(model, layers, params, clip, i * DRAWS + draw) for draw in range(DRAWS))
+        square = lambda layer, gradient: float(np.vdot(gradient, changes[layer])) ** 2
+        return [{layer: square(layer, g) for layer, g in jax.device_get(draw).items()} for draw in draws]
+
+    first, step = jax.process_index(), jax.process_count()
+    own = zip(range(first, CLIPS, step), clips(first, step))
+    rows = gather_in_turn(list(map_replicas(squares, replicate(lambda params: params, params), own)))
+    draws = [draw for row in rows for draw in row]
+    for draw in draws:
+        for layer, square in draw.items():
+            sums[layer] += square
+    return {layer: total / len(draws) for layer, total in sums.items()}
 
 
 @partial(jax.jit, static_argnames=("model", "layers"))

@@ -91,7 +91,8 @@ def shared_scores(runs: Mapping[Path, dict]) -> list[str]:
 
 def settings_of(config: dict) -> dict[str, str]:
     """{dotted key: value as text} of all settings that may change a result."""
-    plain = {section: value for section, value in config.items() if section not in ("cache", "output", "save_model")}
+    others = "cache", "distributed", "output", "save_model"
+    plain = {section: value for section, value in config.items() if section not in others}
     return {path.replace("/", "."): value if isinstance(value, str) else json.dumps(value)
             for path, value in flatten(plain).items()}  # fmt: skip
 

@@ -1,21 +1,25 @@
 """Several processes that form one run, and that end together when one of them fails."""
 
 import os
+import pickle
 import socket
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from threading import Event, Lock, Thread
+from typing import Any
 
 import jax
+import numpy as np
 from jax._src import distributed  # the only way to the store of the coordination service
 from jax.experimental import multihost_utils
 
-from sam2jq.config.distill import DistributedConfig
+from sam2jq.config.run import DistributedConfig
 from sam2jq.errors import UserError
 
-FAILED, DONE = "sam2jq/failed", "sam2jq/done/"  # keys in the store of the coordination service
+# keys in the store of the coordination service
+FAILED, DONE, ARRIVED = "sam2jq/failed", "sam2jq/done/", "sam2jq/arrived/"
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 10  # that processes wait for each other to disconnect after a failure
 
@@ -94,6 +98,26 @@ def wait_for_processes(name: str) -> None:
     """Returns once all processes have called it with the same `name`."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def all_gather_objects(value: Any) -> list:
+    """[value of process 0, of process 1, ...] in each of the processes, which all call this; sent as pickles."""
+    if jax.process_count() == 1:
+        return [value]
+    wait_without_limit()
+    data = np.frombuffer(pickle.dumps(value), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(len(data)))
+    rows = multihost_utils.process_allgather(np.pad(data, (0, sizes.max() - len(data))))
+    return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes)]
+
+
+def wait_without_limit() -> None:
+    """Returns once all processes have called it as often as this one. Collective operations would end with an error
+    after some minutes."""
+    client = distributed.global_state.client
+    calls = client.key_value_increment(f"{ARRIVED}{jax.process_index()}", 1)
+    while sum(int(count) >= calls for _, count in client.key_value_dir_get(ARRIVED)) < jax.process_count():
+        time.sleep(POLL_SECONDS / 5)
 
 
 @contextmanager

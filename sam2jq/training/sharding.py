@@ -24,6 +24,19 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
+def compute_devices() -> list[jax.Device]:
+    """The devices of calibration and evaluation: all of all processes, or only `jax.default_device` if that is set."""
+    default = jax.config.jax_default_device
+    if default is None:
+        return jax.devices()
+    return jax.local_devices(backend=default)[:1] if isinstance(default, str) else [default]
+
+
+def own_devices() -> list[jax.Device]:
+    """Those of `compute_devices` that belong to this process."""
+    return [device for device in compute_devices() if device.process_index == jax.process_index()]
+
+
 def put_if_needed(tree: Any, sharding: NamedSharding) -> Any:
     """`tree` with every leaf placed as `sharding` says.
 

@@ -1,12 +1,9 @@
 """The loop of CDPQ on two layers that learn a product; that of SAM 2 is in test_distill.py."""
 
 import json
-import os
 import re
-import socket
 import subprocess
 import sys
-from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 
@@ -18,7 +15,8 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from sam2jq.config import loader
-from sam2jq.config.distill import DistillConfig, DistributedConfig
+from sam2jq.config.distill import DistillConfig
+from sam2jq.config.run import DistributedConfig
 from sam2jq.distillation import schedule
 from sam2jq.distillation import trainer as cdpq
 from sam2jq.distillation.bit_trials import evaluate_bits, lower_bits, make_bits_evaluator, predicted_impacts
@@ -32,6 +30,7 @@ from sam2jq.report.curves import plot_history
 from sam2jq.training.distributed import initialize_distributed
 from sam2jq.training.step import make_train_step
 from tests.flags import override
+from tests.processes import free_port, with_devices
 
 LAYERS = ("a", "b")
 
@@ -303,11 +302,7 @@ print("ended", jax.device_count(), *(kernel.ravel().tolist() for kernel in kerne
 
 
 def start_process(folder, *flags, devices=1, variables=()):
-    environment = os.environ | {
-        **dict(variables),
-        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": os.getcwd(),
-    }
+    environment = with_devices(devices) | dict(variables)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, "-c", PROGRAM, str(folder), *flags], env=environment, **pipes)
 
@@ -332,16 +327,6 @@ def test_four_devices_learn_what_one_does(alone, tmp_path, parallel):
     count, found = weights_of(start_process(tmp_path, "--train.parallel", parallel, devices=4))
     assert count == 4
     np.testing.assert_allclose(found, alone, atol=1e-5)
-
-
-def free_port() -> int:
-    """Of the highest 4096, where Slurm's jobs meet."""
-    with socket.socket() as free:
-        for port in range(61440, 65536):
-            with suppress(OSError):
-                free.bind(("127.0.0.1", port))
-                return port
-    raise OSError("no port is free")
 
 
 def named(port: int, index: int) -> tuple[list[str], dict[str, str]]:

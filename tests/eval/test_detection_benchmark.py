@@ -156,7 +156,7 @@ def test_annotations_that_give_no_right_ap_are_refused(root):
 
 def test_the_command_writes_and_prints_ap(root, monkeypatch):
     (root / "boxes.json").write_text(json.dumps(RIGHT))
-    monkeypatch.setattr(command, "load_image_predictor", lambda config: (Boxes(), None))
+    monkeypatch.setattr(command, "load_image_predictor", lambda config, place: (Boxes(), None))
     results = command.evaluate(EvaluateConfig(NANO, data=str(root), boxes=str(root / "boxes.json")), root)
     assert results["ap"]["AP"] == pytest.approx(1)
     assert text.scores(results).splitlines()[:4] == ["AP          1.0000", "AP50        1.0000", "AP75        1.0000",

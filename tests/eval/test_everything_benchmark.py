@@ -46,11 +46,11 @@ def test_scores_of_everything():
     half = first[0].copy()
     half[:, 3:] = False  # a part of a mask
     reference = generator({0: first, 1: second, 2: third})
-    same = compare_everything(reference, reference, images(3))
+    same = compare_everything((reference, reference), images(3))
     expected = {"recall": 1.0, "miou": 1.0, "count_mismatch": 0, "masks": 3, "reference_masks": 3, "images": 3}
     assert same == expected | {"left_out": {}}
     other = generator({0: np.stack([first[1], half]), 1: third, 2: masks(3, 4)})
-    got = compare_everything(other, reference, images(3))
+    got = compare_everything((other, reference), images(3))
     part = half.sum() / first[0].sum()
     assert got["miou"] == pytest.approx((1 + part + 0) / 3)
     assert got["recall"] == pytest.approx((1 + (part >= 0.5)) / 3)
@@ -60,7 +60,7 @@ def test_scores_of_everything():
 def test_a_reference_without_masks_is_an_error():
     nothing = generator({0: masks(0, 0)})
     with pytest.raises(UserError, match="the reference finds no mask in 1 images: lower everything.pred_iou_thresh"):
-        compare_everything(generator({0: masks(0, 3)}), nothing, images(1))
+        compare_everything((generator({0: masks(0, 3)}), nothing), images(1))
 
 
 def test_an_image_that_cannot_be_read_is_left_out():
@@ -68,7 +68,7 @@ def test_an_image_that_cannot_be_read_is_left_out():
         raise UserError("a.png: broken")
 
     every = generator({0: masks(0, 2)})
-    got = compare_everything(every, every, [*images(1), ("a.png", broken)])
+    got = compare_everything((every, every), [*images(1), ("a.png", broken)])
     assert (got["images"], got["left_out"]) == (1, {"a.png": "a.png: broken"})
 
 

@@ -43,7 +43,7 @@ def test_only_quantized_layers_are_listed_in_the_order_of_the_forward_pass():
 def test_memory_in_fewer_bits_is_measured_with_the_last_params(monkeypatch):
     monkeypatch.setattr(fidelity, "VideoPredictor", lambda model, params, dtype, memory_bits: (params, memory_bits))
     counts = {"f": 0, "j&f": 0, "clips": 1, "objects": 2, "left_out": {}}
-    monkeypatch.setattr(fidelity, "evaluate_clips", lambda predictor, clips: counts | {"j": predictor})
+    monkeypatch.setattr(fidelity, "evaluate_clips", lambda found, clips: counts | {"j": found.workers[0]})
     measured = MeasureConfig(clips="scenes:1", num_clips=1, memory_bits=[8, 4])
     config = SimpleNamespace(measure=measured, model=ModelConfig("nano"))
     video = score_clips(None, {"full precision": "full", "weights": "small"}, [], config)["video"]

@@ -2,7 +2,17 @@ import numpy as np
 
 from sam2jq.data.prompts import click_grid
 from sam2jq.eval.agreement import ImageAgreement
-from sam2jq.eval.gallery import RANDOM, WORST, Gallery, GalleryItem, add_items, click_items, object_items, sample_images
+from sam2jq.eval.gallery import (
+    RANDOM,
+    WORST,
+    Gallery,
+    GalleryItem,
+    add_items,
+    click_items,
+    merge_galleries,
+    object_items,
+    sample_images,
+)
 
 
 def item(name: str, iou: float) -> GalleryItem:
@@ -28,6 +38,18 @@ def test_the_sample_depends_on_the_seed_and_not_on_the_ious():
     assert len(names(build_gallery(images(1), 0))) == RANDOM
     assert names(build_gallery(images(1), 0)) == names(build_gallery(images(-1), 0))
     assert names(build_gallery(images(1), 0)) != names(build_gallery(images(1), 1))
+
+
+def test_galleries_of_parts_are_merged_into_that_of_all_images():
+    """In whatever order the parts saw their images."""
+    order = np.random.default_rng(0).permutation(40)
+    items = [item(str(i), (7 * i % 40) / 40) for i in range(40)]
+    sampled, parts = sample_images(40, 0), [Gallery(), Gallery(), Gallery()]
+    for i in order:
+        parts[i % 3] = add_items(parts[i % 3], [items[i]], sampled.get(i))
+    merged, whole = merge_galleries(parts, [str(i) for i in range(40)]), build_gallery([[one] for one in items], 0)
+    names = lambda gallery: [[one.image for one in kind] for kind in (gallery.worst, gallery.sample)]
+    assert names(merged) == names(whole)
 
 
 def test_an_image_without_an_object_adds_no_mask():

@@ -13,8 +13,8 @@ def clips(count: int):
     """(clips for `accumulate`, a list of the indices of clips that it reads)."""
     read = []
 
-    def after(n: int):
-        for i in range(n, count):
+    def after(n: int, step: int = 1):
+        for i in range(n, count, step):
             read.append(i)
             yield np.random.default_rng(i).standard_normal((5, 3)).astype(np.float32)
 

@@ -23,8 +23,8 @@ MODEL, STEPS = build("nano", image_size=64), ReconstructConfig(steps=2)
 LAYERS = r"image_encoder\.trunk\.blocks\.[01]\.mlp\.layers\.0"
 
 
-def clips(n: int):
-    return (preprocess(draw_scene(i, 64).image, 64)[None] for i in range(n, 3))
+def clips(n: int, step: int = 1):
+    return (preprocess(draw_scene(i, 64).image, 64)[None] for i in range(n, 3, step))
 
 
 @pytest.fixture(scope="module")

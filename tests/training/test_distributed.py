@@ -5,11 +5,11 @@ import time
 
 import pytest
 
-from tests.distillation.test_trainer import free_port
+from tests.processes import free_port
 
 PROGRAM = """
 import sys
-from sam2jq.config.distill import DistributedConfig
+from sam2jq.config.run import DistributedConfig
 from sam2jq.training.distributed import fails_together, initialize_distributed, wait_for_processes
 port, index, failing = map(int, sys.argv[1:])
 initialize_distributed(DistributedConfig(f"127.0.0.1:{port}", 2, index, timeout=60))
