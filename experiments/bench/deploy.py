@@ -34,7 +34,7 @@ from sam2jq.tree import flatten, unflatten
 
 UINT8 = QuantSpec(8, symmetric=False, per_tensor=True)
 QUANTIZED = {  # {name: what stands in place of the kernel of a Dense}
-    "float32": lambda w: w,
+    "float": lambda w: w,
     "w8a8": lambda w: ActQuantized(quantize(w, QuantSpec(8)), np.float32(0.05), np.float32(128), UINT8),
     "w4": lambda w: quantize(w, QuantSpec(4, group_size=128)),
 }
@@ -95,7 +95,8 @@ def main() -> None:
         "",
         f"`python -m experiments.bench.deploy --runs {args.runs}` on {os.cpu_count()} cores of {processor()}. Random "
         f"weights; medians of {args.runs} runs in turn, in seconds: an image that is set, a click on it, and a clip "
-        "with one object. Peak memory of a process with an image and a click.",
+        "with one object. Peak memory of a process with an image and a click. OpenVINO computes in bfloat16 where the "
+        "processor has it, the other sides in float32.",
         "",
         f"| model | side | {' | '.join(PARTS)} | peak GB | files MB |",
         f"|{'---|' * (4 + len(PARTS))}",

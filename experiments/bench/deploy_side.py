@@ -65,13 +65,17 @@ def work(image_predictor, video_predictor, context, folder: Path) -> dict[str, C
     clicks = np.random.default_rng(0).uniform(0, min(image.shape[:2]), (CLICKS, 1, 2)).astype(np.float32)
     labels = np.ones((CLICKS, 1), np.int32)
 
+    def set_image():
+        image_predictor.set_image(image)
+        np.asarray(image_predictor.get_image_embedding())  # jax returns before it has computed
+
     def track(clip: str):
         state = video_predictor.init_state(str(folder / clip))
         video_predictor.add_new_points_or_box(state, 0, 1, points=clicks[0], labels=labels[0])
         return list(video_predictor.propagate_in_video(state))
 
     calls = {
-        IMAGE: lambda: image_predictor.set_image(image),
+        IMAGE: set_image,
         CLICK: lambda: image_predictor.predict(clicks[0], labels[0]),
         MANY: lambda: image_predictor.predict(clicks, labels),
         TRACK: lambda: track("clip"),
