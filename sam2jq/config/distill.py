@@ -142,7 +142,7 @@ class BitScheduleConfig:
     impact_budget: float = 1.0
     # validation losses below this count as this when rises are made relative
     impact_floor: float = 0.01
-    # layers that are tried per epoch, those with the least predicted impact per weight; null: all
+    # layers that are tried per epoch, the most confident first; null: all
     candidates: int | None = None
     # epochs at the end in which no layer loses a bit
     cooldown_epochs: int = 1

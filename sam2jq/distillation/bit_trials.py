@@ -6,16 +6,14 @@ Letters: L fake-quantized layers, n bit assignments, B examples a batch.
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 
 from sam2jq.config.distill import DistillLossConfig, StudentConfig
 from sam2jq.distillation.schedule import Decision, Schedule, candidates, confident_layers, reduce_bits
 from sam2jq.distillation.targets import DistillBatch
-from sam2jq.quant.algorithms.fake_quant import FakeQuant, bits_of, with_bits
-from sam2jq.quant.leaves import base_weight, materialize
+from sam2jq.quant.algorithms.fake_quant import FakeQuant, with_bits
+from sam2jq.quant.leaves import base_weight
 from sam2jq.training.sharding import data_sharding, replicated
 from sam2jq.training.step import aot_compile
 from sam2jq.tree import flatten, kernels, under
@@ -60,47 +58,25 @@ def evaluate_bits(
     return np.mean(losses, 0)[: len(bits)], {name: np.mean([p[name] for p in parts]) for name in parts[0]}
 
 
-@jax.jit
-def predicted_impacts(params: dict, squares: Array) -> Array:
-    """[L]: what each layer would add to the training loss with one bit less, up to a factor that all layers share.
-
-    squares: a vector in the order of `ravel_pytree(params)`, the running mean of the squared gradient that Adam keeps.
-    It stands for the diagonal of the loss' Hessian (the empirical Fisher information), so the impact is the sum of it
-    times the squared change of each weight. No pass through the model is needed.
-    """
-    bits = bits_of(params)
-    weights_of = lambda tree: [
-        base_weight(leaf) for leaf in kernels(flatten(tree)).values() if isinstance(base_weight(leaf), FakeQuant)
-    ]
-    squared_gradients = weights_of(ravel_pytree(params)[1](squares))
-    rounded, lowered = (map(materialize, weights_of(with_bits(params, b))) for b in (bits, bits - 1))
-    each = zip(squared_gradients, rounded, lowered)
-    return jnp.stack([(square.kernel * jnp.square(after - before)).sum() for square, before, after in each])
-
-
 def lower_bits(
     schedule: Schedule,
     names: Sequence[str],
     sizes: np.ndarray,
     loss: float,
     evaluate: Callable[[np.ndarray], np.ndarray],
-    predict: Callable[[], np.ndarray],
     settings: DistillLossConfig,
     quant: StudentConfig,
 ) -> tuple[Schedule, list[Decision]]:
-    """The schedule after one round: confident layers are tried with one bit less, and the cheapest are lowered.
+    """The schedule after one round: each confident layer is tried with one bit less, and the cheapest are lowered.
 
-    loss: the validation loss at the present bits; evaluate(bits [n, L]) -> validation losses [n]; predict() -> impacts
-    [L] of all layers: if the settings limit the number of trials, those with the least impact per weight are tried.
+    loss: the validation loss at the present bits; evaluate(bits [n, L]) -> validation losses [n].
     """
     bits, roots = np.asarray(schedule.bits), quant.target_roots
     confident = confident_layers(
         schedule, settings.confidence_method, settings.layer_threshold, settings.variance_threshold
     )
     confident &= np.array([not roots or any(under(name, root) for root in roots) for name in names])
-    tried = candidates(bits, confident, quant.min_bits)
-    if settings.candidates is not None and len(tried) > settings.candidates:
-        tried = tried[np.argsort((predict() / sizes)[tried], kind="stable")[: settings.candidates]]
+    tried = candidates(schedule, confident, quant.min_bits, settings.candidates)
     lowered = bits - np.eye(len(bits), dtype=bits.dtype)[tried]  # [n, L]
     losses = evaluate(lowered) if len(tried) else np.zeros(0)
     return reduce_bits(

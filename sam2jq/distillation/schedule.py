@@ -59,9 +59,11 @@ def confident_layers(state: Schedule, method: str, layer_threshold: float, varia
     return is_full & (mean <= layer_threshold) & is_steady
 
 
-def candidates(bits: Array, confident: np.ndarray, min_bits: int) -> np.ndarray:
-    """Indices of the confident layers above `min_bits`, for layers of `bits` [L]."""
-    return np.flatnonzero(confident & (np.asarray(bits) > min_bits))
+def candidates(state: Schedule, confident: np.ndarray, min_bits: int, max_count: int | None) -> np.ndarray:
+    """Indices of the confident layers above `min_bits`, by rising mean loss; the first `max_count`, or all for None."""
+    able = np.flatnonzero(confident & (np.asarray(state.bits) > min_bits))
+    order = np.argsort(np.asarray(state.history).mean(0)[able], kind="stable")
+    return able[order][:max_count]
 
 
 def reduce_bits(

@@ -18,14 +18,7 @@ from jax.experimental import multihost_utils
 
 from sam2jq.config.distill import DistillConfig, TrainConfig
 from sam2jq.data.loader import Item, order
-from sam2jq.distillation.bit_trials import (
-    average_bits,
-    evaluate_bits,
-    layer_sizes,
-    lower_bits,
-    make_bits_evaluator,
-    predicted_impacts,
-)
+from sam2jq.distillation.bit_trials import average_bits, evaluate_bits, layer_sizes, lower_bits, make_bits_evaluator
 from sam2jq.distillation.losses import PARTS, distillation_loss
 from sam2jq.distillation.schedule import Schedule, init_schedule, observe
 from sam2jq.distillation.target_cache import CODE, Teacher, make_target_batches
@@ -267,10 +260,8 @@ def end_epoch(run: Run, state: DistillState, epoch: int) -> tuple[DistillState, 
         evaluate = lambda bits: evaluate_bits(
             run.bits_evaluator, student_params(state.train), bits, run.task.val_batches
         )[0]
-        squares = partial(optax.tree.get, state.train.opt_state, "nu")
-        predict = lambda: np.asarray(predicted_impacts(state.train.params, squares()))
         schedule, decisions = lower_bits(
-            state.schedule, run.names, run.sizes, row["val/loss"], evaluate, predict, settings, run.config.quant
+            state.schedule, run.names, run.sizes, row["val/loss"], evaluate, settings, run.config.quant
         )
         params = with_bits(state.train.params, schedule.bits)
         state = state._replace(schedule=schedule, train=state.train._replace(params=params))

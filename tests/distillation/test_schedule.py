@@ -33,9 +33,11 @@ def test_variance_is_judged_against_each_layer_s_own_scale():
     np.testing.assert_array_equal(confident_layers(state, "baseline", 0.1, 0.05), [True, True, True])
 
 
-def test_candidates_are_confident_and_have_a_bit_to_give():
-    np.testing.assert_array_equal(candidates(np.array([8, 4, 8]), np.array([True, True, True]), 4), [0, 2])
-    assert len(candidates(np.array([8, 4, 8]), np.array([False, True, False]), 4)) == 0
+def test_candidates_are_the_surest_of_those_that_have_a_bit_to_give():
+    state = watched(*[[0.03, 0.01, 0.02]] * 3, bits=(8, 4, 8))
+    np.testing.assert_array_equal(candidates(state, np.array([True, True, True]), 4, None), [2, 0])
+    np.testing.assert_array_equal(candidates(state, np.array([True, True, True]), 4, 1), [2])
+    assert len(candidates(state, np.array([False, True, False]), 4, None)) == 0
 
 
 def test_layers_are_lowered_cheapest_first_until_the_budget_is_spent():

@@ -4,27 +4,23 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from itertools import count
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from jax.flatten_util import ravel_pytree
 
 from sam2jq.config import loader
 from sam2jq.config.distill import DistillConfig
 from sam2jq.config.run import DistributedConfig
-from sam2jq.distillation import schedule
 from sam2jq.distillation import trainer as cdpq
-from sam2jq.distillation.bit_trials import evaluate_bits, lower_bits, make_bits_evaluator, predicted_impacts
+from sam2jq.distillation.bit_trials import evaluate_bits, make_bits_evaluator
 from sam2jq.distillation.history import history
 from sam2jq.distillation.losses import PARTS
 from sam2jq.quant.algorithms.activations import materialize_weights
 from sam2jq.quant.algorithms.fake_quant import bits_of, init_fake_quant, to_quantized_params
-from sam2jq.quant.leaves import base_weight, materialize
+from sam2jq.quant.leaves import base_weight
 from sam2jq.quant.spec import QuantSpec
 from sam2jq.report.curves import plot_history
 from sam2jq.training.distributed import initialize_distributed
@@ -157,36 +153,6 @@ def test_no_layer_falls_below_the_least(tmp_path):
 def test_only_the_named_roots_are_lowered(tmp_path):
     best = cdpq.distill(make_student(), task(), config("--quant.target_roots", "[b]"), tmp_path)
     np.testing.assert_array_equal(bits_of(best), [6, 3])
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_predicted_impact_of_a_bit_is_the_change_of_weights_by_the_squared_gradients(accumulate):
-    student, settings = make_student(), config("--train.accumulate", str(accumulate), "--train.ema", "0.9")
-    loss_of, optimizer = cdpq.make_student_loss(student, loss, settings, 20)
-    step, state = make_train_step(loss_of, optimizer), cdpq.init_distill_state(student, optimizer, settings).train
-    for i in range(4):
-        state, _ = step(state, array(4, 8, seed=i))
-    impacts = predicted_impacts(state.params, optax.tree.get(state.opt_state, "nu"))
-    squares = ravel_pytree(state.params)[1](optax.tree.get(state.opt_state, "nu"))
-    for name, impact in zip(LAYERS, impacts):
-        w = state.params[name]["kernel"]
-        change = np.asarray(materialize(replace(w, bits=jnp.float32(5)))) - np.asarray(materialize(w))
-        expected = (np.asarray(squares[name]["kernel"].kernel) * change**2).sum()
-        assert float(impact) == pytest.approx(expected, rel=1e-4)
-        assert expected > 0
-
-
-def test_if_few_layers_are_tried_they_are_those_with_the_least_predicted_impact(tmp_path):
-    cdpq.distill(make_student(), task(), config("--distill.candidates", "1"), tmp_path)
-    tried = [[one["layer"] for one in row["decisions"]] for row in rows_of(tmp_path) if "decisions" in row]
-    assert all(len(names) == 1 for names in tried)
-    full = schedule.init_schedule(np.array([6.0, 6.0]), 1)._replace(seen=np.array([1, 1]))
-    evaluate = lambda bits: np.full(len(bits), 0.5)
-    for impacts, layer in (([2.0, 1.0], "b"), ([1.0, 2.0], "a")):
-        arguments = (full, LAYERS, np.array([64, 64]), 0.5, evaluate, lambda impacts=impacts: np.array(impacts))
-        settings = config("--distill.candidates", "1", "--distill.window", "1")
-        _, decisions = lower_bits(*arguments, settings.distill, settings.quant)
-        assert [one.layer for one in decisions] == [layer]
 
 
 def test_what_is_learned_beats_what_was_rounded(tmp_path):
