@@ -70,7 +70,9 @@ def table(name: str, runs: int, track: bool) -> list[str]:
             for i, frame in enumerate(draw_clip(0, frames).frames):
                 Image.fromarray(frame).save(folder / clip / f"{i:05d}.jpg")
         sides = ["torch", "torch bfloat16", "jax"]
-        sides += [f"{files} in {engine}" for engine in ENGINES if find_spec(engine) for files in QUANTIZED]
+        engines = [engine for engine in ENGINES if find_spec(engine)]
+        engines += ["openvino bfloat16"] * ("openvino" in engines)
+        sides += [f"{files} in {engine}" for engine in engines for files in QUANTIZED]
         once = lambda side: measure_alone(name, side, str(folder), *["track"] * track)
         turns = [{side: once(side) for side in sides} for _ in range(runs)]
         sizes = {files: sum(path.stat().st_size for path in (folder / files).iterdir()) / 1e6 for files in QUANTIZED}
@@ -95,8 +97,8 @@ def main() -> None:
         "",
         f"`python -m experiments.bench.deploy --runs {args.runs}` on {os.cpu_count()} cores of {processor()}. Random "
         f"weights; medians of {args.runs} runs in turn, in seconds: an image that is set, a click on it, and a clip "
-        "with one object. Peak memory of a process with an image and a click. OpenVINO computes in bfloat16 where the "
-        "processor has it, the other sides in float32.",
+        "with one object. Peak memory of a process with an image and a click. Where nothing else is said, in "
+        "float32.",
         "",
         f"| model | side | {' | '.join(PARTS)} | peak GB | files MB |",
         f"|{'---|' * (4 + len(PARTS))}",

@@ -114,13 +114,13 @@ def draw(sides: list[Side], taken: list[float], path: Path) -> None:
     ):
         for side, value in zip(sides, values):
             mean = statistics.mean(side.miou.values())
-            axis.scatter(value, mean, 60, colors[side.weights], marks[side.program], alpha=0.8)
+            axis.scatter(value, mean, s=60, color=colors[side.weights], marker=marks[side.program], alpha=0.8)
         axis.set_xlabel(label)
         axis.set_xlim(left=0)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("mIoU, %")
-    handles = [axes[1].scatter([], [], 60, color, "s", label=name) for name, color in colors.items()]
-    handles += [axes[1].scatter([], [], 60, "grey", mark, label=name) for name, mark in marks.items()]
+    handles = [axes[1].scatter([], [], s=60, color=color, marker="s", label=name) for name, color in colors.items()]
+    handles += [axes[1].scatter([], [], s=60, color="grey", marker=mark, label=name) for name, mark in marks.items()]
     figure.legend(handles=handles, loc="center right", frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0, 0.83, 1))
     figure.savefig(path, dpi=110)

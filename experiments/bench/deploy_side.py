@@ -25,7 +25,7 @@ PARTS = IMAGE, CLICK, MANY, TRACK
 
 def predictors(name: str, side: str, folder: Path):
     """(image predictor, video predictor, context to call them in) of a side: torch, torch bfloat16, jax, or "w8a8 in
-    openvino", whose files are in `folder`."""
+    openvino" and "w8a8 in openvino bfloat16", whose files are in `folder`."""
     if side.startswith("torch"):
         return torch_predictors(name, "bfloat16" in side)
     if side == "jax":
@@ -39,9 +39,9 @@ def predictors(name: str, side: str, folder: Path):
         return ImagePredictor(model, params), VideoPredictor(model, params), nullcontext()
     from sam2jq.deploy import OnnxImagePredictor, OnnxVideoPredictor
 
-    files, engine = side.split(" in ")
-    where = folder / files, engine
-    return OnnxImagePredictor(*where), OnnxVideoPredictor(*where), nullcontext()
+    files, _, engine, *dtype = side.split()
+    where, settings = (folder / files, engine), {"dtype": dtype[0] if dtype else "auto"}
+    return OnnxImagePredictor(*where, **settings), OnnxVideoPredictor(*where, **settings), nullcontext()
 
 
 def torch_predictors(name: str, bfloat16: bool):
