@@ -1,6 +1,6 @@
 """Times the original SAM 2, sam2jq and its ONNX files in turn, by the calls that all have, and writes a table.
 
-python -m experiments.bench.deploy [--models tiny base-plus] [--clips tiny] [--runs 3] [--out FILE]
+python -m experiments.bench.deploy [--models tiny base-plus] [--clips tiny] [--runs 3] [--sides ...] [--out FILE]
 
 Random weights, batch 1. One side after the other does all of the work in a process of its own, again and again, so that
 a change in the speed of the machine affects all. Static grids are arbitrary: they change no time.
@@ -57,8 +57,8 @@ def measure_alone(*arguments: str) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def table(name: str, runs: int, track: bool) -> list[str]:
-    """The lines of a model size, one per side."""
+def table(name: str, runs: int, track: bool, only: list[str] | None) -> list[str]:
+    """The lines of a model size, one per side; only: the names of some sides, None for all."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model = build(name)
@@ -73,6 +73,7 @@ def table(name: str, runs: int, track: bool) -> list[str]:
         engines = [engine for engine in ENGINES if find_spec(engine)]
         engines += ["openvino bfloat16"] * ("openvino" in engines)
         sides += [f"{files} in {engine}" for engine in engines for files in QUANTIZED]
+        sides = sides if only is None else only
         once = lambda side: measure_alone(name, side, str(folder), *["track"] * track)
         turns = [{side: once(side) for side in sides} for _ in range(runs)]
         sizes = {files: sum(path.stat().st_size for path in (folder / files).iterdir()) / 1e6 for files in QUANTIZED}
@@ -90,6 +91,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["tiny", "base-plus"], choices=list(VARIANTS))
     parser.add_argument("--clips", nargs="*", default=["tiny"], help="the models that track a clip, too")
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--sides", nargs="+", help='such as torch "w8a8 in openvino"; default: all')
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     lines = [
@@ -102,7 +104,7 @@ def main() -> None:
         "",
         f"| model | side | {' | '.join(PARTS)} | peak GB | files MB |",
         f"|{'---|' * (4 + len(PARTS))}",
-        *(line for name in args.models for line in table(name, args.runs, name in args.clips)),
+        *(line for name in args.models for line in table(name, args.runs, name in args.clips, args.sides)),
     ]
     print("\n".join(lines))
     if args.out:

@@ -145,7 +145,8 @@ def main() -> None:
         f"`python -m experiments.bench.deploy_nano --runs {args.runs} {' '.join(map(str, args.run))}` on "
         f"{os.cpu_count()} cores of {processor()}. mIoU in percent on {IMAGES[1]} images of "
         f"{IMAGES[0]}. Milliseconds of setting an image of 256 pixels and one click, medians of {args.runs} runs in "
-        "turn. Files: of the whole model, its memory included.",
+        "turn; all sides share a process, and differences of 10 ms are chance. Files: of the whole model, its memory "
+        "included.",
         "",
         "| weights | program | box | 1 click | 3 clicks | ms | of sam2 | files MB |",
         "|---|---|---|---|---|---|---|---|",

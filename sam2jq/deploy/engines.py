@@ -63,8 +63,8 @@ def choose_engine(engine: str) -> str:
 def open_graph(path: Path, engine: str, dtype: str = "auto", cache: str | None = None) -> Run:
     """The function of an ONNX file in an engine of ENGINES.
 
-    dtype: of the computation, float32, bfloat16 (OpenVINO only), or auto, which is float32 on a CPU. cache: a folder for
-    what OpenVINO compiled.
+    dtype: of the computation, float32, bfloat16 (OpenVINO only), or auto, which is float32. cache: a folder for what
+    OpenVINO compiled.
     Raises UserError for another dtype, or if the engine cannot read the file.
     """
     if dtype not in DTYPES:
