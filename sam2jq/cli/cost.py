@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import statistics
 import subprocess
 import sys
@@ -25,31 +27,49 @@ from sam2jq.predictors.prompted_image import PromptedImage
 if TYPE_CHECKING:
     from sam2jq.config.run import Config
 
-RUNS = 3  # after one that compiles
+RUNS = 5  # after one that compiles
+log = logging.getLogger("sam2jq")
 
 
 def measure_costs(config: Config, files: Path, engines: Iterable[str]) -> dict[str, dict[str, float]]:
     """{"full precision" and each engine: {"seconds": median of RUNS, "peak_gb"}}, the engines also with "megabytes".
 
-    Full precision is the checkpoint of `config` in JAX. files: the folder of the ONNX files.
-    Raises UserError with what a process wrote last, if it fails.
+    Full precision is the checkpoint of `config` in JAX. files: the folder of the ONNX files. A program that fails is
+    left out, and a line of the log says why.
     """
     model = asdict(config.model) | {"root": config.cache.root}
-    costs = {"full precision": run_alone(model)}
     size = sum(file.stat().st_size for file in files.iterdir()) / 1e6
+    programs = {"full precision": model}
     for engine in engines:
-        costs[engine] = run_alone(model | {"checkpoint": str(files), "engine": engine}) | {"megabytes": size}
+        programs[engine] = model | {"checkpoint": str(files), "engine": engine}
+        programs[engine]["dtype"] = engine_dtype(engine, config.model.dtype)
+    costs = {}
+    for name, settings in programs.items():
+        try:
+            costs[name] = run_alone(settings) | ({} if settings is model else {"megabytes": size})
+        except UserError as error:
+            log.warning("note        the cost in %s is left out: %s", name, error)
     return costs
 
 
+def engine_dtype(engine: str, dtype: str) -> str:
+    """The dtype in which an engine computes for a model of `dtype`: bfloat16 in OpenVINO only."""
+    return dtype if (engine, dtype) == ("openvino", "bfloat16") else "auto"
+
+
 def run_alone(settings: dict) -> dict[str, float]:
-    """The cost of one program, measured by a new process."""
-    command = [sys.executable, "-m", "sam2jq.cli.cost", json.dumps(settings)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise UserError(f"the cost of {settings['checkpoint']} cannot be measured: {reason}")
-    return json.loads(done.stdout.splitlines()[-1])
+    """The cost of one program, measured by a new process. Raises UserError with what it wrote last, if it fails."""
+    # -P: without it, files of the current folder such as statistics.py would be imported
+    command = [sys.executable, "-P", "-m", "sam2jq.cli.cost", json.dumps(settings)]
+    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    )
+    results = [line for line in done.stdout.splitlines() if line.startswith('{"seconds"')]
+    if done.returncode or not results:
+        ended = f"its process ended with code {done.returncode}"
+        raise UserError((done.stderr.strip().splitlines() or [ended])[-1] if done.returncode > 0 else ended)
+    return json.loads(results[0])
 
 
 def open_predictor(settings: dict) -> PromptedImage:

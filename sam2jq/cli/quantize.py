@@ -10,7 +10,7 @@ import jax
 
 from sam2jq.api import replay_bits
 from sam2jq.cli.arguments import add_config, command_line
-from sam2jq.cli.cost import measure_costs
+from sam2jq.cli.cost import engine_dtype, measure_costs
 from sam2jq.cli.finish import MeasuredRun, finish_run, run_metadata
 from sam2jq.cli.loading import load_model, require_memory, resolved
 from sam2jq.cli.processes import joined_processes, shared_job_folder
@@ -163,5 +163,5 @@ def convert_onnx(config: Config, model: SAM2, random: bool, params: dict, folder
     (folder / "onnx").mkdir(exist_ok=True)
     with stage("onnx", "float32 and integer operators of ONNX"):
         save_onnx(folder / "onnx", model, params, {"model": loader.to_dict(config.model), "random_weights": random})
-    own = lambda engine: OnnxImagePredictor(folder / "onnx", engine, dtype=config.model.dtype)
+    own = lambda engine: OnnxImagePredictor(folder / "onnx", engine, dtype=engine_dtype(engine, config.model.dtype))
     return {engine: own(engine) for engine in installed_engines()}

@@ -176,6 +176,15 @@ class DistributedConfig:
         alone = self.coordinator in (None, "auto")
         if alone != (self.processes is None) or alone != (self.index is None):
             raise ConfigError("coordinator HOST:PORT, processes and index belong together")
+        if alone:
+            return
+        host, _, port = self.coordinator.rpartition(":")
+        if not host or not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+            raise ConfigError(f"coordinator {self.coordinator!r}: give HOST:PORT, such as localhost:1234")
+        if self.processes < 1:
+            raise ConfigError(f"processes must be at least 1, got {self.processes}")
+        if not 0 <= self.index < self.processes:
+            raise ConfigError(f"index must be 0 to {self.processes - 1}, got {self.index}")
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,15 @@
 """Commands with a folder of ONNX files in place of a checkpoint."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 import sam2jq
-from sam2jq.cli.cost import run_alone
+from sam2jq.cli.cost import measure_costs, run_alone
 from sam2jq.cli.main import main
+from sam2jq.config.quant import CalibConfig, QuantConfig
+from sam2jq.config.run import CacheConfig, Config, ModelConfig
 from sam2jq.errors import UserError
 
 from .conftest import failure
@@ -93,6 +96,20 @@ def test_the_cost_of_files_is_that_of_a_process_without_jax(checkpoint):
     assert 0.03 < cost["peak_gb"] < 0.3  # importing jax alone takes 0.2 GB more
     with pytest.raises(UserError, match="engine 'tensorrt'"):
         run_alone(settings | {"engine": "tensorrt"})
+
+
+def test_the_cost_of_a_program_that_fails_is_left_out_and_files_of_the_current_folder_are_not_run(
+    checkpoint, tmp_path, monkeypatch, caplog
+):
+    (tmp_path / "statistics.py").write_text("raise RuntimeError")
+    monkeypatch.chdir(tmp_path)
+    model = ModelConfig("nano", checkpoint="random:0", image_size=64)
+    config = Config(model, cache=CacheConfig(root=str(tmp_path)), quant=QuantConfig(calib=CalibConfig("scenes:7")))
+    with caplog.at_level("WARNING", "sam2jq"):
+        costs = measure_costs(config, Path(checkpoint[1]), ["onnxruntime", "tensorrt"])
+    assert set(costs) == {"full precision", "onnxruntime"}
+    assert costs["onnxruntime"]["megabytes"] > 1
+    assert "the cost in tensorrt is left out: " in caplog.text
 
 
 @pytest.mark.slow

@@ -266,6 +266,22 @@ DISTILL = ["--teacher.name", "nano", "--student.name", "nano", "--data.train", "
         (["--train.parallel", "xmap"], "allowed are jit, pmap"),
         (["--train.ema", "1"], "train.ema must be in 0..1"),
         (["--distributed.coordinator", "localhost:1"], "coordinator HOST:PORT, processes and index belong together"),
+        (
+            ["--distributed.coordinator", "nonsense", "--distributed.processes", "2", "--distributed.index", "0"],
+            "coordinator 'nonsense': give HOST:PORT",
+        ),
+        (
+            ["--distributed.coordinator", "localhost:abc", "--distributed.processes", "2", "--distributed.index", "0"],
+            "coordinator 'localhost:abc': give HOST:PORT",
+        ),
+        (
+            ["--distributed.coordinator", "localhost:1", "--distributed.processes", "0", "--distributed.index", "0"],
+            "processes must be at least 1, got 0",
+        ),
+        (
+            ["--distributed.coordinator", "localhost:1", "--distributed.processes", "2", "--distributed.index", "5"],
+            "index must be 0 to 1, got 5",
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
