@@ -25,6 +25,7 @@ from experiments.bench.deploy_side import CLIPS, PARTS
 from experiments.bench.timing import processor
 from sam2jq import VARIANTS, QuantSpec, build, init_params
 from sam2jq.api import describe_model
+from sam2jq.cli.cost import folder_megabytes
 from sam2jq.data import draw_clip
 from sam2jq.deploy.engines import ENGINES
 from sam2jq.models.sam2 import SAM2
@@ -76,7 +77,7 @@ def table(name: str, runs: int, track: bool, only: list[str] | None) -> list[str
         sides = sides if only is None else only
         once = lambda side: measure_alone(name, side, str(folder), *["track"] * track)
         turns = [{side: once(side) for side in sides} for _ in range(runs)]
-        sizes = {files: sum(path.stat().st_size for path in (folder / files).iterdir()) / 1e6 for files in QUANTIZED}
+        sizes = {files: folder_megabytes(folder / files) for files in QUANTIZED}
     lines = []
     for side in sides:
         median = {part: statistics.median(turn[side][part] for turn in turns) for part in turns[0][side]}

@@ -24,8 +24,10 @@ import torch
 import sam2jq
 from converters.exports.onnx.write import save_onnx
 from converters.exports.vanilla import build_original, save_vanilla
+from experiments.bench.deploy_side import original_image_predictor
 from experiments.bench.timing import processor, seconds
 from experiments.measured import ABOUT, cached_samples
+from sam2jq.cli.cost import folder_megabytes
 from sam2jq.data import read_image
 from sam2jq.deploy import OnnxImagePredictor
 from sam2jq.deploy.engines import ENGINES
@@ -63,16 +65,11 @@ def miou(predictor: PromptedImage) -> dict[str, float]:
     return {prompt: 100 * value for prompt, value in scores.items()}
 
 
-def megabytes(path: Path) -> float:
-    """The size of a file, or of all files of a folder."""
-    return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path])) / 1e6
-
-
 def onnx_sides(weights: str, folder: Path) -> list[Side]:
     """The files of a folder in each engine that is installed."""
     engines = [engine for engine in ENGINES if find_spec(engine)]
     predictors = {engine: OnnxImagePredictor(folder, engine) for engine in engines}
-    size = megabytes(folder)
+    size = folder_megabytes(folder)
     return [Side(weights, ENGINE_NAMES[engine], size, click(x), miou(x)) for engine, x in predictors.items()]
 
 
@@ -81,14 +78,11 @@ def float_sides(folder: Path) -> list[Side]:
     model, params = sam2jq.load("demo")
     save_vanilla(folder / "vanilla.pt", params)
     original = build_original("nano", checkpoint=folder / "vanilla.pt")
-    from sam2.sam2_image_predictor import SAM2ImagePredictor  # imports torchvision, which `build_original` prepares
-
-    theirs = SAM2ImagePredictor(original)
-    theirs._bb_feat_sizes = [(original.image_size // stride,) * 2 for stride in (4, 8, 16)]
+    theirs = original_image_predictor(original)
     (folder / "onnx").mkdir()
     save_onnx(folder / "onnx", model, params, ABOUT | {"random_weights": False})
     ours = sam2jq.ImagePredictor(model, params)
-    size, scores = megabytes(folder / "vanilla.pt"), miou(ours)
+    size, scores = (folder / "vanilla.pt").stat().st_size / 1e6, miou(ours)
     pair = [Side("float32", "sam2 (torch)", size, click(theirs), scores)]
     pair += [Side("float32", "sam2jq (JAX)", size, click(ours), scores)]
     return pair + onnx_sides("float32", folder / "onnx")
@@ -98,7 +92,7 @@ def run_sides(run: Path) -> list[Side]:
     """The package of a run in our predictor, and its ONNX files."""
     weights = run.name.removeprefix("nano_").replace("_", " ").upper().replace("STATIC", "static")
     ours = sam2jq.ImagePredictor(*sam2jq.load(str(run / "package.pt")))
-    package = Side(weights, "sam2jq (JAX)", megabytes(run / "package.pt"), click(ours), miou(ours))
+    package = Side(weights, "sam2jq (JAX)", (run / "package.pt").stat().st_size / 1e6, click(ours), miou(ours))
     return [package, *onnx_sides(weights, run / "onnx")]
 
 

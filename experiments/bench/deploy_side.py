@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from experiments.bench.timing import peak_gigabytes, seconds
+from experiments.bench.timing import seconds
+from sam2jq.cli.cost import peak_gigabytes
 
 FRAMES, CLICKS = 12, 64
 CLIPS = {"clip": FRAMES, "short": 2}  # the folders of frames in FOLDER
@@ -50,13 +51,19 @@ def torch_predictors(name: str, bfloat16: bool):
 
     from converters.exports.vanilla import build_original
 
+    torch.set_grad_enabled(False)
     original = build_original(name, video=True)
+    context = torch.autocast("cpu", torch.bfloat16) if bfloat16 else nullcontext()
+    return original_image_predictor(original), original, context
+
+
+def original_image_predictor(original):
+    """sam2's SAM2ImagePredictor of a model, which knows the sizes of maps at 1024 pixels only."""
     from sam2.sam2_image_predictor import SAM2ImagePredictor  # imports torchvision, which `build_original` prepares
 
-    torch.set_grad_enabled(False)
-    image = SAM2ImagePredictor(original)
-    image._bb_feat_sizes = [(original.image_size // stride,) * 2 for stride in (4, 8, 16)]
-    return image, original, torch.autocast("cpu", torch.bfloat16) if bfloat16 else nullcontext()
+    predictor = SAM2ImagePredictor(original)
+    predictor._bb_feat_sizes = [(original.image_size // stride,) * 2 for stride in (4, 8, 16)]
+    return predictor
 
 
 def work(image_predictor, video_predictor, context, folder: Path) -> dict[str, Callable]:

@@ -25,11 +25,12 @@ import jax
 import numpy as np
 import optax
 import torch
-from timing import peak_gigabytes, processor
+from timing import processor
 
 from converters.exports.vanilla import build_original
 from converters.names import to_torch
 from sam2jq import build, init_params
+from sam2jq.cli import cost
 from sam2jq.distillation.losses import relative_square_error
 from sam2jq.quant.algorithms.activations import materialize_weights
 from sam2jq.quant.algorithms.fake_quant import init_fake_quant, stop_gradient_where, trainable_mask
@@ -129,7 +130,7 @@ def work(run: Callable[[], float]) -> None:
         start = time.perf_counter()
         loss = run()
         print(time.perf_counter() - start, loss, flush=True)
-    print(peak_gigabytes())
+    print(cost.peak_gigabytes())
 
 
 class Worker:

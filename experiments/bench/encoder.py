@@ -18,11 +18,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import torch
-from timing import peak_gigabytes as own_peak_gigabytes
 from timing import processor, seconds
 
 from converters.exports.vanilla import build_original
 from sam2jq import VARIANTS, build, init_params
+from sam2jq.cli import cost
 
 SIDE = 1024
 
@@ -78,7 +78,7 @@ def main() -> None:
         functions, _ = encoders(args.models[0], (args.alone,))
         for _ in range(2):
             functions[args.alone]()
-        print(own_peak_gigabytes())
+        print(cost.peak_gigabytes())
         return
     lines = [
         "# Image encoder: sam2jq against torch",

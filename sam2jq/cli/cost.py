@@ -38,7 +38,7 @@ def measure_costs(config: Config, files: Path, engines: Iterable[str]) -> dict[s
     left out, and a line of the log says why.
     """
     model = asdict(config.model) | {"root": config.cache.root}
-    size = sum(file.stat().st_size for file in files.iterdir()) / 1e6
+    size = folder_megabytes(files)
     programs = {"full precision": model}
     for engine in engines:
         programs[engine] = model | {"checkpoint": str(files), "engine": engine}
@@ -50,6 +50,11 @@ def measure_costs(config: Config, files: Path, engines: Iterable[str]) -> dict[s
         except UserError as error:
             log.warning("note        the cost in %s is left out: %s", name, error)
     return costs
+
+
+def folder_megabytes(folder: Path) -> float:
+    """The size of all files of a folder, in MB."""
+    return sum(file.stat().st_size for file in folder.iterdir()) / 1e6
 
 
 def engine_dtype(engine: str, dtype: str) -> str:
@@ -66,10 +71,12 @@ def run_alone(settings: dict) -> dict[str, float]:
         command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     )
     results = [line for line in done.stdout.splitlines() if line.startswith('{"seconds"')]
-    if done.returncode or not results:
-        ended = f"its process ended with code {done.returncode}"
-        raise UserError((done.stderr.strip().splitlines() or [ended])[-1] if done.returncode > 0 else ended)
-    return json.loads(results[0])
+    if done.returncode == 0 and results:
+        return json.loads(results[0])
+    reason = f"its process ended with code {done.returncode}"
+    if done.returncode > 0:  # what a process that was killed wrote last is not the cause
+        reason = (done.stderr.strip().splitlines() or [reason])[-1]
+    raise UserError(reason)
 
 
 def open_predictor(settings: dict) -> PromptedImage:

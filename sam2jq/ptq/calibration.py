@@ -26,9 +26,8 @@ from sam2jq.training.sharding import compute_devices, data_sharding, make_mesh, 
 from sam2jq.tree import flatten, kernels, layer_name, unflatten
 
 Array = jax.Array
-Clips = Callable[
-    ..., Iterable[np.ndarray]
-]  # clips(n, step=1): each step-th of the clips [T, S, S, 3] after the first n
+# clips(n, step=1): each step-th of the clips [T, S, S, 3] after the first n
+Clips = Callable[..., Iterable[np.ndarray]]
 CLICKS = 4  # clicks per side of a frame
 TRACKED = 4  # objects that are tracked into the last frame
 
